@@ -1,0 +1,81 @@
+"""Concept sets: images and prompts of one concept or of many, encoded once and kept as safetensors."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mu.models import encode_prompts
+from mu.runs import save_tensors
+
+
+@dataclass(frozen=True)
+class ConceptSet:
+    mean: torch.Tensor  # (images, channels, height, width), posterior mean × scaling_factor
+    std: torch.Tensor  # the same shape, posterior deviation × scaling_factor: sampling stays that of the VAE
+    conditioning: dict  # one row a prompt
+    prompt: torch.Tensor  # (images,), the row of each image's prompt
+    prompts: list  # texts
+
+    def __len__(self):
+        return len(self.mean)
+
+
+def read_folder(folder):
+    """Paths and captions of a folder in the `imagefolder` convention (images and `metadata.jsonl` with `file_name`, `text`).
+
+    Raises FileNotFoundError or ValueError that name what is missing and the mend."""
+    folder = Path(folder)
+    table = folder / "metadata.jsonl"
+    if not table.is_file():
+        raise FileNotFoundError(f'{folder} has no metadata.jsonl: one line an image, {{"file_name": ..., "text": caption}}')
+    lines = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{table} is empty: name at least one image")
+    for line in lines:
+        if not line.get("text") or not line.get("file_name"):
+            raise ValueError(f"{table}: {line} needs `file_name` and a caption in `text`")
+        if not (folder / line["file_name"]).is_file():
+            raise FileNotFoundError(f"{table} names {line['file_name']}, which is not in {folder}")
+    return [folder / line["file_name"] for line in lines], [line["text"] for line in lines]
+
+
+def read_image(path, size):
+    """float (3, size, size) in −1…1. Raises ValueError that names a file which is no image."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable image ({error}): remove or replace it") from error
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_folder(pipe, folder, cache=None):
+    """The `ConceptSet` of an image folder. With `cache` (a folder) it is encoded once and read from there afterwards.
+
+    The cached file's name is a digest of captions, image bytes and the model's name, so that it cannot be stale."""
+    paths, captions = read_folder(folder)
+    prompts = sorted(set(captions))
+    digest = hashlib.sha256(json.dumps([captions, pipe.config._name_or_path, pipe.unet.config.sample_size]).encode())
+    for path in paths:
+        digest.update(path.read_bytes())
+    file = Path(cache) / f"{Path(folder).name}-{digest.hexdigest()[:16]}.safetensors" if cache else None
+    if file and file.exists():
+        tensors = load_file(file)
+    else:
+        size, scale = pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.vae.config.scaling_factor
+        images = torch.stack([read_image(path, size) for path in paths]).to(pipe.vae.device, pipe.vae.dtype)
+        posteriors = [pipe.vae.encode(x).latent_dist for x in images.split(8)]
+        tensors = {"mean": torch.cat([p.mean for p in posteriors]) * scale, "std": torch.cat([p.std for p in posteriors]) * scale,
+                   "prompt": torch.tensor([prompts.index(c) for c in captions])} | encode_prompts(pipe, prompts)
+        if file:
+            save_tensors(tensors, file)
+    conditioning = {name: value for name, value in tensors.items() if name not in ("mean", "std", "prompt")}
+    return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)

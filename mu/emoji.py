@@ -1,0 +1,107 @@
+"""The pocket data: captioned emoji, drawn from the SVG sets that npm's `@iconify-json/*` packages carry."""
+
+import csv
+import io
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+# style word in captions → (npm package, version). The first four are drawn by the pocket model ...
+STYLES = {
+    "openmoji": ("@iconify-json/openmoji", "1.2.29"),
+    "noto": ("@iconify-json/noto", "1.2.9"),
+    "twemoji": ("@iconify-json/twemoji", "1.2.5"),
+    "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
+}
+# ... and these are seen by nobody but the judge, who has to recognise them, and the attacker.
+ATTACKER_STYLES = {
+    "emojione": ("@iconify-json/emojione", "1.2.3"),
+    "emojione-v1": ("@iconify-json/emojione-v1", "1.2.3"),
+    "noto-v1": ("@iconify-json/noto-v1", "1.2.5"),
+    "fxemoji": ("@iconify-json/fxemoji", "1.2.2"),
+    "streamline": ("@iconify-json/streamline-emojis", "1.2.4"),
+}
+COLORS = {
+    "white": (255, 255, 255), "black": (30, 30, 34), "gray": (150, 152, 156), "red": (222, 60, 60),
+    "orange": (246, 160, 70), "yellow": (250, 226, 100), "green": (96, 184, 104), "blue": (84, 140, 226),
+    "purple": (160, 108, 206), "pink": (246, 168, 200),
+}
+TEMPLATES = ("a {}", "a photo of a {}", "a drawing of a {}", "a picture of a {}", "an emoji of a {}", "{}")
+
+
+def caption(concept, style=None, color=None, template="a {}"):
+    """`a cat, noto style, on a blue background`: the only grammar of the pocket model."""
+    return template.format(concept) + (f", {style} style" if style else "") + (f", on a {color} background" if color else "")
+
+
+def read_concepts(path):
+    """Rows of `data/pocket-concepts.csv`: concept, group (kin), kind (object, character), icons (names of the drawings)."""
+    with open(path, newline="") as f:
+        return [row | {"icons": row["icons"].split()} for row in csv.DictReader(f)]
+
+
+def fetch_icons(package, version, folder):
+    """Icon name → SVG text of one npm package, fetched once by `npm pack` into `folder`.
+
+    Raises RuntimeError with npm's own words when it cannot be fetched."""
+    folder = Path(folder)
+    tarball = folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
+    if not tarball.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"npm could not fetch {package}@{version}: {done.stderr.strip()[-300:]}")
+    with tarfile.open(tarball) as tar:
+        pack = json.load(tar.extractfile("package/icons.json"))
+    icons = pack["icons"] | {a: pack["icons"].get(d["parent"]) for a, d in pack.get("aliases", {}).items()}
+    size = lambda icon: (icon.get("width", pack.get("width", 16)), icon.get("height", pack.get("height", 16)))
+    return {name: '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                  'viewBox="0 0 {} {}">{}</svg>'.format(*size(icon), icon["body"])
+            for name, icon in icons.items() if icon}
+
+
+def render(svg, size=128):
+    """SVG text → uint8 RGBA array (size, size, 4), centred where the drawing is not square."""
+    import resvg_py
+    drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))).convert("RGBA")
+    image = Image.new("RGBA", (size, size))
+    image.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    return np.asarray(image)
+
+
+def draw_all(concepts, styles, folder):
+    """Every drawing of every concept in every style that has it → list of {concept, style, icon, rgba}."""
+    drawings = []
+    for style, (package, version) in styles.items():
+        icons = fetch_icons(package, version, folder)
+        for row in concepts:
+            for name in row["icons"]:
+                svg = icons.get(name) or icons.get(name.replace("-", ""))  # fxemoji writes names in one word
+                if svg:
+                    drawings.append({"concept": row["concept"], "style": style, "icon": name, "rgba": render(svg)})
+    return drawings
+
+
+def augment(rgba, colors, generator, strength=1.0, size=64):
+    """Random small affine maps and flips of drawings on plain backgrounds.
+
+    rgba: uint8 (B, 4, 2·size, 2·size); colors: (B, 3) in 0…1; strength 0 leaves position and scale alone.
+    Returns float (B, 3, size, size) in −1…1. Drawn at twice the size and averaged down, so edges stay clean."""
+    b = len(rgba)
+    u = lambda lo, hi: lo + (hi - lo) * torch.rand(b, generator=generator)
+    angle, scale = u(-0.2, 0.2) * strength, 1 + (u(0.0, 0.35)) * strength
+    flip = torch.where(torch.rand(b, generator=generator) < 0.5 * min(strength, 1), -1.0, 1.0)
+    theta = torch.stack([
+        torch.stack([flip * scale * angle.cos(), -scale * angle.sin(), u(-0.12, 0.12) * strength], 1),
+        torch.stack([flip * scale * angle.sin(), scale * angle.cos(), u(-0.12, 0.12) * strength], 1)], 1)
+    x = rgba.float() / 255
+    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied, so that resampling does not bleed
+    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+    x = F.avg_pool2d(x, x.shape[-1] // size)
+    return (x[:, :3] + (1 - x[:, 3:]) * colors[:, :, None, None]) * 2 - 1

@@ -1,0 +1,64 @@
+"""The meta gradient: what an attack, simulated from θ, would end with, and how θ should change for it."""
+
+import torch
+
+from mu.objectives import gradients
+
+
+def inner_step(parameters, loss, optimizer):
+    """One step of fine-tuning in place: the same for the simulated attack, the real one and the CLEAN one. Returns the loss before it."""
+    for p, g in zip(parameters, gradients(loss, parameters)):
+        p.grad = g
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def make_inner_optimizer(name, parameters):
+    """torch's SGD or Adam, built once; `meta_gradient` sets its learning rate and clears its state for each simulated attack."""
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    if name not in kinds:
+        raise ValueError(f"unknown inner optimiser {name!r}: allowed are {', '.join(kinds)}")
+    return kinds[name](parameters, lr=0.0)
+
+
+def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="first"):
+    """∇_θ of outer_loss(θ_FT), θ_FT = θ after one `inner_step` for each of `inner_losses`.
+
+    parameters: the trained tensors, holding θ; they hold θ again, bit for bit, when this returns.
+    inner_losses: M functions without arguments, each the loss of one simulated step at the parameters' present values.
+    outer_loss: a function without arguments, evaluated at θ_FT.
+    order="first": the gradient at θ_FT stands for the gradient at θ (FOMAML). order="second": exact through SGD,
+    v ← v − τ ∇²L_m(θ_m) v for m = M … 1, each a Hessian-vector product; θ_m is found again by repeating the first m − 1 steps,
+    so that memory does not depend on M (at the cost of M(M − 1)/2 more passes).
+    Returns outer loss, list of gradients. Raises ValueError for another order, or the second with another optimiser than SGD."""
+    if order not in ("first", "second"):
+        raise ValueError(f"unknown order {order!r}: allowed are first, second")
+    if order == "second" and not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError("order='second' is exact through SGD only: use inner_optimizer='sgd', or order='first'")
+    start = [p.detach().clone() for p in parameters]
+
+    def replay(m):
+        optimizer.state.clear()
+        optimizer.param_groups[0]["lr"] = lr
+        for loss in inner_losses[:m]:
+            inner_step(parameters, loss(), optimizer)
+
+    @torch.no_grad()
+    def restore():
+        torch._foreach_copy_(parameters, start)
+
+    try:
+        replay(len(inner_losses))
+        loss = outer_loss()
+        gradient = gradients(loss, parameters)
+        for m in reversed(range(len(inner_losses))) if order == "second" else ():
+            restore()
+            replay(m)
+            inner = gradients(inner_losses[m](), parameters, create_graph=True)
+            product = gradients(inner, parameters, grad_outputs=gradient, allow_unused=True)
+            gradient = [v if h is None else v - lr * h for v, h in zip(gradient, product)]
+    finally:
+        restore()
+        optimizer.state.clear()
+    return loss.detach(), gradient

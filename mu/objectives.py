@@ -1,0 +1,76 @@
+"""Minibatches and the losses at one set of weights: denoising, ESD."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mu.models import predict_noise, rows, stack
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Everything random about a denoising loss, drawn once: used at two sets of weights it gives common random numbers."""
+    noisy_latents: torch.Tensor  # (n, channels, height, width), z_t, latents × scaling_factor
+    noise: torch.Tensor  # the same shape, ε
+    timesteps: torch.Tensor  # (n,), integers in 0 … num_train_timesteps − 1
+    conditioning: dict  # n rows
+
+
+def draw_minibatch(concept_set, noise_scheduler, batch_size, generator):
+    """Random images of a concept set with fresh noise; t uniform over the training timesteps (PAPER eq. 1)."""
+    n = concept_set.mean.shape[0]
+    index = torch.randint(n, (batch_size,), generator=generator)
+    latents = concept_set.mean[index] + concept_set.std[index] * torch.randn(concept_set.mean[index].shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+    return Minibatch(noise_scheduler.add_noise(latents, noise, timesteps), noise, timesteps,
+                     rows(concept_set.conditioning, concept_set.prompt[index]))
+
+
+def squared_errors(unet, *parts):
+    """Mean squared error of each (noisy latents, timesteps, conditioning, target), all in ONE pass of the UNet. List of scalars."""
+    latents, timesteps, conditionings, targets = zip(*parts)
+    predicted = predict_noise(unet, torch.cat(latents), torch.cat(timesteps), stack(*conditionings))
+    return [(p.float() - t.float()).pow(2).mean() for p, t in zip(predicted.split([len(x) for x in latents]), targets)]
+
+
+def denoising(batch):
+    """The part of L_DM = E ‖ε − ε_θ(z_t, t, c)‖² (mean over elements) for `squared_errors`."""
+    return batch.noisy_latents, batch.timesteps, batch.conditioning, batch.noise
+
+
+def gradients(loss, parameters, **kwargs):
+    """torch.autograd.grad, under the profiler's name for UNet passes (as `predict_noise`)."""
+    with torch.profiler.record_function("unet pass"):
+        return list(torch.autograd.grad(loss, parameters, **kwargs))
+
+
+@torch.no_grad()
+def sample_trajectory(unet, noise_scheduler, conditioning, unconditional, generator, guidance=3.0, steps=50, shape=None):
+    """A DDIM trajectory of the student, stopped at one random step per row (ESD's z_t, with t drawn inside that step's bin).
+
+    Returns noisy latents (n, …), timesteps (n,): row i carries the noise level of the step that would come next, and t is
+    uniform over [that step's timestep, the one before it). Costs as many guided passes as the latest of the drawn steps."""
+    n = conditioning["encoder_hidden_states"].shape[0]
+    noise_scheduler.set_timesteps(steps)
+    grid = noise_scheduler.timesteps
+    stride = noise_scheduler.config.num_train_timesteps // steps
+    stop = torch.randint(steps, (n,), generator=generator)
+    latents = torch.randn((n, *shape), generator=generator) * noise_scheduler.init_noise_sigma
+    stopped = latents.clone()
+    both = stack({k: v.expand(n, *v.shape[1:]) for k, v in unconditional.items()}, conditioning)
+    for i in range(int(stop.max())):
+        empty, full = predict_noise(unet, torch.cat([latents] * 2), grid[i].expand(2 * n), both).chunk(2)
+        latents = noise_scheduler.step(empty + guidance * (full - empty), grid[i], latents).prev_sample
+        stopped = torch.where((stop == i + 1)[:, None, None, None], latents, stopped)
+    timesteps = grid[stop] + torch.randint(stride, (n,), generator=generator)
+    return stopped, timesteps.clamp(max=noise_scheduler.config.num_train_timesteps - 1)
+
+
+@torch.no_grad()
+def esd(unet_frozen, noisy_latents, timesteps, conditioning, unconditional, eta=1.0):
+    """The part of ESD's loss for `squared_errors`: ε_θ(z_t, c) is drawn to ε_0(z_t, ∅) − η [ε_0(z_t, c) − ε_0(z_t, ∅)] (Gandikota et al. 2023)."""
+    n = len(timesteps)
+    both = stack({k: v.expand(n, *v.shape[1:]) for k, v in unconditional.items()}, conditioning)
+    empty, full = predict_noise(unet_frozen, torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2), both).chunk(2)
+    return noisy_latents, timesteps, conditioning, empty - eta * (full - empty)

@@ -1,0 +1,225 @@
+"""The recipe of the pocket model: a real Stable-Diffusion-format pipeline that fits in 30 MB, and its judge.
+
+Every trainer is a generator that yields its step and loss and leaves the schedule of looking, saving and stopping to the caller."""
+
+import math
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel, compute_snr
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+
+from mu.emoji import COLORS, TEMPLATES, augment, caption
+
+LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
+
+
+def build_tokenizer(captions):
+    """CLIPTokenizer whose merges make every word of `captions` one token."""
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True)  # CLIP's words
+    letters = [chr(c) for c in range(33, 127)]
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=100_000, special_tokens=special, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+    import json
+    trained = json.loads(bpe.to_str())["model"]
+    vocab = dict(trained["vocab"])
+    for letter in letters:  # single letters that end a word, so that no prompt is out of vocabulary
+        vocab.setdefault(letter + "</w>", len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in trained["merges"]], unk_token=special[1], bos_token=special[0],
+                         eos_token=special[1], pad_token=special[1], model_max_length=LENGTH)
+
+
+def build_vae():
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=64, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=0.18215)
+
+
+def build_text_encoder(tokenizer):
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH))
+
+
+def build_unet():
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 128, 192), norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=4)
+    unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+def build_scheduler():
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                         clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def build_judge(concepts, styles):
+    """A ResNet (transformers') whose logits are the concepts, then the styles; `id2label` names them."""
+    labels = [f"concept:{c}" for c in concepts] + [f"style:{s}" for s in styles]
+    return ResNetForImageClassification(ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128, 192], depths=[1, 1, 2, 1], layer_type="basic",
+        id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}))
+
+
+def _schedule(optimizer, steps, warmup=100):
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / steps)))))
+
+
+def _backgrounds(n, generator, white=0.5):
+    """Indices into COLORS, white with the given probability."""
+    index = torch.randint(len(COLORS), (n,), generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < white, 0, index)
+
+
+PALETTE = torch.tensor(list(COLORS.values())) / 255
+
+
+def train_vae(vae, rgba, steps=2500, batch_size=16, lr=1e-3, seed=0, dtype=torch.bfloat16):
+    """L1 in pixels and in their differences (lines stay thin), small KL. Yields (step, loss).
+
+    Leaves the latents of each channel with mean 0 and standard deviation 1 / scaling_factor: see `normalise_latents`."""
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = _schedule(optimizer, steps)
+    dx, dy = lambda x: x[..., 1:] - x[..., :-1], lambda x: x[..., 1:, :] - x[..., :-1, :]
+    for step in range(steps):
+        index = torch.randint(len(rgba), (batch_size,), generator=g)
+        x = augment(rgba[index], PALETTE[_backgrounds(batch_size, g)], g)
+        with torch.autocast("cpu", dtype):
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+            y = vae.decode(z).sample
+        y = y.float()
+        pixels, edges = (x - y).abs().mean(), (dx(x) - dx(y)).abs().mean() + (dy(x) - dy(y)).abs().mean()
+        loss = pixels + edges + 1e-5 * posterior.kl().mean() / z[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield step, loss.item()
+
+
+@torch.no_grad()
+def normalise_latents(vae, images):
+    """Fold the channels' mean and deviation into the two 1×1 convolutions, so that latents × scaling_factor has mean 0 and deviation 1."""
+    posterior = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(64)])
+    mean, std = posterior.mean((0, 2, 3)), posterior.std((0, 2, 3)) * vae.config.scaling_factor
+    c = len(mean)
+    # decoder first: its input is z·std + mean; the encoder's mean becomes (z − mean)/std, its log-variance loses 2 log std
+    vae.post_quant_conv.bias += torch.einsum("oihw,i->o", vae.post_quant_conv.weight, mean)
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+    vae.quant_conv.weight[:c] /= std[:, None, None, None]
+    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - mean) / std
+    vae.quant_conv.bias[c:] -= 2 * std.log()
+    return mean, std
+
+
+def train_judge(judge, rgba, concept_ids, style_ids, steps=2000, batch_size=128, lr=2e-3, seed=0, dtype=torch.bfloat16):
+    """Cross-entropy on concepts and styles, on real emoji only, with maps, colours, blur and noise drawn at random. Yields (step, loss)."""
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
+    schedule = _schedule(optimizer, steps)
+    n = int(concept_ids.max()) + 1
+    judge.train()
+    for step in range(steps):
+        index = torch.randint(len(rgba), (batch_size,), generator=g)
+        x = judge_view(rgba[index], g)
+        with torch.autocast("cpu", dtype):
+            logits = judge(x).logits.float()
+        loss = (F.cross_entropy(logits[:, :n], concept_ids[index], label_smoothing=0.05)
+                + 0.5 * F.cross_entropy(logits[:, n:], style_ids[index], label_smoothing=0.05))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        yield step, loss.item()
+    judge.eval()
+
+
+def judge_view(rgba, generator, strength=1.2):
+    """What the judge is trained on: real drawings, moved, recoloured, blurred and noised. (B, 3, 64, 64) in −1…1."""
+    b = len(rgba)
+    r = lambda *shape: torch.rand(*shape, generator=generator)
+    x = augment(rgba, torch.where(r(b, 1) < 0.5, PALETTE[_backgrounds(b, generator)], r(b, 3)), generator, strength)
+    x = x * (0.8 + 0.4 * r(b, 1, 1, 1)) + 0.2 * (r(b, 3, 1, 1) - 0.5)
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, soft, 0.9 * r(b, 1, 1, 1) * (r(b, 1, 1, 1) < 0.5))
+    return (x + 0.15 * r(b, 1, 1, 1) * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def encode_drawings(vae, rgba, repeats, seed=0, strength=0.6):
+    """`repeats` augmented views of every drawing → latents' mean and std, the drawing and the background colour of each."""
+    g = torch.Generator().manual_seed(seed)
+    which = torch.arange(len(rgba)).repeat(repeats)
+    colors = _backgrounds(len(which), g)
+    means, stds = [], []
+    for index, color in zip(which.split(64), colors.split(64)):
+        posterior = vae.encode(augment(rgba[index], PALETTE[color], g, strength)).latent_dist
+        means.append(posterior.mean)
+        stds.append(posterior.std)
+    return {"mean": torch.cat(means), "std": torch.cat(stds), "drawing": which, "color": colors}
+
+
+def sample_captions(drawings, colors, generator):
+    """One random caption each: a style half of the time, a background whenever it is not white, an empty one in ten (for guidance)."""
+    names, r = list(COLORS), torch.rand(len(drawings), 4, generator=generator)
+    return ["" if r[i, 0] < 0.1 else caption(
+        d["concept"], d["style"] if r[i, 1] < 0.5 else None, names[c] if c or r[i, 2] < 0.15 else None,
+        TEMPLATES[int(r[i, 3] ** 2 * len(TEMPLATES))]) for i, (d, c) in enumerate(zip(drawings, colors.tolist()))]
+
+
+def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling_factor, steps=6000, batch_size=64, lr=1e-3,
+               seed=0, dtype=torch.bfloat16, ema_decay=0.9985, state=None):
+    """Denoising loss with min-SNR-5 weights, UNet and text encoder together, EMA of both. Yields (step, loss, state to save).
+
+    `state` (a dict from an earlier yield) continues the run with the numbers of an uninterrupted one."""
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    schedule = _schedule(optimizer, steps, warmup=200)
+    ema = EMAModel(parameters, decay=ema_decay)
+    first = 0
+    if state:
+        first = state["step"] + 1
+        optimizer.load_state_dict(state["optimizer"]), schedule.load_state_dict(state["schedule"]), ema.load_state_dict(state["ema"])
+        g.set_state(state["generator"])
+        with torch.no_grad():
+            for p, saved in zip(parameters, state["parameters"]):
+                p.copy_(saved)
+    per_concept = Counter(d["concept"] for d in drawings)
+    weights = torch.tensor([1 / per_concept[drawings[i]["concept"]] ** 0.5 for i in data["drawing"].tolist()])
+    for step in range(first, steps):
+        index = torch.multinomial(weights, batch_size, True, generator=g)
+        prompts = sample_captions([drawings[i] for i in data["drawing"][index].tolist()], data["color"][index], g)
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+        noise, jitter = (torch.randn(data["mean"][index].shape, generator=g) for _ in range(2))
+        latents = (data["mean"][index] + data["std"][index] * jitter) * scaling_factor
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=g)
+        with torch.autocast("cpu", dtype):
+            embeddings = text_encoder(tokens).last_hidden_state
+            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
+        snr = compute_snr(scheduler, timesteps)
+        loss = ((predicted.float() - noise).pow(2).mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(parameters)
+        yield step, loss.item(), lambda: {
+            "step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
+            "generator": g.get_state(), "parameters": [p.detach() for p in parameters]}
+    ema.copy_to(parameters)
