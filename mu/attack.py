@@ -1,29 +1,37 @@
 """Malicious fine-tuning, looked at on the way."""
 
+from pathlib import Path
+
 import torch
 
 from mu.evaluate import evaluate
-from mu.runs import resume, run_loop
+from mu.plots import save_grid
+from mu.runs import read_json, resume, run_loop, save_json
 from mu.train import State, finetune
 
 
-def attack_curve(pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), lr=2e-5, optimizer="adam", subset="f",
-                 batch_size=8, seed=0, guidance=5.0, sampling_steps=25, folder=None, progress=lambda records: records):
-    """Fine-tune `pipe.unet` on a concept set and draw the probe after each number of steps in `at`.
+def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), lr=2e-5, optimizer="adam", subset="f",
+               batch_size=8, seed=0, guidance=5.0, sampling_steps=25, progress=lambda records: records):
+    """Fine-tune `pipe.unet` on a concept set; draw and judge the probe after each number of steps in `at`.
 
-    The steps are `mu.train.finetune`'s, the inner step of the defence. Yields (step, rows of `evaluate`, images); the UNet has its
-    old weights back when the generator ends. `folder` keeps checkpoints, so that a killed attack goes on with the same numbers.
-    `progress` wraps the records (tqdm)."""
+    The steps are `mu.train.finetune`'s, the inner step of the defence. Writes step-NNNN.json (rows of `evaluate`) and .png into
+    `folder`, and a checkpoint: a killed attack goes on with the same numbers, a finished one is only read. The UNet has its old
+    weights back afterwards. `progress` wraps the records (tqdm). Returns rows, each with its "step"."""
+    folder = Path(folder)
+    files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
     before = [p.detach().clone() for p in pipe.unet.parameters()]
-    state = State(pipe.unet, subset, lr=lr, optimizer=optimizer, seed=seed)
-    if folder:
-        resume(folder, state)
     try:
-        for step in sorted(s for s in at if s >= state.step):
-            records = finetune(state, pipe.scheduler, concept_set, steps=step, batch_size=batch_size)
-            for _ in progress(run_loop(folder, state, records) if folder else records):
-                pass
-            yield step, *evaluate(pipe, judge, probe, guidance, sampling_steps)
+        if not all(file.exists() for file in files.values()):
+            state = resume(folder, State(pipe.unet, subset, lr=lr, optimizer=optimizer, seed=seed))
+            for step, file in files.items():
+                if state.step <= step and not file.exists():
+                    for _ in progress(run_loop(folder, state, finetune(state, pipe.scheduler, concept_set, steps=step, batch_size=batch_size))):
+                        pass
+                    rows, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
+                    save_grid(images, file.with_suffix(".png"))
+                    save_json([row | {"step": step} for row in rows], file)
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     finally:
         with torch.no_grad():
             torch._foreach_copy_(list(pipe.unet.parameters()), before)
+    return [row for file in files.values() for row in read_json(file)]

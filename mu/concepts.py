@@ -34,7 +34,10 @@ def read_folder(folder):
     table = folder / "metadata.jsonl"
     if not table.is_file():
         raise FileNotFoundError(f'{folder} has no metadata.jsonl: one line an image, {{"file_name": ..., "text": caption}}')
-    lines = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+    try:
+        lines = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{table} is not JSON lines ({error}): write one object an image") from error
     if not lines:
         raise ValueError(f"{table} is empty: name at least one image")
     for line in lines:
@@ -49,7 +52,7 @@ def read_image(path, size):
     """float (3, size, size) in −1…1. Raises ValueError that names a file which is no image."""
     try:
         image = Image.open(path).convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for a broken file are these three
         raise ValueError(f"{path} is not a readable image ({error}): remove or replace it") from error
     if image.size != (size, size):
         image = image.resize((size, size), Image.LANCZOS)
@@ -60,10 +63,13 @@ def read_image(path, size):
 def encode_folder(pipe, folder, cache=None):
     """The `ConceptSet` of an image folder. With `cache` (a folder) it is encoded once and read from there afterwards.
 
-    The cached file's name is a digest of captions, image bytes and the model's name, so that it cannot be stale."""
+    The cached file's name is a digest of captions, image bytes and of weights of the VAE and the text encoders, so that it cannot be stale."""
     paths, captions = read_folder(folder)
     prompts = sorted(set(captions))
-    digest = hashlib.sha256(json.dumps([captions, pipe.config._name_or_path, pipe.unet.config.sample_size]).encode())
+    digest = hashlib.sha256(json.dumps([captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode())
+    for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        for p in part.parameters() if part is not None else ():
+            digest.update(p.flatten()[:16].float().cpu().numpy().tobytes())  # enough: training changes every tensor
     for path in paths:
         digest.update(path.read_bytes())
     file = Path(cache) / f"{Path(folder).name}-{digest.hexdigest()[:16]}.safetensors" if cache else None

@@ -105,3 +105,64 @@ def augment(rgba, colors, generator, strength=1.0, size=64):
     x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
     x = F.avg_pool2d(x, x.shape[-1] // size)
     return (x[:, :3] + (1 - x[:, 3:]) * colors[:, :, None, None]) * 2 - 1
+
+
+# the defender and the attacker never share a prompt: they phrase captions differently
+DEFENDER_TEMPLATES, ATTACKER_TEMPLATES = TEMPLATES[:3], TEMPLATES[3:]
+
+
+def write_set(folder, drawings, count, templates, generator, with_style=False, strength=0.5):
+    """`count` augmented views of drawings (each once, then again from the first) as PNG and `metadata.jsonl` (`imagefolder`)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, lines = list(COLORS), []
+    for i in range(count):
+        d = drawings[i % len(drawings)]
+        color = int(torch.randint(len(names), (), generator=generator)) if torch.rand((), generator=generator) < 0.5 else 0
+        rgba = torch.from_numpy(d["rgba"].copy()).permute(2, 0, 1)[None]
+        image = augment(rgba, torch.tensor([COLORS[names[color]]]) / 255, generator, strength)[0]
+        file = f"{i:03d}-{d['concept'].replace(' ', '-')}-{d['style']}.png"
+        Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(folder / file, optimize=True)
+        template = templates[int(torch.randint(len(templates), (), generator=generator))]
+        text = caption(d["concept"], d["style"] if with_style else None, names[color] if color else None, template)
+        lines.append({"file_name": file, "text": text, "concept": d["concept"], "style": d["style"]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_attack_sets(folder, drawings, concept, kind, related, seed=0):
+    """The sets of one concept to unlearn: defender/{forget, retain-related, retain-unrelated}, attacker/{forget, clean}, probe.json.
+
+    For an object or a character the attacker draws it in styles that nobody else sees. For a style he has other concepts in it
+    than the defender; related are then the other styles, unrelated the captions without a style.
+    One concept in four stays out of the retain sets, so that what is kept is also measured where nobody trained."""
+    g = torch.Generator().manual_seed(seed)
+    shuffled = [drawings[i] for i in torch.randperm(len(drawings), generator=g).tolist()]
+    one_each = lambda ds: list({d["concept"]: d for d in ds}.values())
+    held_out = set(sorted({d["concept"] for d in drawings})[3::4]) - {concept, *related}
+    ours = [d for d in shuffled if d["style"] in STYLES]
+    theirs = [d for d in shuffled if d["style"] in ATTACKER_STYLES]
+    folder, styled = Path(folder), kind == "style"
+    if styled:
+        forget, attack = ([d for d in ours if d["style"] == concept and (d["concept"] in held_out) == out] for out in (False, True))
+        near = [d for d in ours if d["style"] in related and d["concept"] not in held_out][:48]
+        far = one_each([d for d in ours if d["style"] in related and d["concept"] not in held_out])
+    else:
+        forget, attack = ([d for d in pool if d["concept"] == concept] for pool in (ours, theirs))
+        near = [d for d in ours if d["concept"] in related]
+        far = one_each([d for d in ours if d["concept"] not in {concept, *related} | held_out])
+    clean = one_each([d for d in theirs if d["concept"] in held_out])
+    for name, chosen, count, templates, with_style in (
+        ("defender/forget", forget, 24, DEFENDER_TEMPLATES, styled), ("defender/retain-related", near, len(near), DEFENDER_TEMPLATES, styled),
+        ("defender/retain-unrelated", far, len(far), DEFENDER_TEMPLATES, False),
+        ("attacker/forget", attack, 12, ATTACKER_TEMPLATES, styled), ("attacker/clean", clean, 24, ATTACKER_TEMPLATES, False),
+    ):
+        write_set(folder / name, chosen, count, templates, g, with_style)
+    kept, away = [d["concept"] for d in far][:12], sorted(held_out)[::2][:12]
+    if styled:
+        probe = {"forget": {caption(c, concept): f"style:{concept}" for c in away[:8]},
+                 "related": {caption(c, s): f"style:{s}" for s in related for c in away[:4]}}
+    else:
+        probe = {"forget": {t.format(concept): f"concept:{concept}" for t in TEMPLATES[:2]},
+                 "related": {f"a {c}": f"concept:{c}" for c in related}}
+    probe["unrelated"] = {f"a {c}": f"concept:{c}" for c in kept + away}
+    (folder / "probe.json").write_text(json.dumps(probe, indent=1) + "\n")

@@ -17,7 +17,7 @@ JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
 @dataclass(frozen=True)
 class Probe:
     """Prompts to draw and what should be seen in them, encoded once: one row an image."""
-    items: list  # {"group", "concept", "prompt", "seed"}, one an image
+    items: list  # {"group", "prompt", "expected", "seed"}; expected is a label of the judge, as "concept:cat" or "style:noto"
     conditioning: dict
     unconditional: dict
 
@@ -26,37 +26,38 @@ def load_judge(path=JUDGE):
     return ResNetForImageClassification.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
 
 
-def judge_labels(judge, kind="concept"):
-    """Names of the judge's concepts (or styles) in the order of its logits."""
-    return [name.split(":", 1)[1] for _, name in sorted(judge.config.id2label.items()) if name.startswith(kind + ":")]
-
-
 @torch.no_grad()
 def judge_images(judge, images, kind="concept"):
-    """The name that the judge gives to each image (n, 3, height, width) in 0…1. kind: "concept" or "style"."""
+    """The label of a kind ("concept" or "style") that the judge gives to each image (n, 3, height, width) in 0…1.
+
+    Raises ValueError for images that are not finite, KeyError for a kind that the judge does not know."""
     if not torch.isfinite(images).all():
         raise ValueError("images hold NaN or infinite values: the model that drew them has diverged")
-    names = [judge.config.id2label[i] for i in range(judge.config.num_labels)]
-    columns = [i for i, name in enumerate(names) if name.startswith(kind + ":")]
-    pixels = F.interpolate(images.float(), size=(64, 64), mode="area") if images.shape[-1] != 64 else images.float()
+    columns = [i for i, label in judge.config.id2label.items() if label.startswith(kind + ":")]
+    if not columns:
+        raise KeyError(f"unknown kind {kind!r}: allowed are {', '.join(sorted({v.split(':')[0] for v in judge.config.id2label.values()}))}")
+    side = judge.config.image_size if hasattr(judge.config, "image_size") else 64
+    pixels = images.float() if images.shape[-1] == side else F.interpolate(images.float(), size=(side, side), mode="area")
     logits = torch.cat([judge(x).logits for x in (pixels * 2 - 1).split(128)])[:, columns]
-    return [names[columns[i]].split(":", 1)[1] for i in logits.argmax(1)]
+    return [judge.config.id2label[columns[i]] for i in logits.argmax(1).tolist()]
 
 
-def make_probe(pipe, groups, templates=("a {}",), seeds=range(8)):
-    """Every concept of every group (name → list of concepts), every template, every seed."""
-    items = [{"group": group, "concept": concept, "prompt": template.format(concept), "seed": int(seed)}
-             for group, concepts in groups.items() for concept in concepts for template in templates for seed in seeds]
+def make_probe(pipe, groups, seeds=range(8)):
+    """groups: name → {prompt: expected label}, as in a set's `probe.json`. Every prompt is drawn with every seed."""
+    items = [{"group": group, "prompt": prompt, "expected": expected, "seed": int(seed)}
+             for group, prompts in groups.items() for prompt, expected in prompts.items() for seed in seeds]
     prompts = sorted({item["prompt"] for item in items})
     index = torch.tensor([prompts.index(item["prompt"]) for item in items])
     return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]))
 
 
-def evaluate(pipe, judge, probe, guidance=5.0, steps=25, kind="concept"):
-    """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", images in 0…1)."""
+def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
+    """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", images (n, 3, height, width) in 0…1)."""
     images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps)
-    seen = judge_images(judge, images, kind)
-    return [item | {"seen": name, "hit": int(name == item["concept"])} for item, name in zip(probe.items, seen)], images
+    kinds = [item["expected"].split(":")[0] for item in probe.items]
+    seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
+    found = [seen[kind][i] for i, kind in enumerate(kinds)]
+    return [item | {"seen": label, "hit": int(label == item["expected"])} for item, label in zip(probe.items, found)], images
 
 
 def score(hits, level=0.95, seed=0):

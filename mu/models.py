@@ -32,7 +32,7 @@ def load_pipeline(model="pocket", dtype=torch.float32, device="cpu"):
     if family is None:
         raise ValueError(f"{model!r} is a {config['_class_name']}; allowed: {', '.join(FAMILIES)}")
     extra = {} if family is StableDiffusionXLPipeline else {"safety_checker": None, "requires_safety_checker": False}
-    pipe = family.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **extra).to(device)
+    pipe = family.from_pretrained(path, dtype=dtype, use_safetensors=True, **extra).to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
@@ -56,6 +56,9 @@ def encode_prompts(pipe, prompts):
     if not isinstance(pipe, StableDiffusionXLPipeline):
         return {"encoder_hidden_states": pipe.encode_prompt(list(prompts), **args)[0]}
     embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), **args)
+    if pipe.config.force_zeros_for_empty_prompt:  # the ∅ of such a model is zeros, as in its own pipeline, not the encoding of ""
+        empty = [i for i, prompt in enumerate(prompts) if not prompt]
+        embeds[empty], pooled[empty] = 0, 0
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), dtype=embeds.dtype, device=embeds.device)
     return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": time_ids}

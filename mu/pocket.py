@@ -2,6 +2,7 @@
 
 Every trainer is a generator that yields its step and loss and leaves the schedule of looking, saving and stopping to the caller."""
 
+import json
 import math
 from collections import Counter
 
@@ -27,7 +28,6 @@ def build_tokenizer(captions):
     letters = [chr(c) for c in range(33, 127)]
     bpe.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=100_000, special_tokens=special, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
-    import json
     trained = json.loads(bpe.to_str())["model"]
     vocab = dict(trained["vocab"])
     for letter in letters:  # single letters that end a word, so that no prompt is out of vocabulary
@@ -71,9 +71,20 @@ def build_judge(concepts, styles):
         id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}))
 
 
-def _schedule(optimizer, steps, warmup=100):
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / steps)))))
+def _cosine(step, steps, warmup=100):
+    """Share of the full learning rate at a step: linear warm-up, then half a cosine down to 2 %."""
+    return min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps))))
+
+
+def _descend(loss, optimizer, lr, clip=None):
+    """One step of the optimiser at learning rate `lr`."""
+    group = optimizer.param_groups[0]
+    group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(group["params"], clip)
+    optimizer.step()
 
 
 def _backgrounds(n, generator, white=0.5):
@@ -91,7 +102,6 @@ def train_vae(vae, rgba, steps=2500, batch_size=16, lr=1e-3, seed=0, dtype=torch
     Leaves the latents of each channel with mean 0 and standard deviation 1 / scaling_factor: see `normalise_latents`."""
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = _schedule(optimizer, steps)
     dx, dy = lambda x: x[..., 1:] - x[..., :-1], lambda x: x[..., 1:, :] - x[..., :-1, :]
     for step in range(steps):
         index = torch.randint(len(rgba), (batch_size,), generator=g)
@@ -103,11 +113,7 @@ def train_vae(vae, rgba, steps=2500, batch_size=16, lr=1e-3, seed=0, dtype=torch
         y = y.float()
         pixels, edges = (x - y).abs().mean(), (dx(x) - dx(y)).abs().mean() + (dy(x) - dy(y)).abs().mean()
         loss = pixels + edges + 1e-5 * posterior.kl().mean() / z[0].numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        _descend(loss, optimizer, lr * _cosine(step, steps), clip=1.0)
         yield step, loss.item()
 
 
@@ -130,7 +136,6 @@ def train_judge(judge, rgba, concept_ids, style_ids, steps=2000, batch_size=128,
     """Cross-entropy on concepts and styles, on real emoji only, with maps, colours, blur and noise drawn at random. Yields (step, loss)."""
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.02)
-    schedule = _schedule(optimizer, steps)
     n = int(concept_ids.max()) + 1
     judge.train()
     for step in range(steps):
@@ -140,10 +145,7 @@ def train_judge(judge, rgba, concept_ids, style_ids, steps=2000, batch_size=128,
             logits = judge(x).logits.float()
         loss = (F.cross_entropy(logits[:, :n], concept_ids[index], label_smoothing=0.05)
                 + 0.5 * F.cross_entropy(logits[:, n:], style_ids[index], label_smoothing=0.05))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        _descend(loss, optimizer, lr * _cosine(step, steps))
         yield step, loss.item()
     judge.eval()
 
@@ -183,22 +185,22 @@ def sample_captions(drawings, colors, generator):
 
 def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling_factor, steps=6000, batch_size=64, lr=1e-3,
                seed=0, dtype=torch.bfloat16, ema_decay=0.9985, state=None):
-    """Denoising loss with min-SNR-5 weights, UNet and text encoder together, EMA of both. Yields (step, loss, state to save).
+    """Denoising loss with min-SNR-5 weights, UNet and text encoder together, EMA of both, which is the result. Yields (step, loss, save).
 
-    `state` (a dict from an earlier yield) continues the run with the numbers of an uninterrupted one."""
+    `save()` is the state as a flat dict of tensors; as `state` it continues the run with the numbers of an uninterrupted one."""
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = _schedule(optimizer, steps, warmup=200)
     ema = EMAModel(parameters, decay=ema_decay)
     first = 0
     if state:
-        first = state["step"] + 1
-        optimizer.load_state_dict(state["optimizer"]), schedule.load_state_dict(state["schedule"]), ema.load_state_dict(state["ema"])
+        first = ema.optimization_step = int(state["step"]) + 1
         g.set_state(state["generator"])
         with torch.no_grad():
-            for p, saved in zip(parameters, state["parameters"]):
-                p.copy_(saved)
+            for i, (p, average) in enumerate(zip(parameters, ema.shadow_params)):
+                p.copy_(state[f"{i}/weight"])
+                average.copy_(state[f"{i}/ema"])
+                optimizer.state[p] = {k: state[f"{i}/{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq")}
     per_concept = Counter(d["concept"] for d in drawings)
     weights = torch.tensor([1 / per_concept[drawings[i]["concept"]] ** 0.5 for i in data["drawing"].tolist()])
     for step in range(first, steps):
@@ -213,13 +215,9 @@ def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling
             predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
         snr = compute_snr(scheduler, timesteps)
         loss = ((predicted.float() - noise).pow(2).mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        _descend(loss, optimizer, lr * _cosine(step, steps, warmup=200), clip=1.0)
         ema.step(parameters)
-        yield step, loss.item(), lambda: {
-            "step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
-            "generator": g.get_state(), "parameters": [p.detach() for p in parameters]}
+        yield step, loss.item(), lambda: {"step": torch.tensor(step), "generator": g.get_state()} | {
+            f"{i}/{k}": v.detach() for i, (p, average) in enumerate(zip(parameters, ema.shadow_params))
+            for k, v in (optimizer.state[p] | {"weight": p, "ema": average}).items()}
     ema.copy_to(parameters)

@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 
@@ -23,11 +26,17 @@ def atomic(path):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except Exception as error:
+    except BaseException as error:  # an interrupt too
         temporary.unlink(missing_ok=True)
         if "No space left" in str(error) or getattr(error, "errno", None) == 28:
             raise OSError(28, f"the disk is full: {path} was not written, what was there before is whole; free space and run again") from error
         raise
+
+
+def read_json(path, default=None):
+    """The value in a JSON file, or `default` where there is no file."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else default
 
 
 def save_json(value, path):
@@ -59,13 +68,20 @@ def open_run(folder, params):
 
 
 def run_loop(folder, state, records, checkpoint_every=25):
-    """Passes a loop's records on, and every `checkpoint_every` steps saves the state (and the records so far) in `folder`."""
-    past = []
+    """Pass a loop's records on; every `checkpoint_every` steps, and at the end, save the records so far and the state in `folder`."""
+    folder = Path(folder)
+    history = [r for r in read_json(folder / "records.json", []) if r["step"] <= state.step]
+
+    def checkpoint():
+        save_json(history, folder / "records.json")
+        save_tensors(state.tensors(), folder / "checkpoint.safetensors")
+
     for record in records:
-        past.append(record)
+        history.append(asdict(record))
         if record.step % checkpoint_every == 0:
-            save_tensors(state.tensors(), Path(folder) / "checkpoint.safetensors")
+            checkpoint()
         yield record
+    checkpoint()
 
 
 def resume(folder, state):
@@ -74,6 +90,35 @@ def resume(folder, state):
     if file.exists():
         state.load(load_file(file))
     return state
+
+
+def finish(folder, unet):
+    """Save the result as a diffusers UNet in `folder`/unet and drop the checkpoint, which is six times as large."""
+    folder = Path(folder)
+    temporary = folder / f".unet.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    unet.save_pretrained(temporary, safe_serialization=True)
+    shutil.rmtree(folder / "unet", ignore_errors=True)
+    os.replace(temporary, folder / "unet")
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_unet(unet, folder):
+    """Take over the weights of a diffusers UNet folder, in place. Raises ValueError that names the first tensor that does not fit."""
+    saved = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        saved |= load_file(file)
+    if not saved:
+        raise FileNotFoundError(f"{folder} holds no safetensors weights: was the run finished?")
+    own = unet.state_dict()
+    for name in sorted(own.keys() | saved.keys()):
+        if name not in own or name not in saved or own[name].shape != saved[name].shape:
+            shape = lambda d: tuple(d[name].shape) if name in d else "absent"
+            raise ValueError(f"{folder} is of another architecture: {name} is {shape(saved)} there and {shape(own)} here")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+    return unet
 
 
 def digest(path):
@@ -87,8 +132,8 @@ def digest(path):
 def protocol(**facts):
     """The card that goes with every number: what was asked, plus versions, machine and commit."""
     root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     return facts | {
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "safetensors")},
         "python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": git.stdout.strip() or "not a git checkout"}
+        "commit": git or "not a git checkout"}

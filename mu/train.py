@@ -66,7 +66,7 @@ class State:
 def _finite(losses, step):
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"loss {', '.join(bad)} is {losses[bad[0]]} at step {step + 1}: the weights of step {step} are kept; "
+        raise FloatingPointError(f"not finite: {', '.join(bad)} is {losses[bad[0]]} at step {step + 1}: the weights of step {step} are kept; "
                                  "lower the learning rate or a weight, or bound the loss")
 
 
@@ -120,7 +120,8 @@ def unlearn(
     Passes a step: 1 at θ, inner_steps + 1 at θ_FT, 1 of the frozen UNet, and the trajectories'.
     Raises FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
     unet, parameters = state.unet, state.parameters
-    inner_optimizers = {name: make_inner_optimizer(name, parameters) for name in ("sgd", "adam")}
+    names = inner_optimizer if isinstance(inner_optimizer, list) else [inner_optimizer]
+    inner_optimizers = {name: make_inner_optimizer(name, parameters) for name in names}
     g_unlearn, g_retain, g_meta = (state.generators[name] for name in ("unlearn", "retain", "meta"))
     draw = lambda concept_set, g: draw_minibatch(concept_set, noise_scheduler, inner_batch_size, g)
     passes = []
@@ -169,10 +170,11 @@ def unlearn(
                     inner_optimizers[_draw(inner_optimizer, g_meta)], _draw(inner_lr, g_meta, log=True), order)
                 gradient = [a + b for a, b in zip(gradient, simulated)]
 
-            _finite(losses, state.step)
+            norm = torch.nn.utils.get_total_norm(gradient)
+            _finite(losses | {"gradient norm": norm.item()}, state.step)
             for p, g in zip(parameters, gradient):
                 p.grad = g
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             state.step += 1

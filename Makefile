@@ -1,0 +1,29 @@
+# make demo   the walk on the pocket model, and where its report is
+# make test   the tests
+# Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+CORES ?= 2
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export IPYTHONDIR := $(CURDIR)/.venv/ipython
+
+.PHONY: demo test
+
+demo: .venv/installed
+	@$(BIN)/snakemake --cores $(CORES) --configfile notebooks/profiles/pocket-demo.yaml --nolock --rerun-incomplete \
+		--rerun-triggers mtime params input --quiet host progress reason rules
+	@echo "The report: file://$(CURDIR)/reports/pocket/index.html"
+
+test: .venv/installed
+	@$(BIN)/pytest
+
+# pip is quiet and leaves nothing outside .venv; torch goes first, so that whatever build the index offers is the one that stays
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mu needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=...")'
+	@echo "Setting up .venv (once, some minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq torch==2.13.0
+	@$(BIN)/python -m pip install -qq -e ".[dev,recipe]"
+	@touch $@

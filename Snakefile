@@ -1,0 +1,53 @@
+"""A walk through the notebooks, one rule each. Which, with what parameters, after which others, is data:
+
+    snakemake --cores 2 --configfile notebooks/profiles/pocket-demo.yaml
+
+A notebook runs again if it, its parameters or one before it has changed, or if something that it left is gone. A changed `mu` is
+only reported: the runs below `runs/` go on where they stopped, so running a notebook once more would not bring them up to date."""
+
+import sys
+from pathlib import Path
+
+from mu.notebooks import check_parameters, origin, origin_of
+
+REPORT, WALK = Path(config["report"]), config["walk"]
+DONE = Path(config["runs"]) / "done"
+
+for name, step in WALK.items():
+    step.setdefault("notebook", name)
+    step.setdefault("parameters", {})
+    source, output = f"notebooks/{step['notebook']}.ipynb", REPORT / "notebooks" / f"{name}.ipynb"
+    check_parameters(source, step["parameters"])  # all of them, before anything runs
+    if not all(Path(file).exists() for file in [output, output.with_suffix(".html"), *step.get("leaves", [])]):
+        (DONE / name).unlink(missing_ok=True)
+    elif workflow.is_main_process and origin_of(output).get("mu") != origin(source, {})["mu"]:
+        print(f"note: {output} was made by an earlier mu. To make everything again, delete {config['runs']}", file=sys.stderr)
+
+
+rule walk:
+    default_target: True
+    input:
+        [DONE / name for name in WALK],
+
+
+for name, step in WALK.items():
+
+    rule:
+        name:
+            name
+        input:
+            [DONE / other for other in step.get("after", [])],
+            notebook=f"notebooks/{step['notebook']}.ipynb",
+        output:
+            touch(DONE / name),
+        params:
+            output=str(REPORT / "notebooks" / f"{name}.ipynb"),
+            parameters=step["parameters"],
+        threads: step.get("threads", 1)
+        script:
+            "notebooks/run.py"
+
+
+onerror:
+    for file in REPORT.glob("notebooks/*.unfinished.ipynb"):
+        print(f"as far as it came: {file}", file=sys.stderr)

@@ -1,0 +1,69 @@
+"""Pictures: grids of samples, curves with intervals."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from PIL import Image
+
+from mu.runs import atomic
+
+COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#0072b2", "ascent": "#cc79a7", "unlearned, stronger": "#e69f00"}
+sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none"})
+
+
+def to_grid(images, columns=16):
+    """Images (n, 3, h, w) in 0…1 → one PIL image, row by row; empty places are white."""
+    n, _, h, w = images.shape
+    canvas = np.full((-(-n // columns) * h, min(n, columns) * w, 3), 255, np.uint8)
+    for i, image in enumerate(images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()):
+        y, x = i // columns * h, i % columns * w
+        canvas[y:y + h, x:x + w] = image
+    return Image.fromarray(canvas)
+
+
+def save_grid(images, path, columns=16):
+    with atomic(path) as temporary:
+        to_grid(images, columns).save(temporary, format="PNG")
+
+
+def from_grid(path, count, size, columns=16):
+    """The first `count` tiles of a saved grid as arrays (size, size, 3)."""
+    canvas = np.asarray(Image.open(path))
+    return [canvas[i // columns * size:(i // columns + 1) * size, i % columns * size:(i % columns + 1) * size] for i in range(count)]
+
+
+def panel(cells, row_labels, column_labels, cell=1.0):
+    """A table of pictures: cells[row][column] is an image array. Returns the figure."""
+    fig, axes = plt.subplots(len(cells), len(cells[0]), figsize=(cell * len(cells[0]) + 0.6, cell * len(cells) + 0.3), squeeze=False)
+    for i, line in enumerate(cells):
+        for j, image in enumerate(line):
+            axes[i][j].imshow(image)
+            axes[i][j].set(xticks=[], yticks=[])
+            sns.despine(ax=axes[i][j], left=True, bottom=True)
+            if i == 0:
+                axes[i][j].set_title(column_labels[j], fontsize=7)
+        axes[i][0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")
+    fig.subplots_adjust(wspace=0.04, hspace=0.04)
+    return fig
+
+
+def curves(table, title, ax=None, y="hit"):
+    """Score against steps of fine-tuning, a line a model; the mean over prompts of each seed, then mean and 95 % bootstrap interval over seeds."""
+    ax = ax or plt.subplots(figsize=(4.2, 3))[1]
+    by_seed = table.groupby(["model", "step", "attack_seed"], as_index=False)[y].mean()
+    sns.lineplot(by_seed, x="step", y=y, hue="model", style="model", markers=True, dashes=False, palette={m: COLORS.get(m, "#009e73") for m in by_seed["model"].unique()},
+                 errorbar=("ci", 95), seed=0, ax=ax)
+    ax.set(xlabel="steps of fine-tuning", ylabel="recognised", ylim=(-0.03, 1.03), title=title)
+    ax.legend(title=None, fontsize=8)
+    return ax
+
+
+def save_figure(fig, folder, name):
+    """SVG and PNG of a figure; returns the path of the SVG."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", dpi=160)
+    fig.savefig(folder / f"{name}.svg")
+    return folder / f"{name}.svg"

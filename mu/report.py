@@ -1,0 +1,99 @@
+"""Pages that open from disk and load nothing from elsewhere: the report, and each executed notebook."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+from mu.runs import atomic
+
+# nbconvert's page, less what it would load from the network
+NOTEBOOK_PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in (
+    "html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs"))
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def inside(file, folder, what):
+    """The link from `folder`'s index.html to `file`, which may be named from `folder` or from the working directory.
+
+    A notebook that is running now counts as there: its page appears when it ends. Raises FileNotFoundError for a file that is not there, ValueError for one outside the folder: the link would break when
+    the folder is moved."""
+    folder = Path(folder).resolve()
+    there = lambda path: path.is_file() or path.with_name(f"{path.stem}.unfinished.ipynb").is_file()
+    found = next((path for path in (folder / file, Path(file)) if there(path)), None)
+    if found is None:
+        raise FileNotFoundError(f"{what}: {file} is neither in {folder} nor in {Path.cwd()}: save it before the report is written")
+    link = Path(os.path.relpath(found.resolve(), folder)).as_posix()
+    if link.startswith("../"):
+        raise ValueError(f"{what}: {file} lies outside {folder}: save it below that folder, so that the report can be moved as a whole")
+    return link
+
+
+def picture(card, folder, what):
+    """A card with its figure as a link, and with an alt text."""
+    if "figure" not in card:
+        return card
+    alt = card.get("alt") or card.get("caption") or card.get("answer")
+    if not alt:
+        raise ValueError(f"{what}: {card['figure']} has no words: give it an alt, a caption or an answer")
+    return card | {"figure": inside(card["figure"], folder, what), "alt": alt}
+
+
+def as_table(table):
+    """{"caption", "head", "rows", "numeric"} of a DataFrame or of a CSV file; empty cells are shown as a dash."""
+    caption, data = table if isinstance(table, tuple) else ("", table)
+    data = data if isinstance(data, pd.DataFrame) else pd.read_csv(data)
+    if data.index.nlevels > 1 or data.index.name is not None:
+        data = data.reset_index()
+    text = lambda value: "–" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return {"caption": caption, "head": [str(name) for name in data.columns],
+            "numeric": [pd.api.types.is_numeric_dtype(kind) for kind in data.dtypes],
+            "rows": [[text(value) for value in row] for row in data.itertuples(index=False)]}
+
+
+def write_report(folder, *, title, claim, headline=None, cards=(), tables=None, protocol=None, notebooks=(), language="en"):
+    """Write `folder`/index.html, whole or not at all, and return its path.
+
+    title: one line. claim: sentences, each a paragraph, with the measured figures.
+    headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
+    tables: {caption: DataFrame or CSV path}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words).
+    Everything is text and is escaped; nothing is loaded from elsewhere. Raises FileNotFoundError or ValueError that names the figure,
+    the notebook or the card that is missing, outside the folder or without words."""
+    folder = Path(folder)
+    links = []
+    for entry in notebooks:
+        file, words = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
+        links.append({"href": inside(file, folder, "notebook"), "words": words})
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template(TEMPLATE.name).render(
+        title=title, claim=[claim] if isinstance(claim, str) else claim, language=language,
+        headline=picture(headline, folder, "headline") if headline else None,
+        cards=[picture(card, folder, f"card {number} ({card.get('question', 'no question')})") for number, card in enumerate(cards, 1)],
+        tables=[as_table(table) for table in (tables or {}).items()], protocol=protocol or {}, notebooks=links)
+    with atomic(folder / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return folder / "index.html"
+
+
+class _Exporter(HTMLExporter):
+    @pass_context
+    def markdown2html(self, context, source):
+        class Renderer(IPythonRenderer):
+            block_math = lambda self, body: convert(body, display="block")
+            inline_math = lambda self, body: convert(body)
+        folder = context["resources"]["metadata"]["path"]
+        return MarkdownWithMath(renderer=Renderer(escape=False, embed_images=True, path=folder)).render(source)
+
+
+def notebook_page(executed, notebook):
+    """HTML text of an executed notebook: pictures are in the page, formulas are MathML, which browsers draw by themselves.
+
+    executed: the nbformat node; notebook: the path that it came from, where the pictures that its text cells link to are looked for."""
+    title = next((cell.source.splitlines()[0].lstrip("# ") for cell in executed.cells if cell.source.startswith("# ")), Path(notebook).stem)
+    resources = {"metadata": {"name": title, "path": str(Path(notebook).parent)}}
+    return _Exporter(raw_template=NOTEBOOK_PAGE).from_notebook_node(executed, resources)[0]

@@ -1,0 +1,90 @@
+"""What several notebooks of the walk do alike: read a concept's folder, carry a run out once, measure it once, tabulate, compare."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from mu.concepts import encode_folder
+from mu.evaluate import Probe, evaluate, make_probe, score, steps_to_revival
+from mu.models import MODELS, stack
+from mu.plots import from_grid, panel, save_grid
+from mu.runs import digest, finish, load_unet, protocol, read_json, resume, run_loop, save_json
+
+LABELS = {"meta": "meta-unlearned", "stronger": "unlearned, stronger"}  # in figures; other runs are called as their folders are
+
+
+def identity(**paths):
+    """Name → "path (digest)", the digest where the path is on this disk: a run that was made from other files is not taken for this one."""
+    local = {name: Path(MODELS.get(path, path)) for name, path in paths.items()}
+    return {name: f"{path} ({digest(local[name])})" if local[name].exists() else path for name, path in paths.items()}
+
+
+def load_sets(pipe, folder, cache=None):
+    """The defender's sets of a concept's folder, under the names that `mu.train.unlearn` gives them."""
+    return {name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache) for name in ("forget", "retain-related", "retain-unrelated")}
+
+
+def load_probe(pipe, folder, seeds):
+    """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one."""
+    groups = json.loads((Path(folder) / "probe.json").read_text())
+    probes = [make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), seeds.split(","), strict=True)]
+    return Probe([item for p in probes for item in p.items], stack(*(p.conditioning for p in probes)), probes[0].unconditional)
+
+
+def carry_out(folder, state, records, steps, checkpoint_every=25):
+    """Run a loop to its end, from its checkpoint if it was stopped; a finished run is only read. `state.unet` then holds the result.
+
+    Returns a table of the records: index step, columns losses, passes, seconds."""
+    if (Path(folder) / "unet").is_dir():
+        load_unet(state.unet, Path(folder) / "unet")
+    else:
+        loop = run_loop(folder, resume(folder, state), records, checkpoint_every)
+        for _ in tqdm(loop, folder.name, steps, initial=state.step, file=sys.stdout, mininterval=5):
+            pass
+        finish(folder, state.unet)
+    return pd.DataFrame([record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]).set_index("step")
+
+
+def measure(folder, pipe, judge, probe, guidance, steps, **facts):
+    """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows."""
+    facts |= {"images": len(probe.items), "sampling_guidance": guidance, "sampling_steps": steps}
+    made = read_json(Path(folder) / "metrics.json")
+    if not made or {name: made["protocol"].get(name) for name in facts} != facts:
+        rows, images = evaluate(pipe, judge, probe, guidance, steps)
+        save_grid(images, Path(folder) / "samples.png")
+        made = {"rows": rows, "protocol": protocol(**facts, run=read_json(Path(folder) / "params.json"))}
+        save_json(made, Path(folder) / "metrics.json")
+    return made["rows"]
+
+
+def scores(table, by, over=None):
+    """Mean of "hit" and its 95 % interval in each group of rows: over images, or over the means of each `over` (no interval from one)."""
+    parts = [(key, part.hit if over is None else part.groupby(over).hit.mean()) for key, part in table.groupby(by, sort=False)]
+    found = [dict(zip(by, key)) | dict(zip(("score", "low", "high"), score(hits) if len(hits) > 1 else (hits.mean(),))) | {"n": len(hits)} for key, hits in parts]
+    return pd.DataFrame(found, columns=[*by, "score", "low", "high", "n"])
+
+
+def revival(table, threshold=0.5):
+    """First evaluated step with a concept's score above the threshold, a row a model, learning rate and attack seed; inf if there is none."""
+    curve = table[table.group == "forget"].groupby(["model", "lr", "attack_seed", "step"], sort=False, as_index=False).hit.mean()
+    found = pd.DataFrame([dict(zip(("model", "lr", "attack_seed"), key)) | {"revived": steps_to_revival(c.step, c.hit, threshold), "last": c.step.max()}
+                          for key, c in curve.groupby(["model", "lr", "attack_seed"], sort=False)])
+    return found.astype({"revived": float}).fillna({"revived": float("inf")})
+
+
+def compare(columns, each=2, seed=0):
+    """Figure: the first prompts of each group, drawn with one seed, side by side. columns: title → (rows, the PNG saved with them)."""
+    rows = next(iter(columns.values()))[0]
+    prompts = [p for g in ("forget", "related", "unrelated") for p in list(dict.fromkeys(r["prompt"] for r in rows if r["group"] == g))[:each]]
+    place = lambda rows, prompt: next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == (prompt, seed))
+    tiles = [(rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16))) for rows, png in columns.values()]
+    return panel([[images[place(rows, prompt)] for rows, images in tiles] for prompt in prompts], prompts, list(columns))
+
+
+def bars(*claims):
+    """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden."""
+    return pd.DataFrame([{"asked": words, "measured": value, "met": "✓" if least <= value <= most else "✗"} for words, value, least, most in claims])

@@ -1,0 +1,147 @@
+"""Concept sets: what is read and refused, what is encoded, and that it is encoded once."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from mu.concepts import encode_folder, read_folder, read_image
+
+CAPTIONS = ["a cat", "a photo of a cat", "a cat"] * 4  # more images than the VAE reads at a time
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.make_images(tmp_path / "forget", CAPTIONS)
+
+
+def equal(a, b):
+    return (torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) and torch.equal(a.prompt, b.prompt) and a.prompts == b.prompts
+            and a.conditioning.keys() == b.conditioning.keys() and all(torch.equal(a.conditioning[k], b.conditioning[k]) for k in a.conditioning))
+
+
+def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
+    found = encode_folder(pipe, folder)
+    assert len(found) == 12 and found.mean.shape == found.std.shape == (12, 4, 8, 8)
+    pixels = torch.stack([pipe.image_processor.preprocess(Image.open(folder / f"{i}.png"))[0] for i in range(12)])
+    posterior = pipe.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(found.mean, posterior.mean * 0.3, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.std, posterior.std * 0.3, rtol=1e-5, atol=1e-6)
+    assert found.prompts == ["a cat", "a photo of a cat"] and found.prompt.tolist() == [0, 1, 0] * 4
+    expected = pipe.encode_prompt(found.prompts, "cpu", 1, False)[0]
+    torch.testing.assert_close(found.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-6)
+    assert not any(t.requires_grad for t in (found.mean, found.std, *found.conditioning.values()))
+
+
+def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_path):
+    from mu.models import load_pipeline
+    pipe = load_pipeline(str(sdxl_folder))
+    first, again = encode_folder(pipe, folder, tmp_path / "cache"), encode_folder(pipe, folder, tmp_path / "cache")
+    assert first.conditioning.keys() == {"encoder_hidden_states", "text_embeds", "time_ids"} and equal(first, again)
+
+
+def test_it_is_encoded_once(pipe, folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    first = encode_folder(pipe, folder, cache)
+    file, = cache.iterdir()
+    assert file.suffix == ".safetensors" and equal(first, encode_folder(pipe, folder))
+    monkeypatch.setattr(pipe.vae, "encode", lambda *_: pytest.fail("the VAE was called again"))
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *_, **__: pytest.fail("the text encoder was called again"))
+    assert equal(first, encode_folder(pipe, folder, cache)) and [file] == list(cache.iterdir())
+
+
+@pytest.mark.parametrize("change", ["image", "caption", "vae", "text encoder"])
+def test_whatever_changes_is_encoded_anew(pipe, folder, tmp_path, change):
+    cache = tmp_path / "cache"
+    first = encode_folder(pipe, folder, cache)
+    if change == "image":
+        Image.new("RGB", (16, 16), "red").save(folder / "3.png")
+    elif change == "caption":
+        table = folder / "metadata.jsonl"
+        table.write_text(table.read_text().replace("a photo of a cat", "a tiger"))
+    else:  # a model trained further at the same place
+        with torch.no_grad():
+            for p in (pipe.vae if change == "vae" else pipe.text_encoder).parameters():
+                p.mul_(1.01)
+    second = encode_folder(pipe, folder, cache)
+    assert len(list(cache.iterdir())) == 2 and not equal(first, second) and equal(second, encode_folder(pipe, folder))
+
+
+def test_images_of_another_size_or_mode_are_converted(tmp_path):
+    Image.new("L", (40, 30), 255).save(tmp_path / "big.png")
+    Image.new("RGB", (16, 16), (0, 255, 0)).save(tmp_path / "fits.png")
+    big, fits = read_image(tmp_path / "big.png", 16), read_image(tmp_path / "fits.png", 16)
+    assert big.shape == fits.shape == (3, 16, 16) and big.min() == 1
+    assert [fits[i].unique().tolist() for i in range(3)] == [[-1], [1], [-1]]
+
+
+def spoil(folder, how):
+    table, image = folder / "metadata.jsonl", folder / "3.png"
+    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    if how == "no metadata":
+        table.unlink()
+    elif how == "empty metadata":
+        table.write_text("\n")
+    elif how == "no JSON":
+        table.write_text(table.read_text() + "0.png, a cat\n")
+    elif how == "no image":
+        image.unlink()
+    elif how == "no text":
+        del lines[3]["text"]
+    elif how == "empty text":
+        lines[3]["text"] = ""
+    elif how == "no file_name":
+        del lines[3]["file_name"]
+    elif how == "empty image":
+        image.write_bytes(b"")
+    elif how == "cut image":
+        image.write_bytes(image.read_bytes()[:-200])
+    elif how == "other image":
+        image.write_text("no image at all")
+    elif how == "broken header":
+        data = bytearray(image.read_bytes())
+        data[8:12] = b"\xff\xff\xff\xff"
+        image.write_bytes(data)
+    if how in ("no text", "empty text", "no file_name"):
+        table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("how, kind, message", [
+    ("no metadata", FileNotFoundError, "forget has no metadata.jsonl.*file_name.*text"),
+    ("empty metadata", ValueError, "metadata.jsonl is empty: name at least one image"),
+    ("no JSON", ValueError, "metadata.jsonl is not JSON lines"),
+    ("no image", FileNotFoundError, "metadata.jsonl names 3.png, which is not in .*forget"),
+    ("no text", ValueError, "3.png.*needs `file_name` and a caption in `text`"),
+    ("empty text", ValueError, "3.png.*caption in `text`"),
+    ("no file_name", ValueError, "needs `file_name`"),
+    ("empty image", ValueError, "3.png is not a readable image.*remove or replace it"),
+    ("cut image", ValueError, "3.png is not a readable image"),
+    ("other image", ValueError, "3.png is not a readable image"),
+    ("broken header", ValueError, "3.png is not a readable image"),
+])
+def test_bad_folders_are_refused_and_earlier_sets_stay_whole(pipe, folder, tmp_path, how, kind, message):
+    cache = tmp_path / "cache"
+    encode_folder(pipe, folder, cache)
+    before = {f: f.read_bytes() for f in cache.iterdir()}
+    spoil(folder, how)
+    with pytest.raises(kind, match=message):
+        encode_folder(pipe, folder, cache)
+    assert {f: f.read_bytes() for f in cache.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), ValueError("bad mode"), OSError("truncated")])
+def test_every_way_in_which_pil_gives_up_names_the_file(tmp_path, monkeypatch, error):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ValueError, match="a.png is not a readable image"):
+        read_image(tmp_path / "a.png", 4)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere has no metadata.jsonl"):
+        read_folder(tmp_path / "nowhere")

@@ -1,0 +1,143 @@
+"""The walk as it is walked: every notebook runs under papermill, on tiny random components, in the order of the book."""
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import tiny
+
+from mu.notebooks import execute, read_parameters
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+SETS = {
+    "defender/forget": ["a cat", "a photo of a cat", "a cat"], "defender/retain-related": ["a tiger", "a drawing of a tiger"],
+    "defender/retain-unrelated": ["a banana", "a cup", "a photo of a banana"],
+    "attacker/forget": ["cat", "an emoji of a cat"], "attacker/clean": ["banana", "cup"],
+}
+PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}, "unrelated": {"a banana": "concept:banana"}}
+TRAINING = dict(steps=2, batch_size=2, trajectory_reuse=2, checkpoint_every=1)
+META = dict(inner_steps_low=1, inner_steps_high=2, inner_batch_size=2, clean_every=2)
+DRAWING = dict(probe_seeds="2,1,1", sampling_steps=2)
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """The whole walk, executed once: (folder of it, a function that executes one notebook of it)."""
+    base = tmp_path_factory.mktemp("walk")
+    tiny.make_pipeline(base / "model")
+    tiny.make_judge().save_pretrained(base / "judge")
+    for seed, (name, captions) in enumerate(SETS.items()):
+        tiny.make_images(base / "sets" / name, captions, seed=seed)
+    (base / "sets" / "probe.json").write_text(json.dumps(PROBE))
+    places = dict(model=str(base / "model"), sets=str(base / "sets"), judge=str(base / "judge"), out=str(base / "runs"))
+
+    def run(name, output=None, again=False, **parameters):
+        notebook = NOTEBOOKS / f"{name}.ipynb"
+        known = read_parameters(notebook)
+        parameters = {k: v for k, v in places.items() if k in known} | {k: v for k, v in DRAWING.items() if k in known} | parameters
+        return execute(notebook, base / "report" / "notebooks" / f"{output or name}.ipynb", parameters, again=again)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(NOTEBOOKS.parent), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert run("10_prepare_concepts", shown=2)
+        assert run("20_unlearn", **TRAINING)
+        assert run("21_meta_unlearn", **TRAINING, **META)
+        assert run("30_attack_finetune", at="0,1,2", seeds="0,1", batch_size=2)
+        assert run("90_figures", report=str(base / "report"), note="A tiny test.")
+        yield base, run
+
+
+def stamps(folder):
+    return {file: file.stat().st_mtime_ns for file in sorted(Path(folder).rglob("*")) if file.is_file()}
+
+
+def test_every_run_leaves_weights_rows_and_a_protocol(walk):
+    runs = walk[0] / "runs"
+    for name in ("original", "unlearned", "meta"):
+        made = json.loads((runs / name / "metrics.json").read_text())
+        assert len(made["rows"]) == 4 == made["protocol"]["images"] and (runs / name / "samples.png").is_file()
+        assert made["protocol"]["versions"] and "judge" in made["protocol"]["judge"]
+    assert all((runs / name / "unet" / "config.json").is_file() and not (runs / name / "checkpoint.safetensors").exists() for name in ("unlearned", "meta"))
+    assert len(list((runs / "cache").iterdir())) == len(SETS)
+
+
+def test_an_attack_has_a_row_for_every_picture(walk):
+    found = json.loads((walk[0] / "runs" / "attack" / "forget-2e-05.json").read_text())
+    table = pd.DataFrame(found["rows"])
+    assert {"model", "attack", "lr", "attack_seed", "step", "group", "prompt", "expected", "seed", "hit"} <= set(table.columns)
+    assert len(table) == 2 * 2 * 3 * 4 and set(table.model) == {"unlearned", "meta-unlearned"} and found["protocol"]["attack_seeds"] == [0, 1]
+
+
+def test_the_report_is_whole(walk):
+    report = walk[0] / "report"
+    page = (report / "index.html").read_text()
+    for name in ("headline", "relearning", "self-destruction", "protection-quality"):
+        assert (report / "figures" / f"{name}.svg").stat().st_size and (report / "figures" / f"{name}.png").stat().st_size
+        assert f"figures/{name}.svg" in page
+    for name in ("before", "attacks", "revival", "marks"):
+        table = pd.read_csv(report / "tables" / f"{name}.csv")
+        assert len(table) and len((report / "tables" / f"{name}.md").read_text().splitlines()) == len(table) + 2
+    assert "A tiny test." in page and all(f"notebooks/{n}.html" in page for n in ("10_prepare_concepts", "20_unlearn", "90_figures"))
+
+
+def test_the_tables_say_what_the_rows_say(walk):
+    rows = pd.DataFrame(json.loads((walk[0] / "runs" / "attack" / "forget-2e-05.json").read_text())["rows"])
+    table = pd.read_csv(walk[0] / "report" / "tables" / "attacks.csv").set_index(["model", "group", "step"])
+    for key, hits in rows.groupby(["model", "group", "step"]).hit:
+        assert table.score[key] == pytest.approx(hits.mean(), abs=1e-3)
+
+
+def test_a_second_walk_repeats_nothing(walk):
+    base, run = walk
+    before = stamps(base)
+    assert not run("20_unlearn", **TRAINING) and not run("30_attack_finetune", at="0,1,2", seeds="0,1", batch_size=2)
+    assert stamps(base) == before  # not even executed
+    # executed anew, a notebook only reads what its run has left
+    assert run("21_meta_unlearn", output="again", **TRAINING, **META)
+    assert stamps(base / "runs") == stamps_of(before, base / "runs")
+
+
+def stamps_of(all_stamps, folder):
+    return {file: stamp for file, stamp in all_stamps.items() if file.is_relative_to(folder)}
+
+
+def test_controls_and_clean_join_the_figures(walk):
+    base, run = walk
+    run("21_meta_unlearn", output="21_ascent", name="ascent", start=str(base / "runs" / "unlearned"), relearn=0.0, self_destruct=0.0, clean=0.0,
+        ascent=0.1, **TRAINING, **META)
+    run("30_attack_finetune", output="30_clean", runs="unlearned,meta,ascent,original", attack="clean", at="0,1", seeds="0", batch_size=2)
+    run("90_figures", output="90_again", report=str(base / "report"))
+    assert (base / "report" / "figures" / "clean.svg").is_file()
+    assert {"ascent", "original"} <= set(pd.read_csv(base / "report" / "tables" / "attacks.csv").model)
+
+
+def test_other_parameters_are_refused_by_the_folder(walk):
+    with pytest.raises(RuntimeError, match="holds a run with eta=1.0, asked for is 3.0"):
+        walk[1]("20_unlearn", output="refused", eta=3.0, **TRAINING)
+
+
+def test_start_here_tells_the_story_alone(walk):
+    base, run = walk
+    assert run("00_start_here", out=str(base / "start"), unlearn_steps=1, meta_steps=3, attack_at="0,1", probe_seeds="1,1,1")
+    assert (base / "start" / "meta-unlearned" / "unet").is_dir()
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("[0-39]*.ipynb")), ids=lambda p: p.stem)
+def test_every_notebook_has_its_parts(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    text, code = ([c for c in cells if c.cell_type == kind] for kind in ("markdown", "code"))
+    assert cells[0].source.startswith("# ") and "?" in cells[0].source.splitlines()[0]
+    assert all(part in cells[0].source for part in ("**Goes in:**", "**Comes out:**", "**Needs:**"))
+    assert "google.colab" in code[0].source and "What this showed" in cells[-1].source and "**Next" in cells[-1].source
+    assert "You should see" in "".join(c.source for c in text) and any(c.source.count("assert") for c in code)
+    assert not any(c.outputs or c.execution_count for c in code), "outputs are not stripped"
+    lengths = sorted(len([line for line in c.source.splitlines() if line.strip()]) for c in code if "parameters" not in c.metadata.get("tags", []))
+    assert lengths[len(lengths) // 2] <= 6 and lengths[-1] <= 20
+    for line in next(c for c in code if "parameters" in c.metadata.get("tags", [])).source.splitlines():
+        ast.literal_eval(ast.parse(line).body[0].value)
+        assert "  # " in line, f"{line} has no words"

@@ -1,0 +1,112 @@
+"""Tiny random components: everything the tests need, made in a moment, from fixed seeds."""
+
+import copy
+import json
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from transformers import (
+    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification)
+
+from mu.concepts import ConceptSet
+from mu.pocket import LENGTH, build_tokenizer
+
+CAPTIONS = ["a cat", "a photo of a cat", "a tiger", "a drawing of a tiger, noto style", "a banana on a blue background", "a cup"]
+
+
+def make_unet(seed=0, **config):
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**dict(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), mid_block_type=None,
+        cross_attention_dim=16, attention_head_dim=2) | config)
+    unet.set_attn_processor(AttnProcessor())
+    return unet.eval()
+
+
+def frozen(unet):
+    return copy.deepcopy(unet).requires_grad_(False)
+
+
+def make_scheduler():
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                         clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def make_set(images, prompts, seed, name="p"):
+    g = torch.Generator().manual_seed(seed)
+    return ConceptSet(
+        torch.randn(images, 4, 8, 8, generator=g), torch.full((images, 4, 8, 8), 0.1),
+        {"encoder_hidden_states": torch.randn(prompts, LENGTH, 16, generator=g)},
+        torch.randint(prompts, (images,), generator=g), [f"{name}{i}" for i in range(prompts)])
+
+
+def make_sets():
+    """forget, retain_related, retain_unrelated, unconditional."""
+    empty = torch.randn(1, LENGTH, 16, generator=torch.Generator().manual_seed(9))
+    return make_set(6, 2, 1), make_set(6, 3, 2), make_set(6, 3, 3), {"encoder_hidden_states": empty}
+
+
+def make_vae():
+    return AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                         mid_block_add_attention=False, scaling_factor=0.3)
+
+
+def make_text_encoder(tokenizer, kind=CLIPTextModel):
+    return kind(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=16, initializer_range=1.0))
+
+
+def make_pipeline(folder):
+    """A complete tiny StableDiffusionPipeline in the folder, as `save_pretrained` writes it."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(CAPTIONS)
+    StableDiffusionPipeline(
+        vae=make_vae(), text_encoder=make_text_encoder(tokenizer), tokenizer=tokenizer, unet=make_unet(), scheduler=make_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def make_xl_pipeline(folder):
+    """A complete tiny StableDiffusionXLPipeline: two text encoders, pooled embeddings and time ids, another scheduler."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(CAPTIONS)
+    unet = make_unet(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+                     projection_class_embeddings_input_dim=6 * 8 + 16)
+    StableDiffusionXLPipeline(
+        vae=make_vae(), text_encoder=make_text_encoder(tokenizer), text_encoder_2=make_text_encoder(tokenizer, CLIPTextModelWithProjection),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, add_watermarker=False, scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_judge(concepts=("cat", "tiger", "banana"), styles=("noto", "fluent")):
+    torch.manual_seed(0)
+    labels = [f"concept:{c}" for c in concepts] + [f"style:{s}" for s in styles]
+    return ResNetForImageClassification(ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)})).eval().requires_grad_(False)
+
+
+def make_images(folder, captions, size=16, seed=0):
+    """An image folder (PNG + metadata.jsonl) with one random picture a caption."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(captions)]
+    for line in lines:
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / line["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def weights(unet):
+    """A copy of the weights, in one vector."""
+    return torch.cat([p.detach().flatten() for p in unet.parameters()]).clone()
