@@ -5,7 +5,7 @@
 PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
-export HF_HUB_OFFLINE := 1
+export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 
@@ -17,7 +17,7 @@ demo: .venv/installed
 	@echo "The report: file://$(CURDIR)/reports/pocket/index.html"
 
 test: .venv/installed
-	@$(BIN)/pytest
+	@$(BIN)/pytest -q
 
 # pip is quiet and leaves nothing outside .venv; torch goes first, so that whatever build the index offers is the one that stays
 .venv/installed: pyproject.toml

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from mu.notebooks import check_parameters, origin, origin_of
 
+if not config:
+    sys.exit("say which walk: --configfile notebooks/profiles/pocket-demo.yaml")
 REPORT, WALK = Path(config["report"]), config["walk"]
 DONE = Path(config["runs"]) / "done"
 

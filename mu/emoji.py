@@ -46,19 +46,23 @@ def read_concepts(path):
         return [row | {"icons": row["icons"].split()} for row in csv.DictReader(f)]
 
 
-def fetch_icons(package, version, folder):
-    """Icon name → SVG text of one npm package, fetched once by `npm pack` into `folder`.
+def fetch(package, version, folder, file):
+    """The value of one JSON file of an npm package, which is fetched once by `npm pack` into `folder`.
 
     Raises RuntimeError with npm's own words when it cannot be fetched."""
-    folder = Path(folder)
-    tarball = folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
+    tarball = Path(folder) / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
     if not tarball.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        tarball.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"npm could not fetch {package}@{version}: {done.stderr.strip()[-300:]}")
     with tarfile.open(tarball) as tar:
-        pack = json.load(tar.extractfile("package/icons.json"))
+        return json.load(tar.extractfile(f"package/{file}"))
+
+
+def fetch_icons(package, version, folder):
+    """Icon name → SVG text of one npm package."""
+    pack = fetch(package, version, folder, "icons.json")
     icons = pack["icons"] | {a: pack["icons"].get(d["parent"]) for a, d in pack.get("aliases", {}).items()}
     size = lambda icon: (icon.get("width", pack.get("width", 16)), icon.get("height", pack.get("height", 16)))
     return {name: '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '

@@ -23,7 +23,7 @@ class Probe:
 
 
 def load_judge(path=JUDGE):
-    return ResNetForImageClassification.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
+    return ResNetForImageClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
 
 
 @torch.no_grad()

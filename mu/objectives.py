@@ -46,25 +46,26 @@ def gradients(loss, parameters, **kwargs):
 
 
 @torch.no_grad()
-def sample_trajectory(unet, noise_scheduler, conditioning, unconditional, generator, guidance=3.0, steps=50, shape=None):
-    """A DDIM trajectory of the student, stopped at one random step per row (ESD's z_t, with t drawn inside that step's bin).
+def sample_trajectory(unet, noise_scheduler, conditioning, unconditional, generator, guidance=3.0, steps=50, shape=None, points=1):
+    """DDIM trajectories of the student, one a row, each stopped at `points` random steps (ESD's z_t, with t drawn inside that step's bin).
 
-    Returns noisy latents (n, …), timesteps (n,): row i carries the noise level of the step that would come next, and t is
-    uniform over [that step's timestep, the one before it). Costs as many guided passes as the latest of the drawn steps."""
+    Returns noisy latents (points · n, …) and timesteps (points · n,), all rows' first points first: a latent carries the noise level
+    of the step that would come next, and t is uniform over [that step's timestep, the one before it). Costs as many guided passes
+    of n rows as the latest of the drawn steps."""
     n = conditioning["encoder_hidden_states"].shape[0]
     noise_scheduler.set_timesteps(steps)
     grid = noise_scheduler.timesteps
     stride = noise_scheduler.config.num_train_timesteps // steps
-    stop = torch.randint(steps, (n,), generator=generator)
+    stop = torch.randint(steps, (points, n), generator=generator)
     latents = torch.randn((n, *shape), generator=generator) * noise_scheduler.init_noise_sigma
-    stopped = latents.clone()
+    stopped = latents.expand(points, *latents.shape).clone()
     both = stack({k: v.expand(n, *v.shape[1:]) for k, v in unconditional.items()}, conditioning)
     for i in range(int(stop.max())):
         empty, full = predict_noise(unet, torch.cat([latents] * 2), grid[i].expand(2 * n), both).chunk(2)
         latents = noise_scheduler.step(empty + guidance * (full - empty), grid[i], latents).prev_sample
-        stopped = torch.where((stop == i + 1)[:, None, None, None], latents, stopped)
-    timesteps = grid[stop] + torch.randint(stride, (n,), generator=generator)
-    return stopped, timesteps.clamp(max=noise_scheduler.config.num_train_timesteps - 1)
+        stopped = torch.where((stop == i + 1)[..., None, None, None], latents, stopped)
+    timesteps = grid[stop.flatten()] + torch.randint(stride, (points * n,), generator=generator)
+    return stopped.flatten(0, 1), timesteps.clamp(max=noise_scheduler.config.num_train_timesteps - 1)
 
 
 @torch.no_grad()

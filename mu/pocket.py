@@ -25,14 +25,12 @@ def build_tokenizer(captions):
     bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True)  # CLIP's words
-    letters = [chr(c) for c in range(33, 127)]
+    # every letter, inside a word and at its end, so that no prompt is out of vocabulary; named first, since the trainer would give them ids in random order
+    letters = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)]
     bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=100_000, special_tokens=special, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+        vocab_size=100_000, special_tokens=special + letters, end_of_word_suffix="</w>", show_progress=False))
     trained = json.loads(bpe.to_str())["model"]
-    vocab = dict(trained["vocab"])
-    for letter in letters:  # single letters that end a word, so that no prompt is out of vocabulary
-        vocab.setdefault(letter + "</w>", len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in trained["merges"]], unk_token=special[1], bos_token=special[0],
+    return CLIPTokenizer(vocab=trained["vocab"], merges=[tuple(m) for m in trained["merges"]], unk_token=special[1], bos_token=special[0],
                          eos_token=special[1], pad_token=special[1], model_max_length=LENGTH)
 
 
@@ -175,16 +173,16 @@ def encode_drawings(vae, rgba, repeats, seed=0, strength=0.6):
     return {"mean": torch.cat(means), "std": torch.cat(stds), "drawing": which, "color": colors}
 
 
-def sample_captions(drawings, colors, generator):
-    """One random caption each: a style half of the time, a background whenever it is not white, an empty one in ten (for guidance)."""
+def sample_captions(drawings, colors, generator, style_share=0.5):
+    """One random caption each: a style in `style_share` of them, a background whenever it is not white, an empty one in ten (for guidance)."""
     names, r = list(COLORS), torch.rand(len(drawings), 4, generator=generator)
     return ["" if r[i, 0] < 0.1 else caption(
-        d["concept"], d["style"] if r[i, 1] < 0.5 else None, names[c] if c or r[i, 2] < 0.15 else None,
+        d["concept"], d["style"] if r[i, 1] < style_share else None, names[c] if c or r[i, 2] < 0.15 else None,
         TEMPLATES[int(r[i, 3] ** 2 * len(TEMPLATES))]) for i, (d, c) in enumerate(zip(drawings, colors.tolist()))]
 
 
 def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling_factor, steps=6000, batch_size=64, lr=1e-3,
-               seed=0, dtype=torch.bfloat16, ema_decay=0.9985, state=None):
+               seed=0, dtype=torch.bfloat16, ema_decay=0.9985, style_share=0.5, state=None):
     """Denoising loss with min-SNR-5 weights, UNet and text encoder together, EMA of both, which is the result. Yields (step, loss, save).
 
     `save()` is the state as a flat dict of tensors; as `state` it continues the run with the numbers of an uninterrupted one."""
@@ -205,7 +203,7 @@ def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling
     weights = torch.tensor([1 / per_concept[drawings[i]["concept"]] ** 0.5 for i in data["drawing"].tolist()])
     for step in range(first, steps):
         index = torch.multinomial(weights, batch_size, True, generator=g)
-        prompts = sample_captions([drawings[i] for i in data["drawing"][index].tolist()], data["color"][index], g)
+        prompts = sample_captions([drawings[i] for i in data["drawing"][index].tolist()], data["color"][index], g, style_share)
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
         noise, jitter = (torch.randn(data["mean"][index].shape, generator=g) for _ in range(2))
         latents = (data["mean"][index] + data["std"][index] * jitter) * scaling_factor
@@ -221,3 +219,26 @@ def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling
             f"{i}/{k}": v.detach() for i, (p, average) in enumerate(zip(parameters, ema.shadow_params))
             for k, v in (optimizer.state[p] | {"weight": p, "ema": average}).items()}
     ema.copy_to(parameters)
+
+
+def fill_card(card, metrics):
+    """Write the figures of a metrics.json (see the notebook of the recipe) between the two marks of a Markdown card."""
+    p, judge, vae = metrics["protocol"], metrics["judge"], metrics["autoencoder"]
+    percent = lambda x: f"{100 * x:.1f} %"
+    interval = lambda r: f"{percent(r['score'])} ({percent(r['low'])} to {percent(r['high'])}), {r['images']} images"
+    lines = [
+        ("samples in which the judge sees the concept asked for, \"a {concept}\"", interval(metrics["concepts"])),
+        (f"concepts that it sees in at least 85 % of their {p['seeds']} samples", f"{percent(metrics['strong concepts'])} of {len(metrics['per concept'])}"),
+        ("samples in which it sees the style asked for, \"a {concept}, {style} style\"", interval(metrics["styles"])),
+        *((f"the same, {style} alone", percent(share)) for style, share in metrics["per style"].items()),
+        ("samples in which it sees the concept at guidance 1, that is without guidance", interval(metrics["unguided"])),
+        ("judge, new views of the drawings that it was trained on: concept, style", f"{percent(judge['concept'])}, {percent(judge['style'])}"),
+        (f"another judge, trained without any {judge['unseen style']} drawing, on those drawings: concept", percent(judge["unseen concept"])),
+        ("autoencoder, reconstruction in the four styles, in the other five", f"{vae['psnr']:.1f} dB, {vae['psnr of unseen styles']:.1f} dB"),
+        ("size, pipeline and judge", f"{metrics['megabytes']:.1f} MB")]
+    weakest = ", ".join(f"{name} {percent(share)}" for name, share in sorted(metrics["per concept"].items(), key=lambda x: x[1])[:8])
+    text = "| figure | measured |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in lines) + (
+        f"\nWeakest concepts: {weakest}. Guidance {p['guidance']}, {p['sampling_steps']} steps of {p['sampler']}, seeds 0 to {p['seeds'] - 1}; 95 % bootstrap intervals over "
+        f"images; {', '.join(f'{k} {v}' for k, v in p['versions'].items())}; weights {', '.join(f'{k} `{v}`' for k, v in p['weights'].items())}.\n")
+    before, rest = card.read_text().split("<!-- figures -->\n")
+    card.write_text(f"{before}<!-- figures -->\n{text}<!-- /figures -->{rest.split('<!-- /figures -->')[1]}")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+from jinja2 import Environment, FileSystemLoader, pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -68,8 +68,7 @@ def write_report(folder, *, title, claim, headline=None, cards=(), tables=None, 
     for entry in notebooks:
         file, words = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
         links.append({"href": inside(file, folder, "notebook"), "words": words})
-    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template(TEMPLATE.name).render(
         title=title, claim=[claim] if isinstance(claim, str) else claim, language=language,
         headline=picture(headline, folder, "headline") if headline else None,

@@ -92,15 +92,20 @@ def resume(folder, state):
     return state
 
 
+def save_model(model, folder):
+    """Save a model or pipeline of diffusers or transformers as the folder, which appears whole, in place of an earlier one."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
 def finish(folder, unet):
     """Save the result as a diffusers UNet in `folder`/unet and drop the checkpoint, which is six times as large."""
-    folder = Path(folder)
-    temporary = folder / f".unet.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    unet.save_pretrained(temporary, safe_serialization=True)
-    shutil.rmtree(folder / "unet", ignore_errors=True)
-    os.replace(temporary, folder / "unet")
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    save_model(unet, Path(folder) / "unet")
+    (Path(folder) / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -116,7 +116,8 @@ def unlearn(
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
     inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam" or a list to draw from.
     bound: a loss after the attack that is above it is not pushed further. ascent: the control, without an inner loop.
-    eta, guidance: ESD's. trajectory_reuse: steps that share one pool of student trajectories.
+    eta, guidance: ESD's. trajectory_reuse: steps that share one batch of student trajectories,
+    each with a random point of its own.
     Passes a step: 1 at θ, inner_steps + 1 at θ_FT, 1 of the frozen UNet, and the trajectories'.
     Raises FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
     unet, parameters = state.unet, state.parameters
@@ -138,10 +139,10 @@ def unlearn(
             parts, weights = {}, {}
             if unlearn:
                 if state.trajectory is None or state.step % trajectory_reuse == 0:
-                    prompt = torch.randint(len(forget.prompts), (batch_size * trajectory_reuse,), generator=g_unlearn)
+                    prompt = torch.randint(len(forget.prompts), (batch_size,), generator=g_unlearn)
                     state.trajectory = (*sample_trajectory(
                         unet, noise_scheduler, rows(forget.conditioning, prompt), unconditional, g_unlearn, guidance,
-                        shape=forget.mean.shape[1:]), prompt)
+                        shape=forget.mean.shape[1:], points=trajectory_reuse), prompt.repeat(trajectory_reuse))
                 some = slice(state.step % trajectory_reuse * batch_size, (state.step % trajectory_reuse + 1) * batch_size)
                 latents, timesteps, prompt = (x[some] for x in state.trajectory)
                 parts["unlearn"] = esd(unet_frozen, latents, timesteps, rows(forget.conditioning, prompt), unconditional, eta)

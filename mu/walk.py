@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from mu.concepts import encode_folder
 from mu.evaluate import Probe, evaluate, make_probe, score, steps_to_revival
@@ -14,6 +16,10 @@ from mu.models import MODELS, stack
 from mu.plots import from_grid, panel, save_grid
 from mu.runs import digest, finish, load_unet, protocol, read_json, resume, run_loop, save_json
 
+diffusers_logging.disable_progress_bar()  # those of reading files; the ones of training stay
+transformers_logging.disable_progress_bar()
+pd.set_option("display.max_colwidth", None)
+pd.set_option("display.precision", 3)
 LABELS = {"meta": "meta-unlearned", "stronger": "unlearned, stronger"}  # in figures; other runs are called as their folders are
 
 
@@ -49,9 +55,9 @@ def carry_out(folder, state, records, steps, checkpoint_every=25):
     return pd.DataFrame([record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]).set_index("step")
 
 
-def measure(folder, pipe, judge, probe, guidance, steps, **facts):
+def measure(folder, pipe, judge, probe, guidance, steps, facts):
     """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows."""
-    facts |= {"images": len(probe.items), "sampling_guidance": guidance, "sampling_steps": steps}
+    facts = facts | {"images": len(probe.items), "sampling_guidance": guidance, "sampling_steps": steps}
     made = read_json(Path(folder) / "metrics.json")
     if not made or {name: made["protocol"].get(name) for name in facts} != facts:
         rows, images = evaluate(pipe, judge, probe, guidance, steps)

@@ -5,8 +5,11 @@ import sys
 
 from mu.notebooks import execute
 
-os.environ["OMP_NUM_THREADS"] = str(snakemake.threads)  # noqa: F821, Snakemake provides it; the notebook's kernel inherits it
+job = snakemake  # noqa: F821, Snakemake provides it
+os.environ["OMP_NUM_THREADS"] = str(job.threads)  # the notebook's kernel inherits it
 try:
-    execute(snakemake.input.notebook, snakemake.params.output, snakemake.params.parameters, again=True)  # noqa: F821
+    execute(job.input.notebook, job.params.output, job.params.parameters, again=True)
 except (OSError, ValueError, TypeError, RuntimeError) as error:
     sys.exit(f"\nerror: {error}\n")
+except KeyboardInterrupt:
+    sys.exit(f"\nstopped {job.input.notebook}; the same command goes on from here\n")

@@ -75,44 +75,49 @@ def test_esd_target_is_the_equation(unet, unet_frozen, sets, noise_scheduler, et
     torch.testing.assert_close(loss, (unet(z, t, c["encoder_hidden_states"]).sample - expected).pow(2).mean(), rtol=1e-4, atol=1e-9)
 
 
-def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(unet, sets, noise_scheduler):
+@pytest.mark.parametrize("points", [1, 2])
+def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(unet, sets, noise_scheduler, points):
     forget, unconditional = sets[0], sets[3]
-    conditioning = rows(forget.conditioning, torch.tensor([0, 1, 0, 1, 1]))
-    seed = 3
-    z, t = sample_trajectory(unet, noise_scheduler, conditioning, unconditional, generator(seed), guidance=3.0, shape=(4, 8, 8))
+    conditioning = rows(forget.conditioning, torch.tensor([0, 1, 1]))
+    seed = 5
+    z, t = sample_trajectory(unet, noise_scheduler, conditioning, unconditional, generator(seed), guidance=3.0, shape=(4, 8, 8), points=points)
+    assert z.shape == (3 * points, 4, 8, 8) and t.shape == (3 * points,) and not z.requires_grad
 
     start = generator(seed)
-    stops = torch.randint(50, (5,), generator=start)
-    noise = torch.randn(5, 4, 8, 8, generator=start)
-    assert len(set(stops.tolist())) > 2
-    for row, stop in enumerate(stops):
+    stops = torch.randint(50, (points, 3), generator=start)
+    noise = torch.randn(3, 4, 8, 8, generator=start)
+    assert len(set(stops.flatten().tolist())) == 3 * points
+    for row in range(3):
         scheduler = tiny.make_scheduler()
         scheduler.set_timesteps(50)
-        latents = noise[row:row + 1]
-        for step in scheduler.timesteps[:stop]:
+        latents, on_the_way = noise[row:row + 1], []
+        for step in scheduler.timesteps[:stops[:, row].max() + 1]:
+            on_the_way.append(latents)
             with torch.no_grad():
                 empty = unet(latents, step, unconditional["encoder_hidden_states"]).sample
                 full = unet(latents, step, conditioning["encoder_hidden_states"][row:row + 1]).sample
             latents = scheduler.step(empty + 3.0 * (full - empty), step, latents).prev_sample
-        torch.testing.assert_close(z[row:row + 1], latents, rtol=1e-4, atol=1e-5)
-        first = scheduler.timesteps[stop].item()
-        assert first <= t[row] < first + 20
-    assert not z.requires_grad
+        for point, stop in enumerate(stops[:, row].tolist()):  # all rows' first points first
+            i = point * 3 + row
+            torch.testing.assert_close(z[i:i + 1], on_the_way[stop], rtol=1e-4, atol=1e-5)
+            first = scheduler.timesteps[stop].item()
+            assert first <= t[i] < first + 20
 
 
-def test_timesteps_lie_in_the_bin_of_the_noise_level_that_the_latents_have(noise_scheduler):
+@pytest.mark.parametrize("points", [1, 4])
+def test_timesteps_lie_in_the_bin_of_the_noise_level_that_the_latents_have(noise_scheduler, points):
     """A network that predicts no noise: DDIM then only rescales, so that the latents tell how far they came."""
-    n, seed, passes = 4000, 0, []
+    n, seed, passes = 4000 // points, 0, []
 
     def nothing(latents, *_, **__):
         passes.append(1)
         return SimpleNamespace(sample=torch.zeros_like(latents))
 
     conditioning = {"encoder_hidden_states": torch.zeros(n, 1, 1)}
-    z, t = sample_trajectory(nothing, noise_scheduler, conditioning, rows(conditioning, slice(1)), generator(seed), shape=(1, 2, 2))
+    z, t = sample_trajectory(nothing, noise_scheduler, conditioning, rows(conditioning, slice(1)), generator(seed), shape=(1, 2, 2), points=points)
     start = generator(seed)
-    torch.randint(50, (n,), generator=start)
-    noise = torch.randn(n, 1, 2, 2, generator=start)
+    torch.randint(50, (points, n), generator=start)
+    noise = torch.randn(n, 1, 2, 2, generator=start).repeat(points, 1, 1, 1)
 
     grid = torch.arange(981, 0, -20)
     scales = (noise_scheduler.alphas_cumprod[grid] / noise_scheduler.alphas_cumprod[981]).sqrt()

@@ -57,6 +57,11 @@ def test_no_prompt_is_out_of_vocabulary(tokenizer):
     assert tokenizer("A CAT").input_ids == tokenizer("a cat").input_ids
 
 
+def test_the_tokenizer_is_the_same_each_time_it_is_built(tokenizer):
+    for _ in range(3):
+        assert pocket.build_tokenizer(tiny.CAPTIONS).get_vocab() == tokenizer.get_vocab()
+
+
 def test_the_tokenizer_comes_back_from_disk(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = CLIPTokenizer.from_pretrained(tmp_path)
@@ -311,6 +316,37 @@ def test_a_package_is_fetched_once_and_a_failure_says_why(tmp_path, monkeypatch)
     assert calls == [["npm", "pack", "@iconify-json/test@1.0.0"]]
     with pytest.raises(RuntimeError, match="@iconify-json/test@9.9.9: npm error 404 no such version"):
         fetch_icons("@iconify-json/test", "9.9.9", tmp_path / "npm")
+
+
+@pytest.mark.parametrize("kind, concept, related", [("object", "cat", ["tiger"]), ("style", "noto", ["fluent", "twemoji"])])
+def test_defender_and_attacker_share_neither_image_nor_prompt(tmp_path, kind, concept, related):
+    from mu.concepts import read_folder
+    rng, names = np.random.default_rng(0), ["bus", "cat", "cup", "dog", "key", "leaf", "pear", "tiger"]
+    drawings = [{"concept": c, "style": s, "icon": c, "rgba": rng.integers(0, 256, (128, 128, 4), dtype=np.uint8)}
+                for s in (*STYLES, *list(emoji.ATTACKER_STYLES)[:2]) for c in names]
+    emoji.write_attack_sets(tmp_path, drawings, concept, kind, related)
+    images, prompts, said = {}, {}, {}
+    for folder in ("defender/forget", "defender/retain-related", "defender/retain-unrelated", "attacker/forget", "attacker/clean"):
+        paths, captions = read_folder(tmp_path / folder)
+        images[folder], prompts[folder] = {path.read_bytes() for path in paths}, set(captions)
+        said[folder] = [json.loads(line) for line in (tmp_path / folder / "metadata.jsonl").read_text().splitlines()]
+        assert len(images[folder]) == len(paths) > 0
+    for ours in ("defender/forget", "defender/retain-related", "defender/retain-unrelated"):
+        for theirs in ("attacker/forget", "attacker/clean"):
+            assert not images[ours] & images[theirs] and not prompts[ours] & prompts[theirs]
+    what = "style" if kind == "style" else "concept"
+    for folder in ("defender/forget", "attacker/forget"):
+        assert all(line[what] == concept and concept in line["text"] for line in said[folder])
+    assert {line[what] for line in said["defender/retain-related"]} == set(related)
+    assert not any(line[what] == concept for f in said for line in said[f] if not f.endswith("/forget"))
+    assert not {line["concept"] for line in said["attacker/clean"]} & {line["concept"] for line in said["defender/retain-unrelated"]}
+    probe = json.loads((tmp_path / "probe.json").read_text())
+    assert probe.keys() == {"forget", "related", "unrelated"} and set(probe["forget"].values()) == {f"{what}:{concept}"}
+    assert set(probe["related"].values()) == {f"{what}:{name}" for name in related}
+    assert f"{what}:{concept}" not in probe["unrelated"].values()
+    emoji.write_attack_sets(tmp_path / "again", drawings, concept, kind, related)
+    assert {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*.*")} == {
+        p.relative_to(tmp_path): p.read_bytes() for top in ("defender", "attacker", "probe.json") for p in [tmp_path / top, *(tmp_path / top).rglob("*.*")] if p.is_file()}
 
 
 def test_captions_and_concepts_file(tmp_path):

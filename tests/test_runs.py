@@ -183,6 +183,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, sets, noise_scheduler, 
     monkeypatch.undo()
     state = resume(tmp_path, State(tiny.make_unet(), "f", lr=1e-3, optimizer="adam"))
     assert state.step == 2 and torch.equal(tiny.weights(state.unet), kept)
+    assert [r["step"] for r in read_json(tmp_path / "records.json")] == [1, 2, 3]  # written before the checkpoint that failed
+    for _ in run_loop(tmp_path, state, finetune(state, noise_scheduler, sets[0], steps=4)):
+        pass
+    assert [r["step"] for r in read_json(tmp_path / "records.json")] == [1, 2, 3, 4]
 
 
 def test_kill_9_and_go_on(tmp_path):

@@ -1,0 +1,240 @@
+"""The runner, on toy notebooks; and what every notebook of the repository has to look like."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from mu.notebooks import check_parameters, execute, fits, main, origin, origin_of, read_parameters
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARAMETERS = '''steps: int = 3  # steps of nothing
+lr: float = 1e-3  # learning rate
+name: str = "toy"  # a word
+names: list[str] = ["a", "b"]  # words
+weights: dict[str, float] = {"a": 1.0}  # weights
+fail: bool = False  # stop in the middle'''
+
+
+def write_notebook(path, *code, parameters=PARAMETERS, text="# What is it?\n\nInline $\\theta - \\tau$ and `$5`."):
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+             *(nbformat.v4.new_code_cell(source) for source in code)]
+    metadata = {"kernelspec": {"name": "a-kernel-of-somebody-else", "display_name": "x", "language": "python"}, "language_info": {"name": "python"}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+def text_of(path):
+    return "".join(o.get("text", "") for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_notebook(tmp_path_factory.mktemp("toy") / "toy.ipynb", "print('steps', steps, type(lr).__name__, name)",
+                          "# a comment first\nassert not fail, 'asked to fail'", "print('end')")
+
+
+@pytest.fixture(scope="module")
+def ran(toy, tmp_path_factory):
+    """The toy, run once: (output, parameters)."""
+    output, parameters = tmp_path_factory.mktemp("ran") / "deep" / "toy.ipynb", {"steps": 4, "name": "it's $(echo no) \"quoted\""}
+    assert execute(toy, output, parameters) is True
+    return output, parameters
+
+
+def test_runs_whole_files_in_this_python(ran):
+    output, _ = ran
+    assert sorted(p.name for p in output.parent.iterdir()) == ["toy.html", "toy.ipynb"]
+    assert text_of(output).splitlines() == ["steps 4 float it's $(echo no) \"quoted\"", "end"]
+    assert all(c.execution_count for c in nbformat.read(output, 4).cells if c.cell_type == "code")
+
+
+def test_page_loads_nothing_and_draws_formulas(ran):
+    page = ran[0].with_suffix(".html").read_text()
+    assert "<math" in page and "<title>What is it?</title>" in page and "<code>$5</code>" in page
+    for word in ('src="http', "src='http", 'href="http', "<script src", "cdnjs", "unpkg", "url(http", "@import"):
+        assert word not in page, word
+
+
+def test_nothing_done_is_repeated(toy, ran, tmp_path):
+    output, parameters = ran
+    before = output.stat().st_mtime_ns
+    assert execute(toy, output, parameters) is False and output.stat().st_mtime_ns == before
+    shutil.copytree(output.parent, tmp_path / "copy")
+    assert execute(toy, tmp_path / "copy" / "toy.ipynb", {"steps": 5}) is True, "other parameters"
+    assert text_of(tmp_path / "copy" / "toy.ipynb").startswith("steps 5 float toy")
+    assert origin(toy, {"steps": 5}) == origin_of(tmp_path / "copy" / "toy.ipynb") != origin(toy, {"steps": 6})
+    other = write_notebook(tmp_path / "toy.ipynb", "print('another source')")
+    assert origin(other, {})["asked"] != origin(toy, {})["asked"] and origin_of(tmp_path / "nowhere.ipynb") == {}
+
+
+def test_failure_says_which_cell_to_open_and_keeps_what_was(toy, ran, tmp_path):
+    shutil.copytree(ran[0].parent, tmp_path / "out")
+    output = tmp_path / "out" / "toy.ipynb"
+    before = output.read_bytes(), output.with_suffix(".html").read_bytes()
+    with pytest.raises(RuntimeError) as caught:
+        execute(toy, output, {"fail": True})
+    unfinished = output.with_name("toy.unfinished.ipynb")
+    for words in (str(toy), "cell [4] `# a comment first`", "AssertionError: asked to fail", f"open {unfinished}"):
+        assert words in str(caught.value)
+    assert (output.read_bytes(), output.with_suffix(".html").read_bytes()) == before
+    assert "steps 3" in text_of(unfinished) and "end" not in text_of(unfinished)
+
+
+def test_dead_kernel_is_told_as_such(tmp_path):
+    toy = write_notebook(tmp_path / "toy.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(RuntimeError, match=r"stopped in cell \[.\] `import os, signal`\n.*kernel died"):
+        execute(toy, tmp_path / "out.ipynb", html=False)
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_two_at_once_are_refused(toy, tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time\nf = open(sys.argv[1], 'a')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
+                               "print('held', flush=True)\ntime.sleep(600)", tmp_path / "out.unfinished.ipynb"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RuntimeError, match="out.unfinished.ipynb is being written by another process"):
+            execute(toy, tmp_path / "out.ipynb")
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+@pytest.mark.parametrize("parameters, error, words", [
+    ({"step": 3}, ValueError, "no parameter 'step'; it has: steps, lr, name, names, weights, fail"),
+    ({"steps": 3.0}, TypeError, "steps must be int (by default 3), not 3.0, which is float"),
+    ({"steps": True}, TypeError, "steps must be int"),
+    ({"steps": None}, TypeError, "which is NoneType"),
+    ({"lr": "1e-5"}, TypeError, "YAML needs a point and a sign"),
+    ({"fail": 1}, TypeError, "fail must be bool"),
+    ({"name": 3}, TypeError, "name must be str"),
+    ({"names": "ab"}, TypeError, "names must be list[str]"),
+    ({"names": ["a", 1]}, TypeError, "names must be list[str]"),
+    ({"weights": {"a": "1"}}, TypeError, "weights must be dict[str, float]"),
+    ({"weights": {1: 1.0}}, TypeError, "weights must be dict[str, float]"),
+])
+def test_wrong_parameters_are_refused_before_anything_is_written(toy, tmp_path, parameters, error, words):
+    with pytest.raises(error) as caught:
+        execute(toy, tmp_path / "out" / "toy.ipynb", parameters)
+    assert words in str(caught.value) and str(toy) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_right_parameters_pass(toy):
+    check_parameters(toy, {"steps": 0, "lr": 1, "name": "", "names": [], "weights": {"a": 1, "b": 0.5}, "fail": True})
+
+
+@pytest.mark.parametrize("value, annotation, expected", [(1, "float", True), (True, "float", False), ([1, [2]], "list", True), ([[1], [2]], "list[list[int]]", True),
+                                                         ([[1], [2.5]], "list[list[int]]", False), ({}, "dict[str, int]", True), ([], "dict[str, int]", False)])
+def test_types(value, annotation, expected):
+    assert fits(value, ast.parse(annotation, mode="eval").body) is expected
+
+
+@pytest.mark.parametrize("line", ["steps = 3", "steps: int = n", "steps: int = 3.5", "steps: tuple = (1, 2)", "steps: Path = 'a'", "names: list[Path] = ['a']"])
+def test_a_parameter_is_an_annotated_literal(tmp_path, line):
+    with pytest.raises(ValueError, match="must read `(steps|names): type = value  # meaning`"):
+        read_parameters(write_notebook(tmp_path / "toy.ipynb", parameters=line))
+
+
+def test_command_line(toy, ran, tmp_path, capsys):
+    main([str(toy), str(tmp_path / "out.ipynb"), "-p", "lr", "1e-5", "-p", "name", "7", "-p", "names", "['x']"])
+    assert text_of(tmp_path / "out.ipynb").startswith("steps 3 float 7")
+    main([str(toy), str(tmp_path / "out.ipynb"), "-p", "lr", "1e-5", "-p", "name", "7", "-p", "names", "['x']"])
+    assert "was there already" in capsys.readouterr().out
+    for arguments, words in ((["-p", "steps", "many"], "steps must be int"), (["-p", "step", "1"], "no parameter 'step'")):
+        with pytest.raises(SystemExit, match=f"error: .*{words}"):
+            main([str(toy), str(tmp_path / "out.ipynb"), *arguments])
+    with pytest.raises(SystemExit, match="there is no notebook"):
+        main([str(tmp_path / "nowhere.ipynb"), "out.ipynb"])
+
+
+# --- the walk: Snakemake, with the Snakefile of the repository and three toy notebooks
+
+def walk(folder, steps, *flags):
+    (folder / "walk.yaml").write_text(yaml.safe_dump({"runs": "runs/toy", "report": "reports/toy", "walk": steps}))
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "walk.yaml", "--nolock", "--rerun-incomplete",
+               "--rerun-triggers", "mtime", "params", "input", "--quiet", "host", "progress", "reason", "rules", *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return done.returncode, done.stdout + done.stderr
+
+
+def made(folder):
+    return {p.stem: p.stat().st_mtime_ns for p in (folder / "reports/toy/notebooks").glob("*.html")}
+
+
+def test_walk_repeats_nothing_and_goes_on_where_it_stopped(tmp_path):
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    source = "import os, pathlib\nos.makedirs('runs/toy', exist_ok=True)\npathlib.Path(f'runs/toy/{name}').write_text(os.environ['OMP_NUM_THREADS'])"
+    for name in ("10_a", "20_b"):
+        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "assert not fail, 'asked to fail'", source)
+    shutil.copy(ROOT / "notebooks" / "run.py", tmp_path / "notebooks")
+    steps = {"10_a": {"parameters": {"name": "a"}, "leaves": ["runs/toy/a"], "threads": 2}, "20_b": {"after": ["10_a"], "parameters": {"name": "b"}},
+             "20_b-again": {"notebook": "20_b", "after": ["20_b"], "parameters": {"name": "c", "fail": True}}}
+
+    code, said = walk(tmp_path, steps | {"20_b": {"after": ["10_a"], "parameters": {"lr": "1e-5"}}})
+    assert code and "lr must be float" in said and not (tmp_path / "reports").exists(), "refused before anything runs"
+
+    code, said = walk(tmp_path, steps)
+    assert code and "stopped in cell [3] `assert not fail, 'asked to fail'`" in said and "AssertionError: asked to fail" in said
+    assert "as far as it came: reports/toy/notebooks/20_b-again.unfinished.ipynb" in said
+    first = made(tmp_path)
+    assert set(first) == {"10_a", "20_b"} and (tmp_path / "runs/toy/a").read_text() == "2" and (tmp_path / "runs/toy/b").read_text() == "1"
+
+    earlier = tmp_path / "reports/toy/notebooks/10_a.ipynb"
+    earlier.write_text(earlier.read_text().replace(origin_of(earlier)["mu"], "0123456789abcdef"))
+    steps["20_b-again"]["parameters"]["fail"] = False
+    code, said = walk(tmp_path, steps)
+    assert code == 0 and said.count("was made by an earlier mu. To make everything again, delete runs/toy") == 1, said
+    second = made(tmp_path)
+    assert {n: second[n] for n in first} == first and set(second) == {*first, "20_b-again"}
+
+    (tmp_path / "runs/toy/a").unlink()  # what is gone is made again, and what came after it
+    code, said = walk(tmp_path, steps, "--dry-run")
+    assert code == 0 and not (tmp_path / "runs/toy/done/10_a").exists() and "10_a" in said and made(tmp_path) == second
+
+
+# --- the notebooks of the repository
+
+def test_there_are_notebooks():
+    assert {p.name[:2] for p in NOTEBOOKS} >= {"00", "10", "20", "21", "30", "90"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_has_its_parts(path):
+    cells = nbformat.read(path, 4).cells
+    code, text = ([c for c in cells if c.cell_type == kind] for kind in ("code", "markdown"))
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ") and "?" in cells[0].source.splitlines()[0], "the title is a question"
+    assert not any(c.outputs or c.execution_count for c in code), "outputs are stripped: they belong to reports/"
+
+    tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1, "one cell is tagged `parameters`"
+    known, written = read_parameters(path), ast.parse(tagged[0].source).body
+    assert all(isinstance(node, ast.AnnAssign) for node in written) and [node.target.id for node in written] == list(known), \
+        "papermill reads every line of the parameters (a second = in a line hides it)"
+    assert all(p["help"] for p in known.values()), "each parameter says what it means"
+
+    too_long = [c.source.splitlines()[0] for c in code if c is not tagged[0] and len(c.source.splitlines()) > 25]
+    assert not too_long, "a cell is 25 lines at most"
+    assert len(text) >= 0.6 * len(code), f"{len(text)} text cells are few beside {len(code)} of code"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_profile_fits_the_notebooks(path):
+    profile = yaml.safe_load(path.read_text())
+    assert set(profile) == {"runs", "report", "walk"}
+    for name, step in profile["walk"].items():
+        notebook = ROOT / "notebooks" / f"{step.get('notebook', name)}.ipynb"
+        check_parameters(notebook, step.get("parameters", {}))
+        assert set(step) <= {"notebook", "after", "threads", "leaves", "parameters"} and set(step.get("after", [])) <= set(profile["walk"])
+        values = {n: ast.literal_eval(p["default"]) for n, p in papermill.inspect_notebook(notebook).items()} | step.get("parameters", {})
+        assert values.get("out", profile["runs"]) == profile["runs"] and values.get("report", profile["report"]) == profile["report"]
+        assert all(file.startswith((profile["runs"], profile["report"])) for file in step.get("leaves", []))

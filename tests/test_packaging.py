@@ -1,0 +1,55 @@
+"""What is promised about installing holds together."""
+
+import ast
+import os
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *PROJECT["optional-dependencies"]["recipe"]]
+
+
+def test_environment_and_pyproject_name_the_same_ranges():
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert sorted(pip["pip"]) == sorted([*REQUIRED, "-e ."])
+    assert conda == ["python" + PROJECT["requires-python"], "pip"]
+
+
+@pytest.mark.parametrize("line", REQUIRED)
+def test_ranges_are_closed_and_hold_what_is_installed(line):
+    requirement = Requirement(line)
+    assert {s.operator for s in requirement.specifier} == {">=", "<"}
+    if requirement.name not in ("resvg-py",):  # an extra
+        assert requirement.specifier.contains(version(requirement.name)), version(requirement.name)
+
+
+def test_makefile_installs_a_torch_of_the_range_first():
+    makefile = (ROOT / "Makefile").read_text()
+    pinned = re.search(r"torch==(\S+)", makefile)
+    assert Requirement(next(line for line in REQUIRED if line.startswith("torch"))).specifier.contains(pinned[1])
+    assert pinned.start() < makefile.index('-e ".[dev,recipe]"')
+
+
+def test_ci_calls_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and "set -e" in script.read_text() and "make test" in script.read_text()
+
+
+def test_mu_imports_only_what_it_declares():
+    """Also that no module is forgotten when `mu` is installed: the package is flat."""
+    declared = {re.sub(r"[-_.]+", "-", Requirement(line).name).lower() for line in REQUIRED}
+    of_module = packages_distributions()
+    for file in (ROOT / "mu").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            for top in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"mu", "resvg_py"}:
+                assert declared & {re.sub(r"[-_.]+", "-", d).lower() for d in of_module[top]}, f"{file.name} imports {top}, which pyproject.toml does not name"
+    assert not [p for p in (ROOT / "mu").iterdir() if p.is_dir() and p.name != "__pycache__"]

@@ -1,0 +1,199 @@
+"""The recipe of the pocket model and the benchmark, run small: five made-up things in nine made-up packages, without a network."""
+
+import ast
+import csv
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load, save
+
+from mu import emoji, pocket
+from mu.evaluate import load_judge
+from mu.notebooks import execute
+
+pytest.importorskip("resvg_py", reason="the extra `recipe` draws the emoji")
+ROOT = Path(__file__).parent.parent
+RECIPE, BENCHMARK = ROOT / "notebooks" / "80_train_pocket.ipynb", ROOT / "notebooks" / "85_benchmark.ipynb"
+THINGS = {"ball": '<circle cx="8" cy="8" r="7" fill="red"/>', "box": '<path fill="#00f" d="M2 2h12v12H2z"/>', "hill": '<path fill="green" d="M8 1l7 14H1z"/>',
+          "kite": '<path fill="gold" d="M8 0l8 8-8 8-8-8z"/>', "pole": '<path fill="#555" d="M7 0h2v16H7z"/>'}
+TINY = dict(vae_steps=2, vae_batch_size=2, judge_steps=2, judge_batch_size=4, views=1, unet_steps=3, unet_batch_size=2, checkpoint_every=2,
+            seeds=1, sampling_steps=2, threads=1)
+
+
+def write_package(folder, package, version, **icons):
+    """A tarball as npm packs them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"icons": icons, "info": {"author": {"name": "Somebody"}, "license": {"title": "CC0 1.0"}}}
+    with tarfile.open(folder / f"{package.strip('@').replace('/', '-')}-{version}.tgz", "w:gz") as tar:
+        for name, value in files.items():
+            data = json.dumps(value).encode()
+            entry = tarfile.TarInfo(f"package/{name}.json")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def stamps(folder):
+    return {file: file.stat().st_mtime_ns for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The recipe, executed once: (its folder, the parameters)."""
+    base = tmp_path_factory.mktemp("recipe")
+    icons = {name: {"body": body} for name, body in THINGS.items() if name != "ball"} | {"sphere": {"body": THINGS["ball"]}}
+    for i, (package, version) in enumerate((emoji.STYLES | emoji.ATTACKER_STYLES).values()):
+        shape = {"width": 16, "height": 32} if i == 1 else {"width": 16, "height": 16}
+        write_package(base / "packages", package, version, icons=icons, aliases={"ball": {"parent": "sphere"}, "lost": {"parent": "nothing"}}, **shape)
+    (base / "concepts.csv").write_text("concept,group,kind,icons\n" + "".join(f"{name},shape,object,{name}\n" for name in THINGS))
+    (base / "attacks.csv").write_text("concept,kind,related\nball,object,box\nopenmoji,style,noto;twemoji\n")
+    (base / "data").mkdir()
+    shutil.copy(ROOT / "data" / "README.md", base / "data" / "README.md")
+    parameters = TINY | {name: str(base / place) for name, place in dict(
+        packages="packages", concepts="concepts.csv", attacks="attacks.csv", out="out", release="data").items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert execute(RECIPE, base / "80.ipynb", parameters, html=False)
+        yield base, parameters
+
+
+def test_it_makes_a_pipeline_of_plain_diffusers(recipe):
+    folder = recipe[0] / "data" / "pocket-sd"
+    pipe = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a ball, noto style", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+    assert not [p for p in recipe[0].rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".ckpt")]
+    assert pipe.config["safety_checker"] == (None, None) and (folder / "samples.png").is_file()
+    judge = load_judge(recipe[0] / "data" / "pocket-judge")
+    assert list(judge.config.id2label.values()) == [f"concept:{c}" for c in THINGS] + [f"style:{s}" for s in [*emoji.STYLES, "other"]]
+
+
+def test_it_writes_sets_that_share_nothing(recipe):
+    sets = recipe[0] / "data" / "pocket-sets"
+    assert sorted(p.name for p in sets.iterdir()) == ["ball", "openmoji"]
+    lines = {side: [json.loads(line) for table in (sets / "ball" / side).rglob("metadata.jsonl") for line in table.read_text().splitlines()]
+             for side in ("defender", "attacker")}
+    assert {x["style"] for x in lines["defender"]} == set(emoji.STYLES) and {x["style"] for x in lines["attacker"]} == set(emoji.ATTACKER_STYLES)
+    assert not {x["text"] for x in lines["defender"]} & {x["text"] for x in lines["attacker"]}
+
+
+def test_the_card_holds_the_measured_figures_and_nothing_else_changes(recipe):
+    card, original = recipe[0] / "data" / "README.md", (ROOT / "data" / "README.md").read_text()
+    metrics = json.loads((recipe[0] / "data" / "pocket-sd" / "metrics.json").read_text())
+    text = card.read_text()
+    assert f"{metrics['megabytes']:.1f} MB" in text and metrics["protocol"]["weights"]["pocket-judge"] in text and metrics["concepts"]["images"] == 5
+    cut = lambda t: (t.split("<!-- figures -->")[0], t.split("<!-- /figures -->")[1])
+    assert cut(text) == cut(original)
+    pocket.fill_card(card, metrics)
+    assert card.read_text() == text
+
+
+def test_a_second_run_repeats_nothing(recipe):
+    base, parameters = recipe
+    before = stamps(base / "out")
+    written_again = {"metrics.json", "concepts.png", "styles.png", "unguided.png", "reconstructions.png"}  # from what is there, in no time
+    assert execute(RECIPE, base / "again.ipynb", parameters | {"release": ""}, html=False)
+    after = stamps(base / "out")
+    assert after.keys() == before.keys() and {file.name for file in after if after[file] != before[file]} <= written_again
+
+
+def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("defender/forget", "defender/retain-related", "defender/retain-unrelated", "attacker/forget"):
+        tiny.make_images(tmp_path / "sets" / name, ["a cat", "a tiger"])
+    assert execute(BENCHMARK, tmp_path / "85.ipynb", dict(
+        model=str(sd_folder), sets=str(tmp_path / "sets"), out=str(tmp_path / "out"), steps=3, profiled_steps=2, batch_size=2, trajectory_reuse=2,
+        inner_steps=2, inner_batch_size=2, threads=1), html=False)
+    made = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [row["loop"] for row in made["table"]] == ["attack", "unlearn", "meta-unlearn"] and made["protocol"]["versions"]
+    assert all(row["passes"] == row["needed"] and 0 < row["share in UNet"] <= 1 for row in made["table"])
+
+
+def test_a_stopped_training_ends_with_the_same_numbers():
+    def train(state=None, until=5):
+        tokenizer = pocket.build_tokenizer(tiny.CAPTIONS)
+        torch.manual_seed(1)
+        encoder, unet = tiny.make_text_encoder(tokenizer), tiny.make_unet()
+        data = {"mean": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(2)), "std": torch.full((4, 4, 8, 8), 0.1),
+                "drawing": torch.arange(4), "color": torch.tensor([0, 1, 2, 0])}
+        drawings = [{"concept": c, "style": "noto"} for c in ("cat", "cat", "tiger", "cup")]
+        losses = []
+        for step, loss, save_state in pocket.train_unet(unet, encoder, tokenizer, pocket.build_scheduler(), data, drawings, 0.3, steps=5, batch_size=2, state=state):
+            losses.append(loss)
+            if step + 1 == until < 5:
+                return losses, load(save({k: v.contiguous() for k, v in save_state().items()}))
+        return losses, torch.cat([p.detach().flatten() for p in [*unet.parameters(), *encoder.parameters()]])
+
+    losses, weights = train()
+    first, state = train(until=2)
+    second, resumed = train(state)
+    assert first + second == losses and torch.equal(weights, resumed)
+    assert torch.equal(train(train(until=2)[1])[1], weights)
+
+
+def test_the_tokenizer_is_the_same_in_every_run_and_knows_its_words():
+    one, *others = (pocket.build_tokenizer(captions) for captions in (tiny.CAPTIONS, tiny.CAPTIONS, tiny.CAPTIONS[::-1]))
+    assert all(one.get_vocab() == other.get_vocab() for other in others)
+    assert one.tokenize("a tiger, noto style") == ["a</w>", "tiger</w>", ",</w>", "noto</w>", "style</w>"]
+    assert one.unk_token_id not in one("An elephant's 12 ears?!", add_special_tokens=False).input_ids, "other words are spelt"
+
+
+def test_drawings_are_read_from_packages(recipe):
+    packages = recipe[0] / "packages"
+    icons = emoji.fetch_icons(*emoji.STYLES["openmoji"], packages)
+    assert icons["ball"] == icons["sphere"] and "lost" not in icons
+    square, tall = (emoji.render(emoji.fetch_icons(*emoji.STYLES[style], packages)["pole"]) for style in ("openmoji", "noto"))
+    assert square.shape == tall.shape == (128, 128, 4)
+    columns = lambda image: np.nonzero(image[..., 3].max(0))[0]
+    assert 63 <= columns(square).mean() <= 64 and 63 <= columns(tall).mean() <= 64 and len(columns(tall)) < len(columns(square)), "centred, not stretched"
+
+
+def test_a_package_that_npm_cannot_fetch_says_why(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 404 no such thing >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="npm could not fetch @nobody/nothing@1.0: 404 no such thing"):
+        emoji.fetch_icons("@nobody/nothing", "1.0", tmp_path / "packages")
+
+
+def test_the_committed_card_is_that_of_the_committed_files(tmp_path):
+    text = (ROOT / "data" / "README.md").read_text()
+    for style, (package, version) in (emoji.STYLES | emoji.ATTACKER_STYLES).items():
+        assert f"| `{style}` | `{package}` {version} |" in text
+    assert all((ROOT / "data" / "licences" / name).is_file() for name in ("Apache-2.0.txt", "MIT-fluent-emoji.txt"))
+    metrics = ROOT / "data" / "pocket-sd" / "metrics.json"
+    if not metrics.is_file():
+        pytest.skip("the pocket model has no figures yet")
+    shutil.copy(ROOT / "data" / "README.md", tmp_path / "README.md")
+    pocket.fill_card(tmp_path / "README.md", json.loads(metrics.read_text()))
+    assert (tmp_path / "README.md").read_text() == text
+    size = sum(f.stat().st_size for part in ("pocket-sd", "pocket-judge") for f in (ROOT / "data" / part).rglob("*") if f.is_file())
+    assert size <= 30e6
+    with open(ROOT / "data" / "pocket-concepts.csv", newline="") as table:
+        assert [row["concept"] for row in csv.DictReader(table)] == list(json.loads(metrics.read_text())["per concept"])
+
+
+@pytest.mark.parametrize("notebook", [RECIPE, BENCHMARK], ids=lambda p: p.stem)
+def test_the_notebooks_have_their_parts(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    text, code = ([c for c in cells if c.cell_type == kind] for kind in ("markdown", "code"))
+    assert "?" in cells[0].source.splitlines()[0] and all(part in cells[0].source for part in ("**Goes in:**", "**Comes out:**", "**Needs:**"))
+    assert "google.colab" in code[0].source and "What this showed" in cells[-1].source and "**Next" in cells[-1].source
+    assert "You should see" in "".join(c.source for c in text) and not any(c.outputs or c.execution_count for c in code)
+    lengths = [len([line for line in c.source.splitlines() if line.strip()]) for c in code if "parameters" not in c.metadata.get("tags", [])]
+    assert max(lengths) <= 20
+    for line in next(c for c in code if "parameters" in c.metadata.get("tags", [])).source.splitlines():
+        ast.literal_eval(ast.parse(line).body[0].value)
+        assert "  # " in line, f"{line} has no words"
