@@ -34,10 +34,23 @@ def load_sets(pipe, folder, cache=None):
     return {name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache) for name in ("forget", "retain-related", "retain-unrelated")}
 
 
+def read_groups(folder):
+    """Prompts of the probe and what is expected in them, by group. Raises FileNotFoundError that lists the concepts beside an unknown one."""
+    file = Path(folder) / "probe.json"
+    if not file.is_file():
+        known = ", ".join(sorted(str(f.parent) for f in Path(folder).parent.glob("*/probe.json")))
+        raise FileNotFoundError(f"{folder} is not a concept's folder, it has no probe.json; there are: {known or 'none beside it'}")
+    return json.loads(file.read_text())
+
+
 def load_probe(pipe, folder, seeds):
-    """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one."""
-    groups = json.loads((Path(folder) / "probe.json").read_text())
-    probes = [make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), seeds.split(","), strict=True)]
+    """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one.
+
+    Raises ValueError for another number of numbers."""
+    groups, counts = read_groups(folder), seeds.split(",")
+    if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
+        raise ValueError(f"seeds must be {len(groups)} whole numbers from 1, with commas ({', '.join(groups)}), as in \"8,2,1\"; got {seeds!r}")
+    probes = [make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)]
     return Probe([item for p in probes for item in p.items], stack(*(p.conditioning for p in probes)), probes[0].unconditional)
 
 

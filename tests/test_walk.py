@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mu.models import load_pipeline
 from mu.notebooks import execute, read_parameters
 from mu.train import State
-from mu.walk import carry_out
+from mu.walk import carry_out, load_probe, revival, scores
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SETS = {
@@ -129,6 +129,26 @@ def test_start_here_tells_the_story_alone(walk):
     base, run = walk
     assert run("00_start_here", out=str(base / "start"), unlearn_steps=1, meta_steps=3, attack_at="0,1", probe_seeds="1,1,1")
     assert (base / "start" / "meta-unlearned" / "unet").is_dir()
+
+
+def test_an_unknown_concept_is_named_with_the_known_ones(pipe, tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "probe.json").write_text(json.dumps(PROBE))
+    with pytest.raises(FileNotFoundError, match="dog is not a concept's folder.*there are: .*cat"):
+        load_probe(pipe, tmp_path / "dog", "1,1,1")
+    for seeds in ("8", "8,2,0", "8,2,one"):
+        with pytest.raises(ValueError, match=f"3 whole numbers from 1.*forget, related, unrelated.*{seeds}"):
+            load_probe(pipe, tmp_path / "cat", seeds)
+    assert [item["seed"] for item in load_probe(pipe, tmp_path / "cat", "2,1,1").items] == [0, 1, 0, 0]
+
+
+def test_scores_have_no_interval_from_one_seed_and_revival_is_censored():
+    table = pd.DataFrame([dict(model="m", lr=1e-5, group="forget", attack_seed=seed, step=step, hit=hit)
+                          for seed, hits in ((0, (0, 0, 1)), (1, (0, 0, 0))) for step, hit in zip((0, 25, 50), hits)])
+    found = scores(table, ["model", "step"], over="attack_seed").set_index("step")
+    assert found.score[50] == 0.5 and (found.low[50], found.high[50]) == (0, 1) and (found.n == 2).all()
+    assert scores(table[table.attack_seed == 0], ["step"], over="attack_seed")["low"].isna().all()
+    assert revival(table).revived.tolist() == [50, float("inf")] and (revival(table)["last"] == 50).all()
 
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("[0-39]*.ipynb")), ids=lambda p: p.stem)
