@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
 from mu.models import draw_images, encode_prompts, rows
@@ -61,11 +61,14 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
 
 
 def score(hits, level=0.95, seed=0):
-    """Mean of hits (0 or 1, or per-seed means) and its percentile-bootstrap interval: (mean, low, high)."""
+    """Mean and its interval: (mean, low, high). Wilson's for hits (0 or 1), which holds near 0 and 1 too; percentile bootstrap for means."""
     hits = np.asarray(hits, float)
     if not len(hits) or not np.isfinite(hits).all():
         raise ValueError(f"a score needs at least one finite value, got {hits}")
-    if len(hits) == 1 or (hits == hits[0]).all():
+    if np.isin(hits, (0, 1)).all():
+        found = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
+        return hits.mean(), found.low, found.high
+    if (hits == hits[0]).all():
         return hits.mean(), hits.mean(), hits.mean()
     found = bootstrap((hits,), np.mean, confidence_level=level, method="percentile", n_resamples=2000, rng=seed).confidence_interval
     return hits.mean(), found.low, found.high

@@ -6,6 +6,7 @@ tokenizers, scheduler); a conditioning is a flat dict of tensors, one row a prom
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -17,11 +18,12 @@ MODELS = {
 }
 
 
-def load_pipeline(model="pocket", dtype=torch.float32, device="cpu"):
+def load_pipeline(model="pocket", dtype=torch.float32, device="cpu", precision="no"):
     """A pipeline of one of the two families, from a short name (`MODELS`), a diffusers folder or a hub id; safetensors only.
 
     The scheduler becomes DDIM with the model's own betas; nothing requires a gradient. On the CPU attention is computed by
-    plain products: faster at these sizes, and differentiable twice (`order="second"`).
+    plain products: faster at these sizes, and differentiable twice (`order="second"`). `precision` is accelerate's "no", "fp16" or
+    "bf16": the UNet's passes run under autocast, its weights stay in `dtype`.
     Raises FileNotFoundError with the known names for an unknown model, ValueError for another family."""
     path = MODELS.get(model, model)
     folder = Path(path)
@@ -40,6 +42,9 @@ def load_pipeline(model="pocket", dtype=torch.float32, device="cpu"):
             part.requires_grad_(False).eval()
     if str(device) == "cpu":
         pipe.unet.set_attn_processor(AttnProcessor())
+    if precision != "no":
+        accelerator = Accelerator(mixed_precision=precision, cpu=str(device) == "cpu")
+        accelerator.prepare_model(pipe.unet, device_placement=False, evaluation_mode=True)  # wraps its forward
     return pipe
 
 

@@ -17,26 +17,39 @@ class Minibatch:
 
 
 def draw_minibatch(concept_set, noise_scheduler, batch_size, generator):
-    """Random images of a concept set with fresh noise; t uniform over the training timesteps (PAPER eq. 1)."""
+    """Random images of a concept set with fresh noise; t uniform over the training timesteps, one from each of `batch_size` equal
+    strata: the same expectation as independent draws, with far less variance, since the loss depends on t most of all."""
     n = concept_set.mean.shape[0]
     index = torch.randint(n, (batch_size,), generator=generator)
     latents = concept_set.mean[index] + concept_set.std[index] * torch.randn(concept_set.mean[index].shape, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+    strata = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    t_max = noise_scheduler.config.num_train_timesteps
+    timesteps = (strata * (t_max / batch_size)).long().clamp(max=t_max - 1)
     return Minibatch(noise_scheduler.add_noise(latents, noise, timesteps), noise, timesteps,
                      rows(concept_set.conditioning, concept_set.prompt[index]))
 
 
 def squared_errors(unet, *parts):
-    """Mean squared error of each (noisy latents, timesteps, conditioning, target), all in ONE pass of the UNet. List of scalars."""
-    latents, timesteps, conditionings, targets = zip(*parts)
-    predicted = predict_noise(unet, torch.cat(latents), torch.cat(timesteps), stack(*conditionings))
-    return [(p.float() - t.float()).pow(2).mean() for p, t in zip(predicted.split([len(x) for x in latents]), targets)]
+    """Mean squared error of each (noisy latents, timesteps, conditioning, target, …), all in ONE pass of the UNet. List of scalars,
+    one a target: a part may carry several."""
+    latents, timesteps, conditionings = zip(*(part[:3] for part in parts))
+    predicted = predict_noise(unet, torch.cat(latents), torch.cat(timesteps), stack(*conditionings)).split([len(x) for x in latents])
+    return [(p.float() - target.float()).pow(2).mean() for p, part in zip(predicted, parts) for target in part[3:]]
 
 
 def denoising(batch):
     """The part of L_DM = E ‖ε − ε_θ(z_t, t, c)‖² (mean over elements) for `squared_errors`."""
     return batch.noisy_latents, batch.timesteps, batch.conditioning, batch.noise
+
+
+@torch.no_grad()
+def predictions(unet_frozen, *parts):
+    """What the frozen UNet predicts for the inputs of each of `parts`, in one pass: targets of ESD and of retention. Tuple of tensors."""
+    if not parts:
+        return ()
+    latents, timesteps, conditionings = zip(*(part[:3] for part in parts))
+    return predict_noise(unet_frozen, torch.cat(latents), torch.cat(timesteps), stack(*conditionings)).split([len(x) for x in latents])
 
 
 def gradients(loss, parameters, **kwargs):
@@ -68,10 +81,6 @@ def sample_trajectory(unet, noise_scheduler, conditioning, unconditional, genera
     return stopped.flatten(0, 1), timesteps.clamp(max=noise_scheduler.config.num_train_timesteps - 1)
 
 
-@torch.no_grad()
-def esd(unet_frozen, noisy_latents, timesteps, conditioning, unconditional, eta=1.0):
-    """The part of ESD's loss for `squared_errors`: ε_θ(z_t, c) is drawn to ε_0(z_t, ∅) − η [ε_0(z_t, c) − ε_0(z_t, ∅)] (Gandikota et al. 2023)."""
-    n = len(timesteps)
-    both = stack({k: v.expand(n, *v.shape[1:]) for k, v in unconditional.items()}, conditioning)
-    empty, full = predict_noise(unet_frozen, torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2), both).chunk(2)
-    return noisy_latents, timesteps, conditioning, empty - eta * (full - empty)
+def esd(empty, full, eta=1.0):
+    """ESD's target for ε_θ(z_t, c): ε_0(z_t, ∅) − η [ε_0(z_t, c) − ε_0(z_t, ∅)], from the frozen UNet's two predictions (Gandikota et al. 2023)."""
+    return empty - eta * (full - empty)

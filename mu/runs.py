@@ -68,7 +68,8 @@ def open_run(folder, params):
 
 
 def run_loop(folder, state, records, checkpoint_every=25):
-    """Pass a loop's records on; every `checkpoint_every` steps, and at the end, save the records so far and the state in `folder`."""
+    """Pass a loop's records on; every `checkpoint_every` steps, at the end, and when a loss is not finite (the last good step),
+    save the records so far and the state in `folder`."""
     folder = Path(folder)
     history = [r for r in read_json(folder / "records.json", []) if r["step"] <= state.step]
 
@@ -76,11 +77,15 @@ def run_loop(folder, state, records, checkpoint_every=25):
         save_json(history, folder / "records.json")
         save_tensors(state.tensors(), folder / "checkpoint.safetensors")
 
-    for record in records:
-        history.append(asdict(record))
-        if record.step % checkpoint_every == 0:
-            checkpoint()
-        yield record
+    try:
+        for record in records:
+            history.append(asdict(record))
+            if record.step % checkpoint_every == 0:
+                checkpoint()
+            yield record
+    except FloatingPointError as error:
+        checkpoint()
+        raise FloatingPointError(f"{error}; the last good state is {folder / 'checkpoint.safetensors'}") from error
     checkpoint()
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mu.meta import inner_step, make_inner_optimizer, meta_gradient
 from mu.models import rows, trainable
-from mu.objectives import denoising, draw_minibatch, esd, gradients, sample_trajectory, squared_errors
+from mu.objectives import denoising, draw_minibatch, esd, gradients, predictions, sample_trajectory, squared_errors
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class State:
     """What a loop needs to go on where it stopped: trained weights, optimiser, random generators, step. Goes to safetensors by `tensors()`."""
 
     def __init__(self, unet, subset="f", lr=1e-5, optimizer="adamw", weight_decay=1e-4, seed=0):
-        kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay),
-                 "adam": lambda p: torch.optim.Adam(p, lr=lr), "sgd": lambda p: torch.optim.SGD(p, lr=lr)}
+        kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay, fused=True),
+                 "adam": lambda p: torch.optim.Adam(p, lr=lr, fused=True), "sgd": lambda p: torch.optim.SGD(p, lr=lr, fused=True)}
         if optimizer not in kinds:
             raise ValueError(f"unknown optimiser {optimizer!r}: allowed are {', '.join(kinds)}")
         self.unet, self.step = unet, 0
@@ -97,34 +97,40 @@ def _draw(value, generator, log=False):
 
 def unlearn(
     state, unet_frozen, noise_scheduler, forget, retain_related, retain_unrelated, unconditional, *, steps,
-    unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_reuse=1,
+    unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_steps=50, trajectory_reuse=1,
     retain=0.0, ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3,
-    inner_steps=1, inner_lr=1e-5, inner_optimizer="sgd", inner_batch_size=8, order="first", bound=math.inf, clip=1.0,
+    inner_steps=1, inner_lr=1e-5, inner_optimizer="sgd", inner_batch_size=8, retain_batch_size=8, order="first", bound=math.inf, clip=1.0,
 ):
     """Unlearning (ESD) and meta-unlearning in one loop; with all meta weights 0 it is plain unlearning, bit for bit. Yields `Record`s.
 
     Minimises over the trained weights θ (arXiv 2410.12777, eq. 3–5; every loss is a mean over elements, t over all timesteps):
 
-        unlearn · L_ESD(θ) + retain · ½ [L(θ; related) + L(θ; unrelated)] − ascent · L(θ; forget)
+        unlearn · L_ESD(θ) + retain · ⅓ [D(θ; related) + D(θ; unrelated) + D(θ; ∅)] − ascent · L(θ; forget)
         − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
 
     and at every `clean_every`-th step, in place of the last line,
 
         + clean · ½ [L(θ_CL; related) − L(θ; related) + L(θ_CL; unrelated) − L(θ; unrelated)].
 
+    D, the drift: mean squared difference to the frozen UNet's predictions, which has the expected gradient of the denoising loss there
+    without its noise; ∅: the unrelated images with the empty prompt, which guidance leans on.
     θ_FT: θ after `inner_steps` steps on the forget set, θ_CL: on the unrelated set. The two terms of a bracket share minibatch,
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
     inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam" or a list to draw from.
     bound: a loss after the attack that is above it is not pushed further. ascent: the control, without an inner loop.
-    eta, guidance: ESD's. trajectory_reuse: steps that share one batch of student trajectories,
-    each with a random point of its own.
-    Passes a step: 1 at θ, inner_steps + 1 at θ_FT, 1 of the frozen UNet, and the trajectories'.
-    Raises FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
+    eta, guidance: ESD's. trajectory_steps: DDIM steps of a student trajectory; trajectory_reuse: steps that share one batch of
+    trajectories, each with a random point of its own.
+    Passes a step, first order: 1 at θ, inner_steps + 1 from there to θ_FT, 1 of the frozen UNet, and the trajectories'; the second
+    order has M(M + 1)/2 more (see `mu.meta.meta_gradient`).
+    Raises ValueError when every weight is 0, FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
+    if not any((unlearn, retain, ascent, relearn, self_destruct, clean)):
+        raise ValueError("every weight is 0, so there is nothing to minimise: give unlearn, retain, ascent, relearn, self_destruct or clean a weight")
     unet, parameters = state.unet, state.parameters
     names = inner_optimizer if isinstance(inner_optimizer, list) else [inner_optimizer]
     inner_optimizers = {name: make_inner_optimizer(name, parameters) for name in names}
     g_unlearn, g_retain, g_meta = (state.generators[name] for name in ("unlearn", "retain", "meta"))
-    draw = lambda concept_set, g: draw_minibatch(concept_set, noise_scheduler, inner_batch_size, g)
+    draw = lambda concept_set, g, n=inner_batch_size: draw_minibatch(concept_set, noise_scheduler, n, g)
+    empty = lambda n: rows(unconditional, torch.zeros(n, dtype=torch.long))
     passes = []
     hooks = [net.register_forward_hook(lambda *_: passes.append(1)) for net in (unet, unet_frozen)]
     try:
@@ -136,24 +142,39 @@ def unlearn(
             elif relearn or self_destruct:
                 attacked, after = forget, {"forget": -relearn, "related": -self_destruct}
 
-            parts, weights = {}, {}
+            asked = {}  # of the frozen UNet, in one pass
             if unlearn:
                 if state.trajectory is None or state.step % trajectory_reuse == 0:
                     prompt = torch.randint(len(forget.prompts), (batch_size,), generator=g_unlearn)
                     state.trajectory = (*sample_trajectory(
-                        unet, noise_scheduler, rows(forget.conditioning, prompt), unconditional, g_unlearn, guidance,
+                        unet, noise_scheduler, rows(forget.conditioning, prompt), unconditional, g_unlearn, guidance, trajectory_steps,
                         shape=forget.mean.shape[1:], points=trajectory_reuse), prompt.repeat(trajectory_reuse))
                 some = slice(state.step % trajectory_reuse * batch_size, (state.step % trajectory_reuse + 1) * batch_size)
                 latents, timesteps, prompt = (x[some] for x in state.trajectory)
-                parts["unlearn"] = esd(unet_frozen, latents, timesteps, rows(forget.conditioning, prompt), unconditional, eta)
+                asked["no concept"] = latents, timesteps, empty(len(latents))
+                asked["concept"] = latents, timesteps, rows(forget.conditioning, prompt)
+            batches = {"related": draw(retain_related, g_retain, retain_batch_size),
+                       "unrelated": draw(retain_unrelated, g_retain, retain_batch_size)} if retain or after else {}
+            if retain:
+                asked |= {name: denoising(batch)[:3] for name, batch in batches.items()}
+                latents, timesteps = (x[::2] for x in asked["unrelated"][:2])  # every second: half of them, over all timesteps
+                asked["empty"] = latents, timesteps, empty(len(latents))
+            frozen = dict(zip(asked, predictions(unet_frozen, *asked.values())))
+
+            parts, weights = [], {}  # weights in the order of the parts' targets: by it the losses get their names
+            if unlearn:
+                parts.append((*asked["concept"], esd(frozen["no concept"], frozen["concept"], eta)))
                 weights["unlearn"] = unlearn
-            batches = {"related": draw(retain_related, g_retain), "unrelated": draw(retain_unrelated, g_retain)} if retain or after else {}
             for name, batch in batches.items():
-                weights[name] = retain / 2 - after.get(name, 0.0)
-                parts[name] = denoising(batch)
+                parts.append((*denoising(batch), *([frozen[name]] if retain else [])))
+                weights |= {name: -after.get(name, 0.0)} | ({f"{name} drift": retain / 3} if retain else {})
+            if retain:
+                parts.append((*asked["empty"], frozen["empty"]))
+                weights["empty drift"] = retain / 3
             if ascent:
-                parts["forget"], weights["forget"] = denoising(draw(forget, g_meta)), -ascent
-            losses = dict(zip(parts, squared_errors(unet, *parts.values())))
+                parts.append(denoising(draw(forget, g_meta)))
+                weights["forget"] = -ascent
+            losses = dict(zip(weights, squared_errors(unet, *parts)))
             gradient = gradients(sum(weights[name] * loss for name, loss in losses.items()), parameters)
             losses = {name: loss.item() for name, loss in losses.items()}
 

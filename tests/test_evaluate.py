@@ -89,7 +89,7 @@ def test_evaluation_draws_and_hits(pipe, monkeypatch):
 
 # --- scores --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rate, n", [(0.5, 24), (0.3, 60), (0.85, 80)])
+@pytest.mark.parametrize("rate, n", [(0.5, 24), (0.3, 60), (0.85, 80), (0.03, 24), (0.98, 40)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(rate, n):
     rng = np.random.default_rng(0)
     found = [score(rng.random(n) < rate, seed=i) for i in range(300)]
@@ -105,8 +105,20 @@ def test_the_level_moves_the_interval():
     assert widths[2] == pytest.approx(2 * 1.96 * (hits.mean() * (1 - hits.mean()) / 40) ** 0.5, rel=0.1)
 
 
+def test_no_hit_in_sixteen_is_not_certainty():
+    """Wilson at k = 0: high = z² / (n + z²)."""
+    assert score([0] * 16) == pytest.approx((0, 0, 1.95996**2 / (16 + 1.95996**2)), abs=1e-4)
+    assert score([1] * 16)[1] == pytest.approx(1 - score([0] * 16)[2])
+
+
+def test_means_of_seeds_are_bootstrapped():
+    means = [0.2, 0.4, 0.45, 0.6]
+    mean, low, high = score(means)
+    assert min(means) <= low < mean < high <= max(means)
+
+
 def test_scores_of_means_of_nothing_and_of_nan():
-    assert score([0.25, 0.5, 0.75])[0] == 0.5 and score([0.4])[0] == 0.4
+    assert score([0.25, 0.5, 0.75])[0] == 0.5 and score([0.4]) == (0.4, 0.4, 0.4)
     for bad in ([], [1, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="at least one finite value"):
             score(bad)

@@ -125,7 +125,7 @@ def test_first_order_is_the_gradient_after_plain_adam(unet64):
     value, gradient = meta_gradient(parameters, [inner, inner2, inner], outer, optimizer, 1e-3)
     assert not optimizer.state
 
-    adam = torch.optim.Adam(parameters, lr=1e-3)
+    adam = torch.optim.Adam(parameters, lr=1e-3, fused=True)
     for loss in (inner, inner2, inner):
         adam.zero_grad()
         loss().backward()
@@ -140,7 +140,7 @@ def test_inner_step_is_a_plain_step_and_returns_the_loss_before_it(name, referen
     results = []
     for plain in (True, False):
         theta, _, losses = quadratics(3)
-        optimizer = reference([theta], lr=0.1) if plain else make_inner_optimizer(name, [theta])
+        optimizer = reference([theta], lr=0.1, fused=True) if plain else make_inner_optimizer(name, [theta])
         optimizer.param_groups[0]["lr"] = 0.1
         seen = []
         for loss in losses:

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from mu.models import predict_noise, rows, stack, trainable
-from mu.objectives import denoising, draw_minibatch, esd, sample_trajectory, squared_errors
+from mu.objectives import denoising, draw_minibatch, esd, predictions, sample_trajectory, squared_errors
 
 
 def generator(seed=0):
@@ -29,6 +29,7 @@ def test_minibatch_is_scaled_noise_on_drawn_images(sets, noise_scheduler):
         nearest = (latents[row] - forget.mean).pow(2).mean((1, 2, 3)).argmin()
         assert torch.equal(batch.conditioning["encoder_hidden_states"][row], forget.conditioning["encoder_hidden_states"][forget.prompt[nearest]])
     assert abs(batch.timesteps.float().mean() - 499.5) < 40 and batch.timesteps.min() < 30 and 970 < batch.timesteps.max() < 1000
+    assert (draw_minibatch(forget, noise_scheduler, 8, generator()).timesteps // 125).tolist() == list(range(8))  # one of each stratum
     again = draw_minibatch(forget, noise_scheduler, 500, generator())
     assert torch.equal(again.noisy_latents, batch.noisy_latents) and torch.equal(again.timesteps, batch.timesteps)
 
@@ -63,15 +64,16 @@ def test_esd_target_is_the_equation(unet, unet_frozen, sets, noise_scheduler, et
     forget, unconditional = sets[0], sets[3]
     batch = draw_minibatch(forget, noise_scheduler, 4, generator())
     z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning
-    part = esd(unet_frozen, z, t, c, unconditional, eta)
+    nothing = rows(unconditional, torch.zeros(4, dtype=torch.long))
+    target = esd(*predictions(unet_frozen, (z, t, nothing), (z, t, c, "a target, not looked at")), eta)
     with torch.no_grad():
         conditional = unet_frozen(z, t, c["encoder_hidden_states"]).sample
         empty = unet_frozen(z, t, unconditional["encoder_hidden_states"].expand(4, -1, -1)).sample
     expected = empty - eta * (conditional - empty)
-    torch.testing.assert_close(part[3], expected, rtol=0, atol=1e-6)
-    assert (conditional - empty).abs().max() > 1e-3 and not part[3].requires_grad
-    assert torch.equal(part[0], z) and torch.equal(part[1], t) and part[2] is c
-    loss, = squared_errors(unet, part)
+    torch.testing.assert_close(target, expected, rtol=0, atol=1e-6)
+    assert (conditional - empty).abs().max() > 1e-3 and not target.requires_grad
+    loss, to_zero = squared_errors(unet, (z, t, c, target, torch.zeros_like(z)))  # two targets of one pass
+    assert to_zero.item() == pytest.approx(unet(z, t, c["encoder_hidden_states"]).sample.pow(2).mean().item(), rel=1e-4)
     torch.testing.assert_close(loss, (unet(z, t, c["encoder_hidden_states"]).sample - expected).pow(2).mean(), rtol=1e-4, atol=1e-9)
 
 

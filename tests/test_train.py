@@ -20,9 +20,9 @@ FULL = dict(retain=1.0, relearn=0.3, self_destruct=4.0, clean=1.0, inner_steps=(
             inner_batch_size=4, trajectory_reuse=4, batch_size=1)
 
 
-def run(state, sets, steps, **options):
+def run(state, sets, steps, unet_frozen=None, **options):
     """All records of an `unlearn` loop from fresh components."""
-    return list(unlearn(state, tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), *sets, steps=steps, **options))
+    return list(unlearn(state, unet_frozen or tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), *sets, steps=steps, **options))
 
 
 def facts(records):
@@ -37,7 +37,7 @@ def plain_esd(sets, steps, seed, lr, eta=1.0, guidance=3.0, batch_size=4, subset
     forget, unconditional = sets[0], sets[3]["encoder_hidden_states"]
     unet, unet_frozen, scheduler = tiny.make_unet(), tiny.frozen(tiny.make_unet()), tiny.make_scheduler()
     parameters = list(trainable(unet, subset).values())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     g = torch.Generator().manual_seed(1000 * seed)
     empty = unconditional.expand(batch_size, -1, -1)
     for _ in range(steps):
@@ -90,10 +90,19 @@ def test_retention_leaves_the_draws_of_unlearning_alone(sets):
     assert torch.equal(seen[1][2], seen[2][2])  # and the meta terms leave those of retention alone
 
 
+def frozen_elsewhere():
+    """A frozen UNet that is not where training starts, so that retention pulls from the first step on."""
+    unet, g = tiny.make_unet(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=g)
+    return tiny.frozen(unet)
+
+
 def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_destruct, clean, inner_steps, inner_lr, order, trajectory):
     """The gradient of the documented objective at the first weights, written out term by term."""
     forget, related, unrelated, unconditional = sets
-    unet, unet_frozen, scheduler = tiny.make_unet(), tiny.frozen(tiny.make_unet()), tiny.make_scheduler()
+    unet, unet_frozen, scheduler = tiny.make_unet(), frozen_elsewhere(), tiny.make_scheduler()
     theta = trainable(unet, "u")
     g_retain, g_meta = (torch.Generator().manual_seed(1000 * seed + i) for i in (1, 2))
     draw = lambda concepts, g: draw_minibatch(concepts, scheduler, 5, g)
@@ -109,7 +118,16 @@ def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_des
         target = empty - eta * (unet_frozen(z, t, c).sample - empty)
     b_related, b_unrelated = draw(related, g_retain), draw(unrelated, g_retain)
     total = unlearn * (torch.func.functional_call(unet, theta, (z, t, c)).sample - target).pow(2).mean()
-    total = total + retain * 0.5 * (loss(b_related, theta) + loss(b_unrelated, theta))
+
+    def drift(z, t, c):
+        with torch.no_grad():
+            target = unet_frozen(z, t, c).sample
+        return (torch.func.functional_call(unet, theta, (z, t, c)).sample - target).pow(2).mean()
+
+    inputs = lambda batch: (batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"])
+    z, t, _ = inputs(b_unrelated)
+    nothing = unconditional["encoder_hidden_states"].expand(3, -1, -1)
+    total = total + retain / 3 * (drift(*inputs(b_related)) + drift(*inputs(b_unrelated)) + drift(z[::2], t[::2], nothing))
     if ascent:
         total = total - ascent * loss(draw(forget, g_meta), theta)
 
@@ -151,9 +169,9 @@ def test_one_step_is_the_gradient_of_the_documented_objective(sets, order, step,
         drawn = state.trajectory[:2]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mu.train, "sample_trajectory", lambda *_, **__: drawn)
-            record, = run(state, sets, 1, trajectory_reuse=3, inner_batch_size=5, clip=math.inf, **weights, **inner)
+            record, = run(state, sets, 1, frozen_elsewhere(), trajectory_reuse=3, inner_batch_size=5, retain_batch_size=5, clip=math.inf, **weights, **inner)
     else:
-        record, = run(state, sets, step + 1, trajectory_reuse=3, inner_batch_size=5, clip=math.inf, **weights, **inner)
+        record, = run(state, sets, step + 1, frozen_elsewhere(), trajectory_reuse=3, inner_batch_size=5, retain_batch_size=5, clip=math.inf, **weights, **inner)
     expected = by_hand(sets, seed, step, trajectory=[x[some] for x in state.trajectory], **weights, **inner)
     found = {name: start[name] - p.detach() for name, p in state.named.items()}  # learning rate 1
     difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
@@ -165,7 +183,7 @@ def test_one_step_is_the_gradient_of_the_documented_objective(sets, order, step,
 def displacement(sets, **options):
     state = State(tiny.make_unet(), "f", lr=1.0, optimizer="sgd", seed=1)
     start = tiny.weights(state.unet)
-    record, = run(state, sets, 1, unlearn=0.0, clip=math.inf, **options)
+    record, = run(state, sets, 1, frozen_elsewhere(), unlearn=0.0, clip=math.inf, **options)
     return (tiny.weights(state.unet) - start).norm(), record.losses
 
 
