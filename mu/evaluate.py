@@ -60,12 +60,15 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     return [item | {"seen": label, "hit": int(label == item["expected"])} for item, label in zip(probe.items, found)], images
 
 
-def score(hits, level=0.95, seed=0):
-    """Mean and its interval: (mean, low, high). Wilson's for hits (0 or 1), which holds near 0 and 1 too; percentile bootstrap for means."""
+def score(hits, level=0.95, seed=0, means=False):
+    """Mean and its interval: (mean, low, high). Wilson's for hits (0 or 1), which holds near 0 and 1 too; percentile bootstrap for `means`
+    (of seeds)."""
     hits = np.asarray(hits, float)
     if not len(hits) or not np.isfinite(hits).all():
         raise ValueError(f"a score needs at least one finite value, got {hits}")
-    if np.isin(hits, (0, 1)).all():
+    if not means:
+        if not np.isin(hits, (0, 1)).all():
+            raise ValueError(f"hits are 0 or 1, got {hits}: say means=True for means")
         found = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
         return hits.mean(), found.low, found.high
     if (hits == hits[0]).all():

@@ -9,7 +9,8 @@ from PIL import Image
 
 from mu.runs import atomic
 
-COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#0072b2", "ascent": "#cc79a7", "unlearned, stronger": "#e69f00"}
+COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#0072b2", "ascent only": "#cc79a7",
+          "unlearned, stronger": "#e69f00", "unlearned, longer": "#56b4e9"}
 sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none"})
 
 
@@ -50,11 +51,13 @@ def panel(cells, row_labels, column_labels, cell=1.0):
 
 
 def curves(table, title, ax=None, y="hit"):
-    """Score against steps of fine-tuning, a line a model; the mean over prompts of each seed, then mean and 95 % bootstrap interval over seeds."""
+    """Score against steps of fine-tuning, a line a model; the mean over prompts of each run and attack seed, then mean and 95 % bootstrap interval over these."""
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
-    by_seed = table.groupby(["model", "step", "attack_seed"], as_index=False)[y].mean()
-    sns.lineplot(by_seed, x="step", y=y, hue="model", style="model", markers=True, dashes=False, palette={m: COLORS.get(m, "#009e73") for m in by_seed["model"].unique()},
-                 errorbar=("ci", 95), seed=0, ax=ax)
+    by_seed = table.groupby(["model", "run", "step", "attack_seed"], as_index=False)[y].mean()
+    known = set(by_seed["model"])
+    order = [*(m for m in COLORS if m in known), *sorted(known - set(COLORS))]
+    sns.lineplot(by_seed, x="step", y=y, hue="model", style="model", hue_order=order, style_order=order, markers=True, dashes=False,
+                 palette={m: COLORS.get(m, "#009e73") for m in order}, errorbar=("ci", 95), seed=0, ax=ax)
     ax.set(xlabel="steps of fine-tuning", ylabel="recognised", ylim=(-0.03, 1.03), title=title)
     ax.legend(title=None, fontsize=8)
     return ax

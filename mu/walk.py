@@ -1,6 +1,7 @@
 """What several notebooks of the walk do alike: read a concept's folder, carry a run out once, measure it once, tabulate, compare."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,13 @@ diffusers_logging.disable_progress_bar()  # those of reading files; the ones of 
 transformers_logging.disable_progress_bar()
 pd.set_option("display.max_colwidth", None)
 pd.set_option("display.precision", 3)
-LABELS = {"meta": "meta-unlearned", "stronger": "unlearned, stronger"}  # in figures; other runs are called as their folders are
+LABELS = {"meta": "meta-unlearned", "stronger": "unlearned, stronger", "longer": "unlearned, longer", "ascent": "ascent only"}
+
+
+def label(run):
+    """What a run is called in figures: other words for some, and "meta-0", "meta-1", … are one model, trained with several seeds."""
+    base = re.sub(r"-\d+$", "", run)
+    return LABELS.get(base, base)
 
 
 def identity(**paths):
@@ -81,17 +88,18 @@ def measure(folder, pipe, judge, probe, guidance, steps, facts):
 
 
 def scores(table, by, over=None):
-    """Mean of "hit" and its 95 % interval in each group of rows: over images, or over the means of each `over` (no interval from one)."""
+    """Mean of "hit" and its 95 % interval in each group of rows: over images, or over the means of each `over` (columns; no interval from one)."""
     parts = [(key, part.hit if over is None else part.groupby(over).hit.mean()) for key, part in table.groupby(by, sort=False)]
-    found = [dict(zip(by, key)) | dict(zip(("score", "low", "high"), score(hits) if len(hits) > 1 else (hits.mean(),))) | {"n": len(hits)} for key, hits in parts]
+    found = [dict(zip(by, key)) | dict(zip(("score", "low", "high"), score(hits, means=over is not None) if len(hits) > 1 else (hits.mean(),))) | {"n": len(hits)} for key, hits in parts]
     return pd.DataFrame(found, columns=[*by, "score", "low", "high", "n"])
 
 
 def revival(table, threshold=0.5):
-    """First evaluated step with a concept's score above the threshold, a row a model, learning rate and attack seed; inf if there is none."""
-    curve = table[table.group == "forget"].groupby(["model", "lr", "attack_seed", "step"], sort=False, as_index=False).hit.mean()
-    found = pd.DataFrame([dict(zip(("model", "lr", "attack_seed"), key)) | {"revived": steps_to_revival(c.step, c.hit, threshold), "last": c.step.max()}
-                          for key, c in curve.groupby(["model", "lr", "attack_seed"], sort=False)])
+    """First evaluated step with a concept's score above the threshold, a row a run, learning rate and attack seed; inf if there is none."""
+    one = ["model", "run", "lr", "attack_seed"]
+    curve = table[table.group == "forget"].groupby([*one, "step"], sort=False, as_index=False).hit.mean()
+    found = pd.DataFrame([dict(zip(one, key)) | {"revived": steps_to_revival(c.step, c.hit, threshold), "last": c.step.max()}
+                          for key, c in curve.groupby(one, sort=False)])
     return found.astype({"revived": float}).fillna({"revived": float("inf")})
 
 

@@ -113,15 +113,17 @@ def test_no_hit_in_sixteen_is_not_certainty():
 
 def test_means_of_seeds_are_bootstrapped():
     means = [0.2, 0.4, 0.45, 0.6]
-    mean, low, high = score(means)
+    mean, low, high = score(means, means=True)
     assert min(means) <= low < mean < high <= max(means)
 
 
 def test_scores_of_means_of_nothing_and_of_nan():
-    assert score([0.25, 0.5, 0.75])[0] == 0.5 and score([0.4]) == (0.4, 0.4, 0.4)
+    assert score([0.25, 0.5, 0.75], means=True)[0] == 0.5 and score([0.4], means=True) == (0.4, 0.4, 0.4)
     for bad in ([], [1, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="at least one finite value"):
             score(bad)
+    with pytest.raises(ValueError, match="means=True"):
+        score([0, 0.5])
 
 
 @pytest.mark.parametrize("scores, expected", [

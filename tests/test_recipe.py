@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE, BENCHMARK = ROOT / "notebooks" / "80_train_pocket.ipynb", ROOT / "notebooks" / "85_benchmark.ipynb"
 THINGS = {"ball": '<circle cx="8" cy="8" r="7" fill="red"/>', "box": '<path fill="#00f" d="M2 2h12v12H2z"/>', "hill": '<path fill="green" d="M8 1l7 14H1z"/>',
           "kite": '<path fill="gold" d="M8 0l8 8-8 8-8-8z"/>', "pole": '<path fill="#555" d="M7 0h2v16H7z"/>'}
-TINY = dict(vae_steps=2, vae_batch_size=2, judge_steps=2, judge_batch_size=4, views=1, unet_steps=3, unet_batch_size=2, polish_steps=1, checkpoint_every=2,
+TINY = dict(vae_steps=2, vae_batch_size=2, judge_steps=2, judge_batch_size=4, views=1, unet_steps=3, unet_batch_size=2, polish=[[1, 5e-4, 0.75]], checkpoint_every=2,
             seeds=1, sampling_steps=2, threads=1)
 
 

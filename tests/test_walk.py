@@ -24,8 +24,8 @@ SETS = {
     "attacker/forget": ["cat", "an emoji of a cat"], "attacker/clean": ["banana", "cup"],
 }
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}, "unrelated": {"a banana": "concept:banana"}}
-TRAINING = dict(steps=2, batch_size=2, trajectory_reuse=2, checkpoint_every=1)
-META = dict(inner_steps_low=1, inner_steps_high=2, inner_batch_size=2, clean_every=2)
+TRAINING = dict(steps=2, batch_size=2, trajectory_steps=2, trajectory_reuse=2, checkpoint_every=1)
+META = dict(inner_steps=[1, 2], inner_batch_size=2, retain_batch_size=2, clean_every=2)
 DRAWING = dict(probe_seeds="2,1,1", sampling_steps=2)
 
 
@@ -143,7 +143,7 @@ def test_an_unknown_concept_is_named_with_the_known_ones(pipe, tmp_path):
 
 
 def test_scores_have_no_interval_from_one_seed_and_revival_is_censored():
-    table = pd.DataFrame([dict(model="m", lr=1e-5, group="forget", attack_seed=seed, step=step, hit=hit)
+    table = pd.DataFrame([dict(model="m", run="m-0", lr=1e-5, group="forget", attack_seed=seed, step=step, hit=hit)
                           for seed, hits in ((0, (0, 0, 1)), (1, (0, 0, 0))) for step, hit in zip((0, 25, 50), hits)])
     found = scores(table, ["model", "step"], over="attack_seed").set_index("step")
     assert found.score[50] == 0.5 and (found.low[50], found.high[50]) == (0, 1) and (found.n == 2).all()
