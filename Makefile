@@ -1,4 +1,5 @@
 # make demo   the walk on the pocket model, and where its report is
+# make pocket the same with three trainings of each model, controls and more attacks, about two hours: what reports/pocket-full shows
 # make test   the tests
 # Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
@@ -9,12 +10,17 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 
-.PHONY: demo test
+WALK = $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime params input --quiet host progress reason rules
+
+.PHONY: demo pocket test
 
 demo: .venv/installed
-	@$(BIN)/snakemake --cores $(CORES) --configfile notebooks/profiles/pocket-demo.yaml --nolock --rerun-incomplete \
-		--rerun-triggers mtime params input --quiet host progress reason rules
+	@$(WALK) --configfile notebooks/profiles/pocket-demo.yaml
 	@echo "The report: file://$(CURDIR)/reports/pocket/index.html"
+
+pocket: .venv/installed
+	@$(WALK) --configfile notebooks/profiles/pocket.yaml
+	@echo "The report: file://$(CURDIR)/reports/pocket-full/index.html"
 
 test: .venv/installed
 	@$(BIN)/pytest -q
