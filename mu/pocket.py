@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
 
 from mu.emoji import COLORS, TEMPLATES, augment, caption
+from mu.runs import fill
 
 LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
 
@@ -240,5 +241,4 @@ def fill_card(card, metrics):
     text = "| figure | measured |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in lines) + (
         f"\nWeakest concepts: {weakest}. Guidance {p['guidance']}, {p['sampling_steps']} steps of {p['sampler']}, seeds 0 to {p['seeds'] - 1}; 95 % bootstrap intervals over "
         f"images; {', '.join(f'{k} {v}' for k, v in p['versions'].items())}; weights {', '.join(f'{k} `{v}`' for k, v in p['weights'].items())}.\n")
-    before, rest = card.read_text().split("<!-- figures -->\n")
-    card.write_text(f"{before}<!-- figures -->\n{text}<!-- /figures -->{rest.split('<!-- /figures -->')[1]}")
+    fill(card, text)

@@ -44,6 +44,18 @@ def save_json(value, path):
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def fill(document, text, mark="figures"):
+    """Put text between `<!-- mark -->` and `<!-- /mark -->` of a Markdown file: measured figures are written, never typed.
+
+    Raises ValueError for a file without the two marks."""
+    document, (start, end) = Path(document), (f"<!-- {mark} -->\n", f"<!-- /{mark} -->")
+    old = document.read_text()
+    if not 0 <= old.find(start) < old.find(end):
+        raise ValueError(f"{document} has no place for figures: it needs the lines {start.strip()} and {end}")
+    with atomic(document) as temporary:
+        temporary.write_text(old[:old.index(start)] + start + text + old[old.index(end):])
+
+
 def save_tensors(tensors, path):
     with atomic(path) as temporary:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary)

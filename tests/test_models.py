@@ -1,5 +1,6 @@
 """The seam: what it draws and encodes is what the pipelines of diffusers draw and encode."""
 
+import copy
 import json
 import shutil
 
@@ -110,6 +111,24 @@ def test_a_loaded_pipeline_is_frozen_and_draws_by_ddim(folder):
     assert pipe.scheduler.config.beta_end == 0.012 and pipe.scheduler.config.steps_offset == 1
     assert all(isinstance(p, AttnProcessor) for p in pipe.unet.attn_processors.values())
     assert load_pipeline(str(folder), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_passes_in_bf16_are_close_and_see_every_change_of_the_weights(folder):
+    """Autocast keeps converted weights; it must neither keep them from one pass to the next nor those of the network it was copied from."""
+    full, half = load_pipeline(str(folder)).unet, load_pipeline(str(folder), precision="bf16").unet
+    conditioning = encode_prompts(load_pipeline(str(folder)), PROMPTS[:2])
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500])
+    look = lambda unet: predict_noise(unet.requires_grad_(True), x, t, conditioning).detach()
+    copied = copy.deepcopy(half)
+    assert half.conv_in.weight.dtype == look(half).dtype == torch.float32
+    before = look(full)
+    assert not torch.equal(look(half), before)
+    torch.testing.assert_close(look(half), before, rtol=0.1, atol=0.03)
+    with torch.no_grad():
+        for unet in (full, half):
+            unet.conv_out.weight *= -3
+    torch.testing.assert_close(look(half), look(full), rtol=0.1, atol=0.1)
+    assert (look(half) - before).abs().max() > 0.1 and torch.allclose(look(copied), before, rtol=0.1, atol=0.03)
 
 
 @pytest.mark.parametrize("name", ["pockett", "no/such/folder", "/no/such/folder"])

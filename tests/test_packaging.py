@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from mu.notebooks import overview
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *PROJECT["optional-dependencies"]["recipe"]]
@@ -36,6 +38,20 @@ def test_makefile_installs_a_torch_of_the_range_first():
     pinned = re.search(r"torch==(\S+)", makefile)
     assert Requirement(next(line for line in REQUIRED if line.startswith("torch"))).specifier.contains(pinned[1])
     assert pinned.start() < makefile.index('-e ".[dev,recipe]"')
+
+
+def test_the_table_of_notebooks_is_theirs():
+    text = (ROOT / "README.md").read_text()
+    assert text.split("<!-- notebooks -->\n")[1].split("<!-- /notebooks -->")[0] == overview(ROOT / "notebooks")
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_report():
+    report, text = ROOT / "reports" / "pocket-full", (ROOT / "README.md").read_text()
+    block = text.split("<!-- figures -->\n")[1].split("<!-- /figures -->")[0]
+    if not (report / "tables" / "marks.md").exists():  # then nothing may be claimed
+        assert not re.search(r"\d", block), block
+    else:
+        assert (report / "tables" / "marks.md").read_text() in block and (report / "figures" / "headline.png").is_file()
 
 
 def test_ci_calls_make_test():

@@ -114,7 +114,7 @@ def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path, monkeypatch)
         tiny.make_images(tmp_path / "sets" / name, ["a cat", "a tiger"])
     assert execute(BENCHMARK, tmp_path / "85.ipynb", dict(
         model=str(sd_folder), sets=str(tmp_path / "sets"), out=str(tmp_path / "out"), steps=3, profiled_steps=2, batch_size=2, trajectory_reuse=2,
-        inner_steps=2, inner_batch_size=2, threads=1), html=False)
+        inner_steps=2, inner_batch_size=2, retain_batch_size=2, threads=1), html=False)
     made = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert [row["loop"] for row in made["table"]] == ["attack", "unlearn", "meta-unlearn"] and made["protocol"]["versions"]
     assert all(row["passes"] == row["needed"] and 0 < row["share in UNet"] <= 1 for row in made["table"])

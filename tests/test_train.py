@@ -366,6 +366,11 @@ def test_an_inner_loop_that_diverges_stops_and_keeps_the_weights(sets, options, 
     assert all(p.grad is None for p in state.parameters) and not state.unet._forward_hooks
 
 
+def test_weights_that_ask_for_nothing_are_refused(sets):
+    with pytest.raises(ValueError, match="every weight is 0.*unlearn, retain"):
+        run(State(tiny.make_unet(), "x"), sets, 1, unlearn=0.0)
+
+
 def test_a_gradient_that_is_not_finite_stops_as_well(sets, monkeypatch):
     """Every loss is finite, and yet the step would destroy the weights."""
     real = mu.train.gradients

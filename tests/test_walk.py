@@ -24,8 +24,8 @@ SETS = {
     "attacker/forget": ["cat", "an emoji of a cat"], "attacker/clean": ["banana", "cup"],
 }
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}, "unrelated": {"a banana": "concept:banana"}}
-TRAINING = dict(steps=2, batch_size=2, trajectory_steps=2, trajectory_reuse=2, checkpoint_every=1)
-META = dict(inner_steps=[1, 2], inner_batch_size=2, retain_batch_size=2, clean_every=2)
+TRAINING = dict(steps=2, batch_size=2, retain_batch_size=2, trajectory_steps=2, trajectory_reuse=2, checkpoint_every=1)
+META = dict(inner_steps=[1, 2], inner_batch_size=2, clean_every=2)
 DRAWING = dict(probe_seeds="2,1,1", sampling_steps=2)
 
 
@@ -72,7 +72,7 @@ def test_every_run_leaves_weights_rows_and_a_protocol(walk):
 
 
 def test_an_attack_has_a_row_for_every_picture(walk):
-    found = json.loads((walk[0] / "runs" / "attack" / "forget-2e-05.json").read_text())
+    found = json.loads((walk[0] / "runs" / "attack" / "forget-6e-05.json").read_text())
     table = pd.DataFrame(found["rows"])
     assert {"model", "attack", "lr", "attack_seed", "step", "group", "prompt", "expected", "seed", "hit"} <= set(table.columns)
     assert len(table) == 2 * 2 * 3 * 4 and set(table.model) == {"unlearned", "meta-unlearned"} and found["protocol"]["attack_seeds"] == [0, 1]
@@ -91,7 +91,7 @@ def test_the_report_is_whole(walk):
 
 
 def test_the_tables_say_what_the_rows_say(walk):
-    rows = pd.DataFrame(json.loads((walk[0] / "runs" / "attack" / "forget-2e-05.json").read_text())["rows"])
+    rows = pd.DataFrame(json.loads((walk[0] / "runs" / "attack" / "forget-6e-05.json").read_text())["rows"])
     table = pd.read_csv(walk[0] / "report" / "tables" / "attacks.csv").set_index(["model", "group", "step"])
     for key, hits in rows.groupby(["model", "group", "step"]).hit:
         assert table.score[key] == pytest.approx(hits.mean(), abs=1e-3)
