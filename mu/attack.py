@@ -15,8 +15,9 @@ def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), 
     """Fine-tune `pipe.unet` on a concept set; draw and judge the probe after each number of steps in `at`.
 
     The steps are `mu.train.finetune`'s, the inner step of the defence. Writes step-NNNN.json (rows of `evaluate`) and .png into
-    `folder`, and a checkpoint: a killed attack goes on with the same numbers, a finished one is only read. The UNet has its old
-    weights back afterwards. `progress` wraps the records (tqdm). Returns rows, each with its "step"."""
+    `folder`, and a checkpoint: a killed attack goes on with the same numbers, a finished one is only read (whether it had the same
+    parameters is `open_run`'s to say). The UNet has its old weights back afterwards. `progress` wraps the records (tqdm).
+    Returns rows, each with its "step"."""
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
     before = [p.detach().clone() for p in pipe.unet.parameters()]
