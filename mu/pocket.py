@@ -239,6 +239,6 @@ def fill_card(card, metrics):
         ("size, pipeline and judge", f"{metrics['megabytes']:.1f} MB")]
     weakest = ", ".join(f"{name} {percent(share)}" for name, share in sorted(metrics["per concept"].items(), key=lambda x: x[1])[:8])
     text = "| figure | measured |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in lines) + (
-        f"\nWeakest concepts: {weakest}. Guidance {p['guidance']}, {p['sampling_steps']} steps of {p['sampler']}, seeds 0 to {p['seeds'] - 1}; 95 % bootstrap intervals over "
+        f"\nWeakest concepts: {weakest}. Guidance {p['guidance']}, {p['sampling_steps']} steps of {p['sampler']}, seeds 0 to {p['seeds'] - 1}; 95 % (Wilson) intervals over "
         f"images; {', '.join(f'{k} {v}' for k, v in p['versions'].items())}; weights {', '.join(f'{k} `{v}`' for k, v in p['weights'].items())}.\n")
     fill(card, text)
