@@ -115,7 +115,7 @@ def execute(notebook, output, parameters=None, html=True, again=False):
 
 def overview(folder):
     """The README's table of notebooks: question (their headline), GPU and minutes (their metadata, as measured), Colab (their first code cell)."""
-    lines = ["| notebook | question | GPU | minutes on two cores | Colab |", "|---|---|---|---|---|"]
+    lines = ["| notebook | question | GPU | minutes on two cores, as in the demo | Colab |", "|---|---|---|---|---|"]
     for file in sorted(Path(folder).glob("*.ipynb")):
         read = nbformat.read(file, 4)
         question, facts = read.cells[0].source.splitlines()[0].removeprefix("# "), read.metadata["mu"]
