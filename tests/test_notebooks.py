@@ -230,7 +230,7 @@ def test_notebook_has_its_parts(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_profile_fits_the_notebooks(path):
     profile = yaml.safe_load(path.read_text())
-    assert set(profile) == {"runs", "report", "walk"}
+    assert {"runs", "report", "walk"} <= set(profile) <= {"runs", "report", "walk", "common"}
     for name, step in profile["walk"].items():
         notebook = ROOT / "notebooks" / f"{step.get('notebook', name)}.ipynb"
         check_parameters(notebook, step.get("parameters", {}))
