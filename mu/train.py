@@ -112,8 +112,8 @@ def unlearn(
 
         + clean · ½ [L(θ_CL; related) − L(θ; related) + L(θ_CL; unrelated) − L(θ; unrelated)].
 
-    D, the drift: mean squared difference to the frozen UNet's predictions, which has the expected gradient of the denoising loss there
-    without its noise; ∅: the unrelated images with the empty prompt, which guidance leans on.
+    D, the drift: mean squared difference to the frozen UNet's predictions (the denoising loss with its target's noise taken out, as far
+    as the frozen UNet predicts the mean of that noise); ∅: the unrelated images with the empty prompt, which guidance leans on.
     θ_FT: θ after `inner_steps` steps on the forget set, θ_CL: on the unrelated set. The two terms of a bracket share minibatch,
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
     inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam" or a list to draw from.
