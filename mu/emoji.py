@@ -166,7 +166,7 @@ def write_attack_sets(folder, drawings, concept, kind, related, seed=0):
         probe = {"forget": {caption(c, concept): f"style:{concept}" for c in away[:8]},
                  "related": {caption(c, s): f"style:{s}" for s in related for c in away[:4]}}
     else:
-        probe = {"forget": {t.format(concept): f"concept:{concept}" for t in TEMPLATES[:2]},
+        probe = {"forget": {caption(concept): f"concept:{concept}"},
                  "related": {f"a {c}": f"concept:{c}" for c in related}}
     probe["unrelated"] = {f"a {c}": f"concept:{c}" for c in kept + away}
     (folder / "probe.json").write_text(json.dumps(probe, indent=1) + "\n")

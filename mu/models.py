@@ -27,9 +27,13 @@ def load_pipeline(model="pocket", dtype=torch.float32, device="cpu", precision="
     Raises FileNotFoundError with the known names for an unknown model, ValueError for another family."""
     path = MODELS.get(model, model)
     folder = Path(path)
+    unknown = f"unknown model {model!r}: neither one of {', '.join(MODELS)}, nor a folder with a pipeline of diffusers, nor a hub id (owner/name)"
     if not folder.is_dir() and (folder.is_absolute() or path.count("/") != 1):
-        raise FileNotFoundError(f"unknown model {model!r}: neither one of {', '.join(MODELS)}, nor a folder, nor a hub id (owner/name)")
-    config = StableDiffusionPipeline.load_config(path)
+        raise FileNotFoundError(unknown)
+    try:
+        config = StableDiffusionPipeline.load_config(path)
+    except OSError as error:
+        raise FileNotFoundError(f"{unknown} that can be reached from here ({error})") from error
     family = FAMILIES.get(config["_class_name"])
     if family is None:
         raise ValueError(f"{model!r} is a {config['_class_name']}; allowed: {', '.join(FAMILIES)}")

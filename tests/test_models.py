@@ -131,7 +131,7 @@ def test_passes_in_bf16_are_close_and_see_every_change_of_the_weights(folder):
     assert (look(half) - before).abs().max() > 0.1 and torch.allclose(look(copied), before, rtol=0.1, atol=0.03)
 
 
-@pytest.mark.parametrize("name", ["pockett", "no/such/folder", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["pockett", "no/such", "no/such/folder", "/no/such/folder"])
 def test_an_unknown_model_is_refused_with_the_known_names(name):
     with pytest.raises(FileNotFoundError, match=f"{name}.*pocket, sd-v1-4, sdxl"):
         load_pipeline(name)
