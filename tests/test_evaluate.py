@@ -168,6 +168,16 @@ def test_an_attack_is_plain_fine_tuning_and_gives_the_weights_back(pipe, judge, 
     assert attacked(tmp_path / "run") == rows
 
 
+def test_what_was_judged_at_the_start_is_not_drawn_again(attacked, tmp_path, monkeypatch):
+    whole = attacked(tmp_path / "whole")
+    real, calls = mu.attack.evaluate, []
+    monkeypatch.setattr(mu.attack, "evaluate", lambda *a: calls.append(1) or real(*a))
+    known = [{key: value for key, value in row.items() if key != "step"} for row in whole if row["step"] == 0]
+    assert attacked(tmp_path / "again", before=(known, tmp_path / "whole" / "step-0000.png")) == whole and len(calls) == 2
+    for step in (0, 2, 3):
+        assert (tmp_path / "again" / f"step-000{step}.png").read_bytes() == (tmp_path / "whole" / f"step-000{step}.png").read_bytes()
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_killed_attack_goes_on_with_the_same_numbers(pipe, attacked, tmp_path, monkeypatch, stop):
     """Killed at the first, second or third evaluation, or before it."""
