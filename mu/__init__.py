@@ -1,5 +1,7 @@
 """Meta-unlearning for text-to-image diffusion models (arXiv 2410.12777)."""
 
 import os
+import warnings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or each import warns that torchvision is missing, which nothing here needs
+warnings.filterwarnings("ignore", message="IProgress not found")  # bars are text, so that executed notebooks keep them: no widgets are missing

@@ -90,6 +90,12 @@ def test_the_report_is_whole(walk):
     assert "A tiny test." in page and all(f"notebooks/{n}.html" in page for n in ("10_prepare_concepts", "20_unlearn", "90_figures"))
 
 
+def test_no_executed_notebook_shows_a_warning(walk):
+    for file in (walk[0] / "report" / "notebooks").glob("*.ipynb"):
+        said = [o.text for c in nbformat.read(file, 4).cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
+        assert not said, f"{file.name}: {said}"
+
+
 def test_the_tables_say_what_the_rows_say(walk):
     rows = pd.DataFrame(json.loads((walk[0] / "runs" / "attack" / "forget-6e-05.json").read_text())["rows"])
     table = pd.read_csv(walk[0] / "report" / "tables" / "attacks.csv").set_index(["model", "group", "step"])
