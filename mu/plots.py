@@ -51,8 +51,9 @@ def panel(cells, row_labels, column_labels, cell=1.0):
     return fig
 
 
-def curves(table, title, ax=None, y="hit"):
-    """Score against steps of fine-tuning, a line a model; the mean over prompts of each run and attack seed, then mean and 95 % bootstrap interval over these."""
+def curves(table, title, ax=None, y="hit", legend=True):
+    """Score against steps of fine-tuning, a line a model; the mean over prompts of each run and attack seed, then mean and 95 % bootstrap
+    interval over these. The legend stands to the right, where it hides no line: of several pictures in a row, the last one needs it."""
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
     by_seed = table.groupby(["model", "run", "step", "attack_seed"], as_index=False)[y].mean()
     known = set(by_seed["model"])
@@ -60,7 +61,8 @@ def curves(table, title, ax=None, y="hit"):
     sns.lineplot(by_seed, x="step", y=y, hue="model", style="model", hue_order=order, style_order=order, markers=True, dashes=False,
                  palette={m: COLORS.get(m, "#009e73") for m in order}, errorbar=("ci", 95), seed=0, ax=ax)
     ax.set(xlabel="steps of fine-tuning", ylabel="recognised", ylim=(-0.03, 1.03), title=title)
-    ax.legend(title=None, fontsize=8)
+    ax.legend(title=None, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    ax.get_legend().set_visible(legend)
     return ax
 
 
