@@ -117,7 +117,8 @@ def unlearn(
     θ_FT: θ after `inner_steps` steps on the forget set, θ_CL: on the unrelated set. The two terms of a bracket share minibatch,
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
     inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam" or a list to draw from.
-    bound: a loss after the attack that is above it is not pushed further. ascent: the control, without an inner loop.
+    bound: a loss after the attack that is above it is not pushed further. ascent: of the forget loss at θ, without an
+        inner loop (the relearn term's zeroth order); alone it is a control.
     eta, guidance: ESD's. trajectory_steps: DDIM steps of a student trajectory; trajectory_reuse: steps that share one batch of
     trajectories, each with a random point of its own.
     Passes a step, first order: 1 at θ, inner_steps + 1 from there to θ_FT, 1 of the frozen UNet, and the trajectories'; the second
