@@ -105,13 +105,16 @@ def revival(table, threshold=0.5):
     return found.astype({"revived": float}).fillna({"revived": float("inf")})
 
 
-def compare(columns, each=2, seed=0):
-    """Figure: the first prompts of each group, drawn with one seed, side by side. columns: title → (rows, the PNG saved with them)."""
+def compare(columns, each=2):
+    """Figure: `each` pictures of each group, first one of each prompt, then with further seeds, side by side.
+
+    columns: title → (rows, the PNG saved with them)."""
     rows = next(iter(columns.values()))[0]
-    prompts = [p for g in ("forget", "related", "unrelated") for p in list(dict.fromkeys(r["prompt"] for r in rows if r["group"] == g))[:each]]
-    place = lambda rows, prompt: next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == (prompt, seed))
+    shown = [(r["prompt"], r["seed"]) for g in ("forget", "related", "unrelated")
+             for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]]
+    place = lambda rows, item: next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item)
     tiles = [(rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16))) for rows, png in columns.values()]
-    return panel([[images[place(rows, prompt)] for rows, images in tiles] for prompt in prompts], prompts, list(columns))
+    return panel([[images[place(rows, item)] for rows, images in tiles] for item in shown], [prompt for prompt, _ in shown], list(columns))
 
 
 def bars(*claims):
