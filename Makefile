@@ -1,5 +1,5 @@
 # make demo   the walk on the pocket model, and where its report is
-# make pocket the same with three trainings of each model, controls and more attacks: an hour and a half, into reports/pocket-full
+# make pocket the same with three trainings of each model, controls and more attacks: two hours, into reports/pocket-full
 # make test   the tests
 # Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
