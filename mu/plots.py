@@ -11,7 +11,7 @@ from mu.runs import atomic
 
 COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#0072b2", "ascent only": "#cc79a7",
           "unlearned, stronger": "#e69f00", "unlearned, longer": "#56b4e9", "ascent only, weak": "#e5c1d4", "ascent only, strong": "#8f3f6d",
-          "meta-unlearned, first phase": "#7fb8d8", "meta-unlearned, second phase": "#3f95c5"}
+          "meta-unlearned, first phase": "#7fb8d8"}
 sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none"})
 
 

@@ -96,7 +96,7 @@ def _draw(value, generator, log=False):
 
 
 def unlearn(
-    state, unet_frozen, noise_scheduler, forget, retain_related, retain_unrelated, unconditional, *, steps,
+    state, unet_frozen, noise_scheduler, forget, retain_related, retain_unrelated, unconditional, retain_prompts=None, *, steps,
     unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_steps=50, trajectory_reuse=1,
     retain=0.0, ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3,
     inner_steps=1, inner_lr=1e-5, inner_optimizer="sgd", inner_batch_size=8, retain_batch_size=8, order="first", bound=math.inf, clip=1.0,
@@ -105,7 +105,7 @@ def unlearn(
 
     Minimises over the trained weights θ (arXiv 2410.12777, eq. 3–5; every loss is a mean over elements, t over all timesteps):
 
-        unlearn · L_ESD(θ) + retain · ⅓ [D(θ; related) + D(θ; unrelated) + D(θ; ∅)] − ascent · L(θ; forget)
+        unlearn · L_ESD(θ) + retain · ⅓ [D(θ; related) + D(θ; unrelated) + D(θ; ∅) + D(θ; any)] − ascent · L(θ; forget)
         − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
 
     and at every `clean_every`-th step, in place of the last line,
@@ -113,7 +113,8 @@ def unlearn(
         + clean · ½ [L(θ_CL; related) − L(θ; related) + L(θ_CL; unrelated) − L(θ; unrelated)].
 
     D, the drift: mean squared difference to the frozen UNet's predictions (the denoising loss with its target's noise taken out, as far
-    as the frozen UNet predicts the mean of that noise); ∅: the unrelated images with the empty prompt, which guidance leans on.
+    as the frozen UNet predicts the mean of that noise); ∅: the unrelated images with the empty prompt, which guidance leans on; any: the
+    same with one of `retain_prompts` (a conditioning, or None for no such term) each: what other prompts draw, of which there are no images.
     θ_FT: θ after `inner_steps` steps on the forget set, θ_CL: on the unrelated set. The two terms of a bracket share minibatch,
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
     inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam" or a list to draw from.
@@ -160,6 +161,9 @@ def unlearn(
                 asked |= {name: denoising(batch)[:3] for name, batch in batches.items()}
                 latents, timesteps = (x[::2] for x in asked["unrelated"][:2])  # every second: half of them, over all timesteps
                 asked["empty"] = latents, timesteps, empty(len(latents))
+                if retain_prompts:
+                    some = torch.randint(len(retain_prompts["encoder_hidden_states"]), (len(latents),), generator=g_retain)
+                    asked["any"] = latents, timesteps, rows(retain_prompts, some)
             frozen = dict(zip(asked, predictions(unet_frozen, *asked.values())))
 
             parts, weights = [], {}  # weights in the order of the parts' targets: by it the losses get their names
@@ -169,9 +173,9 @@ def unlearn(
             for name, batch in batches.items():
                 parts.append((*denoising(batch), *([frozen[name]] if retain else [])))
                 weights |= {name: -after.get(name, 0.0)} | ({f"{name} drift": retain / 3} if retain else {})
-            if retain:
-                parts.append((*asked["empty"], frozen["empty"]))
-                weights["empty drift"] = retain / 3
+            for name in [name for name in ("empty", "any") if name in asked]:
+                parts.append((*asked[name], frozen[name]))
+                weights[f"{name} drift"] = retain / 3
             if ascent:
                 parts.append(denoising(draw(forget, g_meta)))
                 weights["forget"] = -ascent

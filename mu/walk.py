@@ -21,9 +21,8 @@ diffusers_logging.disable_progress_bar()  # those of reading files; the ones of 
 transformers_logging.disable_progress_bar()
 pd.set_option("display.max_colwidth", None)
 pd.set_option("display.precision", 3)
-LABELS = {"meta": "meta-unlearned", "first": "meta-unlearned, first phase", "second": "meta-unlearned, second phase",
-          "stronger": "unlearned, stronger", "longer": "unlearned, longer", "ascent": "ascent only", "ascent-weak": "ascent only, weak",
-          "ascent-strong": "ascent only, strong"}
+LABELS = {"meta": "meta-unlearned", "first": "meta-unlearned, first phase", "stronger": "unlearned, stronger", "longer": "unlearned, longer",
+          "ascent": "ascent only", "ascent-weak": "ascent only, weak", "ascent-strong": "ascent only, strong"}
 
 
 def label(run):

@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
-from mu.concepts import encode_folder, read_folder, read_image
+from mu.concepts import encode_folder, random_prompts, read_folder, read_image
 
 CAPTIONS = ["a cat", "a photo of a cat", "a cat"] * 4  # more images than the VAE reads at a time
 
@@ -145,3 +146,13 @@ def test_every_way_in_which_pil_gives_up_names_the_file(tmp_path, monkeypatch, e
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere has no metadata.jsonl"):
         read_folder(tmp_path / "nowhere")
+
+
+def test_random_prompts_are_words_of_the_vocabulary_and_never_the_concepts():
+    tokenizer = CLIPTokenizer.from_pretrained("data/pocket-sd/tokenizer")
+    found = random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"])
+    words = {word for text in found for word in text.split()}
+    assert {len(text.split()) for text in found} == {1, 2} and len(found) == 2000
+    assert {"onion", "zebra", "tiger"} < words <= {token.removesuffix("</w>") for token in tokenizer.get_vocab()} - {"cat", "santa", "claus"}
+    assert len({len(tokenizer(word).input_ids) for word in words}) == 1  # start, one token, end: whole words for the tokenizer
+    assert found == random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"]) != random_prompts(tokenizer, 2000, seed=1)

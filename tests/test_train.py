@@ -99,7 +99,7 @@ def frozen_elsewhere():
     return tiny.frozen(unet)
 
 
-def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_destruct, clean, inner_steps, inner_lr, order, trajectory):
+def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_destruct, clean, inner_steps, inner_lr, order, trajectory, retain_prompts=None):
     """The gradient of the documented objective at the first weights, written out term by term."""
     forget, related, unrelated, unconditional = sets
     unet, unet_frozen, scheduler = tiny.make_unet(), frozen_elsewhere(), tiny.make_scheduler()
@@ -128,6 +128,9 @@ def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_des
     z, t, _ = inputs(b_unrelated)
     nothing = unconditional["encoder_hidden_states"].expand(3, -1, -1)
     total = total + retain / 3 * (drift(*inputs(b_related)) + drift(*inputs(b_unrelated)) + drift(z[::2], t[::2], nothing))
+    if retain_prompts:
+        some = retain_prompts["encoder_hidden_states"][torch.randint(4, (3,), generator=g_retain)]
+        total = total + retain / 3 * drift(z[::2], t[::2], some)
     if ascent:
         total = total - ascent * loss(draw(forget, g_meta), theta)
 
@@ -154,6 +157,7 @@ def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_des
     (2, dict(clean=1.5)),
     (1, dict(clean=1.5)),
     (2, dict(clean=0.0)),
+    (0, dict(retain_prompts={"encoder_hidden_states": torch.linspace(-1, 1, 4)[:, None, None].expand(4, tiny.LENGTH, 16)})),
 ])
 def test_one_step_is_the_gradient_of_the_documented_objective(sets, order, step, options):
     weights = dict(unlearn=5.0, eta=1.0, retain=0.8, ascent=0.0, relearn=0.5, self_destruct=2.0, clean=0.0) | options
