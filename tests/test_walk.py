@@ -25,7 +25,7 @@ SETS = {
 }
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}, "unrelated": {"a banana": "concept:banana"}}
 TRAINING = dict(steps=2, batch_size=2, retain_batch_size=2, trajectory_steps=2, trajectory_reuse=2, checkpoint_every=1)
-META = dict(inner_steps=[1, 2], inner_batch_size=2, clean_every=2)
+META = dict(inner_steps=[1, 2], inner_batch_size=2, clean_every=2, retain_prompts=4)
 DRAWING = dict(probe_seeds="2,1,1", sampling_steps=2)
 
 
