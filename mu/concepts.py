@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mu.models import encode_prompts
+from mu.models import encode_prompts, text_encoders
 from mu.runs import save_tensors
 
 
@@ -48,6 +48,12 @@ def read_folder(folder):
     return [folder / line["file_name"] for line in lines], [line["text"] for line in lines]
 
 
+def concept_names(folder, *names):
+    """What the defender's sets of these names show, each once, sorted: the column `concept` of their metadata where there is one, or else the captions."""
+    lines = [json.loads(line) for name in names for line in (Path(folder) / "defender" / name / "metadata.jsonl").read_text().splitlines() if line.strip()]
+    return sorted({line.get("concept") or line["text"] for line in lines})
+
+
 def read_image(path, size):
     """float (3, size, size) in −1…1. Raises ValueError that names a file which is no image."""
     try:
@@ -67,8 +73,8 @@ def encode_folder(pipe, folder, cache=None):
     paths, captions = read_folder(folder)
     prompts = sorted(set(captions))
     digest = hashlib.sha256(json.dumps([captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode())
-    for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        for p in part.parameters() if part is not None else ():
+    for part in (pipe.vae, *text_encoders(pipe)):
+        for p in part.parameters():
             digest.update(p.flatten()[:16].float().cpu().numpy().tobytes())  # enough: training changes every tensor
     for path in paths:
         digest.update(path.read_bytes())
@@ -83,6 +89,7 @@ def encode_folder(pipe, folder, cache=None):
                    "prompt": torch.tensor([prompts.index(c) for c in captions])} | encode_prompts(pipe, prompts)
         if file:
             save_tensors(tensors, file)
+    tensors = {name: value.to(pipe.unet.device) for name, value in tensors.items()}
     conditioning = {name: value for name, value in tensors.items() if name not in ("mean", "std", "prompt")}
     return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)
 

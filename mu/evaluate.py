@@ -23,6 +23,9 @@ class Probe:
 
 
 def load_judge(path=JUDGE):
+    """The pocket models' judge, or None for an empty path: pictures are then drawn and looked at, not scored."""
+    if not path:
+        return None
     return ResNetForImageClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
 
 
@@ -52,8 +55,11 @@ def make_probe(pipe, groups, seeds=range(8)):
 
 
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
-    """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", images (n, 3, height, width) in 0…1)."""
-    images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps)
+    """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN without a judge; images (n, 3, height, width) in 0…1)."""
+    side = pipe.unet.config.sample_size  # as many images at once as are 64 of 16 × 16 latents
+    images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps, max(1, 64 * 16**2 // side**2))
+    if judge is None:
+        return [item | {"seen": "", "hit": float("nan")} for item in probe.items], images
     kinds = [item["expected"].split(":")[0] for item in probe.items]
     seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
     found = [seen[kind][i] for i, kind in enumerate(kinds)]

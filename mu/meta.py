@@ -5,24 +5,44 @@ import torch
 from mu.objectives import gradients
 
 
-def inner_step(parameters, loss, optimizer):
-    """One step of fine-tuning in place: the same for the simulated attack, the real one and the CLEAN one. Returns the loss before it."""
-    for p, g in zip(parameters, gradients(loss, parameters)):
+def descend(parameters, gradient, optimizer):
+    """One step of the optimiser along a gradient, in place."""
+    for p, g in zip(parameters, gradient):
         p.grad = g
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def inner_step(parameters, loss, optimizer, scale=1.0, check=None):
+    """One step of fine-tuning in place: the same for the simulated attack, the real one and the CLEAN one. Returns the loss before it.
+
+    scale: of the loss, see `mu.objectives.gradients`. check: a function of the gradient that may raise, before anything has moved."""
+    gradient = gradients(loss, parameters, scale)
+    if check is not None:
+        check(gradient)
+    descend(parameters, gradient, optimizer)
     return loss.detach()
 
 
+def eight_bit(name):
+    """An optimiser of bitsandbytes, whose moments take one byte each. Raises ImportError with the command that installs it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("8-bit Adam needs bitsandbytes: pip install bitsandbytes (or this project's extra `gpu`), or choose adamw, adam or sgd") from error
+    return getattr(bitsandbytes.optim, name)
+
+
 def make_inner_optimizer(name, parameters):
-    """torch's SGD or Adam, built once; `meta_gradient` sets its learning rate and clears its state for each simulated attack."""
-    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    """torch's SGD or Adam, or Adam in 8 bits, built once; `meta_gradient` sets its learning rate and clears its state for each simulated attack."""
+    kinds = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.0, fused=True), "adam": lambda: torch.optim.Adam(parameters, lr=0.0, fused=True),
+             "adam8bit": lambda: eight_bit("Adam8bit")(parameters, lr=0.0)}
     if name not in kinds:
         raise ValueError(f"unknown inner optimiser {name!r}: allowed are {', '.join(kinds)}")
-    return kinds[name](parameters, lr=0.0, fused=True)
+    return kinds[name]()
 
 
-def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="first"):
+def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="first", snapshot=None, scale=1.0):
     """∇_θ of outer_loss(θ_FT), θ_FT = θ after one `inner_step` for each of `inner_losses`.
 
     parameters: the trained tensors, holding θ; they hold θ again, bit for bit, when this returns.
@@ -31,18 +51,20 @@ def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="fi
     order="first": the gradient at θ_FT stands for the gradient at θ (FOMAML). order="second": exact through SGD,
     v ← v − τ ∇²L_m(θ_m) v for m = M … 1, each a Hessian-vector product; θ_m is found again by repeating the first m − 1 steps,
     so that memory does not depend on M (at the cost of M(M − 1)/2 more passes).
+    snapshot: the device that keeps θ meanwhile, by default the parameters' own; "cpu" spares a GPU one copy of them.
+    scale: of the losses, see `mu.objectives.gradients`.
     Returns outer loss, list of gradients. Raises ValueError for another order, or the second with another optimiser than SGD."""
     if order not in ("first", "second"):
         raise ValueError(f"unknown order {order!r}: allowed are first, second")
     if order == "second" and not isinstance(optimizer, torch.optim.SGD):
         raise ValueError("order='second' is exact through SGD only: use inner_optimizer='sgd', or order='first'")
-    start = [p.detach().clone() for p in parameters]
+    start = [p.detach().to(snapshot or p.device, copy=True) for p in parameters]
 
     def replay(m):
         optimizer.state.clear()
         optimizer.param_groups[0]["lr"] = lr
         for loss in inner_losses[:m]:
-            inner_step(parameters, loss(), optimizer)
+            inner_step(parameters, loss(), optimizer, scale)
 
     @torch.no_grad()
     def restore():
@@ -51,7 +73,7 @@ def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="fi
     try:
         replay(len(inner_losses))
         loss = outer_loss()
-        gradient = gradients(loss, parameters)
+        gradient = gradients(loss, parameters, scale)
         for m in reversed(range(len(inner_losses))) if order == "second" else ():
             restore()
             replay(m)

@@ -8,13 +8,15 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification)
 
 from mu.emoji import COLORS, TEMPLATES, augment, caption
+from mu.models import encode_prompts, predict_noise, text_encoders
 from mu.runs import fill
 
 LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
@@ -41,20 +43,44 @@ def build_vae():
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=0.18215)
 
 
-def build_text_encoder(tokenizer):
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
+def build_text_encoder(tokenizer, width=WIDTH, kind=CLIPTextModel):
+    return kind(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH))
+        pad_token_id=tokenizer.pad_token_id, projection_dim=width))
 
 
-def build_unet():
-    unet = UNet2DConditionModel(
+def build_unet(**config):
+    unet = UNet2DConditionModel(**dict(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 128, 192), norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=4)
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=4) | config)
     unet.set_attn_processor(AttnProcessor())
     return unet
+
+
+def build_sdxl(pipe, width_2=WIDTH // 2):
+    """A pipeline in SDXL's format that starts where a trained pocket pipeline of SD's format is.
+
+    What is SDXL's: two text encoders, whose last but one hidden states stand side by side as the context, the pooled embedding of the
+    second and the time ids in the time embedding, linear projections around attention, zeros for the empty prompt. What is taken over:
+    autoencoder, tokenizer, first text encoder, and the whole UNet, with zeros where it meets what is new, so that it begins by ignoring it."""
+    encoder = build_text_encoder(pipe.tokenizer)
+    encoder.load_state_dict(pipe.text_encoder.state_dict())
+    unet = build_unet(cross_attention_dim=WIDTH + width_2, use_linear_projection=True, addition_embed_type="text_time",
+                      addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + width_2)
+    old = pipe.unet.state_dict()
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if name not in old:
+                p.zero_() if name.startswith("add_embedding.linear_2") else None
+            elif p.shape == old[name].shape or p.numel() == old[name].numel():  # a 1×1 convolution is a linear map
+                p.copy_(old[name].reshape(p.shape))
+            else:
+                p.zero_()[:, :WIDTH] = old[name]
+    return StableDiffusionXLPipeline(
+        vae=pipe.vae, text_encoder=encoder, text_encoder_2=build_text_encoder(pipe.tokenizer, width_2, CLIPTextModelWithProjection),
+        tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer, unet=unet, scheduler=pipe.scheduler, add_watermarker=False)
 
 
 def build_scheduler():
@@ -182,12 +208,12 @@ def sample_captions(drawings, colors, generator, style_share=0.5):
         TEMPLATES[int(r[i, 3] ** 2 * len(TEMPLATES))]) for i, (d, c) in enumerate(zip(drawings, colors.tolist()))]
 
 
-def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling_factor, steps=6000, batch_size=64, lr=1e-3,
-               seed=0, dtype=torch.bfloat16, ema_decay=0.9985, style_share=0.5, state=None):
-    """Denoising loss with min-SNR-5 weights, UNet and text encoder together, EMA of both, which is the result. Yields (step, loss, save).
+def train_unet(pipe, data, drawings, steps=6000, batch_size=64, lr=1e-3, seed=0, dtype=torch.bfloat16, ema_decay=0.9985, style_share=0.5, state=None):
+    """Denoising loss with min-SNR-5 weights, UNet and text encoders together, EMA of all, which is the result. Yields (step, loss, save).
 
     `save()` is the state as a flat dict of tensors; as `state` it continues the run with the numbers of an uninterrupted one."""
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    unet, scheduler, scaling_factor = pipe.unet, pipe.scheduler, pipe.vae.config.scaling_factor
+    parameters = [p for part in (unet, *text_encoders(pipe)) for p in part.requires_grad_(True).parameters()]
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
     ema = EMAModel(parameters, decay=ema_decay)
@@ -199,19 +225,19 @@ def train_unet(unet, text_encoder, tokenizer, scheduler, data, drawings, scaling
             for i, (p, average) in enumerate(zip(parameters, ema.shadow_params)):
                 p.copy_(state[f"{i}/weight"])
                 average.copy_(state[f"{i}/ema"])
-                optimizer.state[p] = {k: state[f"{i}/{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq")}
+                saved = {k: state[f"{i}/{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{i}/{k}" in state}
+                if saved:  # not for SDXL's last layer of the first text encoder: nothing reads it
+                    optimizer.state[p] = saved
     per_concept = Counter(d["concept"] for d in drawings)
     weights = torch.tensor([1 / per_concept[drawings[i]["concept"]] ** 0.5 for i in data["drawing"].tolist()])
     for step in range(first, steps):
         index = torch.multinomial(weights, batch_size, True, generator=g)
         prompts = sample_captions([drawings[i] for i in data["drawing"][index].tolist()], data["color"][index], g, style_share)
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
         noise, jitter = (torch.randn(data["mean"][index].shape, generator=g) for _ in range(2))
         latents = (data["mean"][index] + data["std"][index] * jitter) * scaling_factor
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=g)
         with torch.autocast("cpu", dtype):
-            embeddings = text_encoder(tokens).last_hidden_state
-            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
+            predicted = predict_noise(unet, scheduler.add_noise(latents, noise, timesteps), timesteps, encode_prompts(pipe, prompts))
         snr = compute_snr(scheduler, timesteps)
         loss = ((predicted.float() - noise).pow(2).mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
         _descend(loss, optimizer, lr * _cosine(step, steps, warmup=200), clip=1.0)

@@ -12,7 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+
+from mu.models import without_lora
 
 
 @contextlib.contextmanager
@@ -61,33 +64,42 @@ def save_tensors(tensors, path):
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary)
 
 
-def open_run(folder, params):
+def open_run(folder, params, how=None):
     """The folder of one run. Made with its params.json, or the one of an earlier call with the same parameters.
 
-    Raises ValueError that names the first parameter that differs: a folder holds one run."""
+    how: parameters of where and how it is computed, which do not change the numbers but by rounding (micro-batches, snapshot, …): these may differ from an
+    earlier call's, and take their place. Raises ValueError that names the first parameter that differs: a folder holds one run."""
     folder = Path(folder)
-    params = json.loads(json.dumps(params))
+    params, how = json.loads(json.dumps([params, how or {}]))
     file = folder / "params.json"
-    if file.exists():
-        earlier = json.loads(file.read_text())
-        for name in sorted(earlier.keys() | params.keys()):
-            if earlier.get(name) != params.get(name):
-                raise ValueError(f"{folder} holds a run with {name}={earlier.get(name)!r}, asked for is {params.get(name)!r}: "
-                                 "name another folder, or delete this one")
-    else:
-        save_json(params, file)
+    earlier = read_json(file, params)
+    earlier.pop("how", None)
+    for name in sorted(earlier.keys() | params.keys()):
+        if earlier.get(name) != params.get(name):
+            raise ValueError(f"{folder} holds a run with {name}={earlier.get(name)!r}, asked for is {params.get(name)!r}: "
+                             "name another folder, or delete this one")
+    wanted = params | ({"how": how} if how else {})
+    if read_json(file) != wanted:
+        save_json(wanted, file)
     return folder
 
 
+LESS_MEMORY = ("gradient_checkpointing = True, accumulation = 2, 4, …, frozen = 'half', snapshot = 'cpu', and this run goes on; as a run of another name, smaller "
+               "batch sizes, optimizer = 'adamw8bit', subset = 'lora'. 15_preflight says what each spares")
+
+
 def run_loop(folder, state, records, checkpoint_every=25):
-    """Pass a loop's records on; every `checkpoint_every` steps, at the end, and when a loss is not finite (the last good step),
-    save the records so far and the state in `folder`."""
+    """Pass a loop's records on; every `checkpoint_every` steps, at the end, and when it stops with an error (the last good step),
+    save the records so far and the state in `folder`. Of several processes one writes.
+
+    Raises FloatingPointError as the loop does; MemoryError with what to change where memory runs out: run again, changed, it goes on."""
     folder = Path(folder)
     history = [r for r in read_json(folder / "records.json", []) if r["step"] <= state.step]
 
     def checkpoint():
-        save_json(history, folder / "records.json")
-        save_tensors(state.tensors(), folder / "checkpoint.safetensors")
+        if PartialState().is_main_process:
+            save_json(history, folder / "records.json")
+            save_tensors(state.tensors(), folder / "checkpoint.safetensors")
 
     try:
         for record in records:
@@ -98,6 +110,12 @@ def run_loop(folder, state, records, checkpoint_every=25):
     except FloatingPointError as error:
         checkpoint()
         raise FloatingPointError(f"{error}; the last good state is {folder / 'checkpoint.safetensors'}") from error
+    except RuntimeError as error:  # of which CUDA's own is a subclass
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        checkpoint()
+        raise MemoryError(f"out of memory in step {state.step + 1}; its {state.step} predecessors are kept in {folder / 'checkpoint.safetensors'}. "
+                          f"To make it fit: {LESS_MEMORY} ({str(error).splitlines()[0]})") from error
     checkpoint()
 
 
@@ -120,9 +138,18 @@ def save_model(model, folder):
 
 
 def finish(folder, unet):
-    """Save the result as a diffusers UNet in `folder`/unet and drop the checkpoint, which is six times as large."""
-    save_model(unet, Path(folder) / "unet")
-    (Path(folder) / "checkpoint.safetensors").unlink(missing_ok=True)
+    """Save the result as a diffusers UNet in `folder`/unet, a LoRA fused into it and also alone in `folder`/lora; drop the checkpoint, which is
+    six times as large. Of several processes one writes, and the others wait."""
+    folder = Path(folder)
+    from mu.formats import save_lora  # which needs this module
+    main = PartialState().is_main_process
+    if main and hasattr(unet, "peft_config"):
+        save_lora(unet, folder / "lora")
+    without_lora(unet, fuse=True)
+    if main:
+        save_model(unet, folder / "unet")
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
 """The loops, as generators: each yields one frozen record after each step. Progress, logging and stopping belong to the caller."""
 
+import contextlib
+import functools
 import math
 import time
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel
 
-from mu.meta import inner_step, make_inner_optimizer, meta_gradient
-from mu.models import rows, trainable
-from mu.objectives import denoising, draw_minibatch, esd, gradients, predictions, sample_trajectory, squared_errors
+from mu.meta import descend, eight_bit, inner_step, make_inner_optimizer, meta_gradient
+from mu.models import reference, rows, trainable
+from mu.objectives import denoising, draw_minibatch, esd, gradients, own, predictions, sample_trajectory, squared_errors
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,27 @@ class Record:
 
 
 class State:
-    """What a loop needs to go on where it stopped: trained weights, optimiser, random generators, step. Goes to safetensors by `tensors()`."""
+    """What a loop needs to go on where it stopped: trained weights, optimiser, their running average, random generators, step. Goes to
+    safetensors by `tensors()`.
 
-    def __init__(self, unet, subset="f", lr=1e-5, optimizer="adamw", weight_decay=1e-4, seed=0):
+    subset, rank: see `mu.models.trainable`. optimizer: adamw, adam, sgd, or adamw8bit (bitsandbytes). ema: decay of a running average
+    of the trained weights, which is then the result (SDD's teacher); 0: none. seed: of everything drawn at random, new adapters included."""
+
+    def __init__(self, unet, subset="f", lr=1e-5, optimizer="adamw", weight_decay=1e-4, seed=0, rank=16, ema=0.0):
         kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay, fused=True),
-                 "adam": lambda p: torch.optim.Adam(p, lr=lr, fused=True), "sgd": lambda p: torch.optim.SGD(p, lr=lr, fused=True)}
+                 "adam": lambda p: torch.optim.Adam(p, lr=lr, fused=True), "sgd": lambda p: torch.optim.SGD(p, lr=lr, fused=True),
+                 "adamw8bit": lambda p: eight_bit("AdamW8bit")(p, lr=lr, weight_decay=weight_decay)}
         if optimizer not in kinds:
             raise ValueError(f"unknown optimiser {optimizer!r}: allowed are {', '.join(kinds)}")
         self.unet, self.step = unet, 0
-        self.named = trainable(unet, subset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.named = trainable(unet, subset, rank)
         self.parameters = list(self.named.values())
         self.optimizer = kinds[optimizer](self.parameters)
+        self.ema = EMAModel(self.parameters, decay=ema, min_decay=ema) if ema else None
+        if ema:
+            self.ema.optimization_step = 1  # no warm-up: the decay is the same from the first step on
         # one stream a purpose: that a term is switched off does not change the draws of the others
         self.generators = {name: torch.Generator().manual_seed(seed * 1000 + i) for i, name in enumerate(("unlearn", "retain", "meta", "finetune"))}
         self.trajectory = None
@@ -40,6 +54,7 @@ class State:
         out = {"step": torch.tensor(self.step)} | {f"weights/{n}": p.detach() for n, p in self.named.items()}
         for name, p in self.named.items():
             out |= {f"optimizer/{name}/{k}": torch.as_tensor(v) for k, v in self.optimizer.state.get(p, {}).items()}
+        out |= {f"ema/{name}": p for name, p in zip(self.named, self.ema.shadow_params)} if self.ema else {}
         out |= {f"generator/{n}": g.get_state() for n, g in self.generators.items()}
         if self.trajectory:
             out |= dict(zip(("trajectory/latents", "trajectory/timesteps", "trajectory/prompt"), self.trajectory))
@@ -54,34 +69,60 @@ class State:
         self.step = int(tensors["step"])
         for name, p in self.named.items():
             p.copy_(tensors[f"weights/{name}"])
-            saved = {k.rsplit("/", 1)[1]: v.clone() for k, v in tensors.items() if k.startswith(f"optimizer/{name}/")}
-            if saved:
-                self.optimizer.state[p] = saved
+            saved = {k.rsplit("/", 1)[1]: v.to(p.device, copy=True) for k, v in tensors.items() if k.startswith(f"optimizer/{name}/")}
+            if saved:  # torch counts steps in a float tensor, bitsandbytes in an int
+                self.optimizer.state[p] = {k: v.item() if v.dtype == torch.int64 and not v.ndim else v for k, v in saved.items()}
+        for name, average in zip(self.named, self.ema.shadow_params) if self.ema else ():
+            average.copy_(tensors[f"ema/{name}"])
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator/{name}"].clone())
         if "trajectory/latents" in tensors:
-            self.trajectory = tuple(tensors[f"trajectory/{k}"].clone() for k in ("latents", "timesteps", "prompt"))
+            self.trajectory = tuple(tensors[f"trajectory/{k}"].to(p.device, copy=True) for k in ("latents", "timesteps", "prompt"))
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The UNet with the running average as its weights, where there is one, inside a `with` block."""
+        if self.ema is None:
+            yield self.unet
+            return
+        present = [p.detach().clone() for p in self.parameters]
+        self.ema.copy_to(self.parameters)
+        try:
+            yield self.unet
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, present)
+
+    def release(self):
+        """Make the running average, if there is one, the UNet's weights for good: it is what is saved and judged. Returns the UNet."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+        return self.unet
 
 
-def _finite(losses, step):
+def _finite(losses, step, scale=1.0):
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(f"not finite: {', '.join(bad)} is {losses[bad[0]]} at step {step + 1}: the weights of step {step} are kept; "
-                                 "lower the learning rate or a weight, or bound the loss")
+                                 "lower the learning rate or a weight, or bound the loss"
+                                 + (f"; in float16 numbers over 65504 are infinite: lower loss_scale ({scale:g}), or choose precision bf16 or no" if scale != 1 else ""))
 
 
-def finetune(state, noise_scheduler, concept_set, *, steps, batch_size=8):
+def finetune(state, noise_scheduler, concept_set, *, steps, batch_size=8, accumulation=1, loss_scale=1.0):
     """Fine-tuning on a concept set by the denoising loss: the attack (on the concept), CLEAN (on others). Yields `Record`s.
 
-    Optimiser, learning rate and subset are those of `state`; a state that has done k steps does the other steps − k."""
+    Optimiser, learning rate and subset are those of `state`; a state that has done k steps does the other steps − k.
+    accumulation: micro-batches of a pass, see `squared_errors`; loss_scale: see `gradients`. Raises FloatingPointError as `unlearn` does."""
     g = state.generators["finetune"]
     while state.step < steps:
         began = time.perf_counter()
-        loss = squared_errors(state.unet, denoising(draw_minibatch(concept_set, noise_scheduler, batch_size, g)))[0]
-        _finite({"finetune": loss.item()}, state.step)
-        inner_step(state.parameters, loss, state.optimizer)
+        part = own(denoising(draw_minibatch(concept_set, noise_scheduler, batch_size, g)))
+        loss = squared_errors(state.unet, part, accumulation=accumulation)[0]
+        _finite({"finetune": loss.item()}, state.step, loss_scale)
+        overflow = lambda gradient: _finite({"gradient norm": torch.nn.utils.get_total_norm(gradient).item()}, state.step, loss_scale)
+        inner_step(state.parameters, loss, state.optimizer, loss_scale, check=overflow if loss_scale != 1 else None)
         state.step += 1
-        yield Record(state.step, {"finetune": loss.item()}, 1, time.perf_counter() - began)
+        yield Record(state.step, {"finetune": loss.item()}, 1 if accumulation == 1 else 2 * accumulation, time.perf_counter() - began)
 
 
 def _draw(value, generator, log=False):
@@ -96,45 +137,61 @@ def _draw(value, generator, log=False):
 
 
 def unlearn(
-    state, unet_frozen, noise_scheduler, forget, retain_related, retain_unrelated, unconditional, retain_prompts=None, *, steps,
-    unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_steps=50, trajectory_reuse=1,
+    state, unet_frozen, noise_scheduler, forget, retain_related, retain_unrelated, unconditional, retain_prompts=None, replace=None, *, steps,
+    method="esd", unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_steps=50, trajectory_reuse=1,
     retain=0.0, ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3,
     inner_steps=1, inner_lr=1e-5, inner_optimizer="sgd", inner_batch_size=8, retain_batch_size=8, order="first", bound=math.inf, clip=1.0,
+    accumulation=1, snapshot=None, loss_scale=1.0,
 ):
-    """Unlearning (ESD) and meta-unlearning in one loop; with all meta weights 0 it is plain unlearning, bit for bit. Yields `Record`s.
+    """Unlearning (ESD, SDD) and meta-unlearning in one loop; with all meta weights 0 it is plain unlearning, bit for bit. Yields `Record`s.
 
     Minimises over the trained weights θ (arXiv 2410.12777, eq. 3–5; every loss is a mean over elements, t over all timesteps):
 
-        unlearn · L_ESD(θ) + retain · ⅓ [D(θ; related) + D(θ; unrelated) + D(θ; ∅) + D(θ; any)] − ascent · L(θ; forget)
+        unlearn · L_unlearn(θ) + retain · ⅓ [D(θ; related) + D(θ; unrelated) + D(θ; ∅) + D(θ; any)] − ascent · L(θ; forget)
         − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
 
     and at every `clean_every`-th step, in place of the last line,
 
         + clean · ½ [L(θ_CL; related) − L(θ; related) + L(θ_CL; unrelated) − L(θ; unrelated)].
 
+    L_unlearn, by method: "esd", ‖ε_θ(z_t, c) − ε_0(z_t, ∅) + η [ε_0(z_t, c) − ε_0(z_t, ∅)]‖², z_t sampled by the student; "sdd" (Kim et al.
+    2023), ‖ε_θ(z_t, c) − stop-gradient ε_θ(z_t, ∅)‖², z_t sampled by the running average of the weights, which is the result (`State(ema=0.999)`).
+    replace: the conditioning (one row) that the concept shall be drawn as, in place of ∅ in both; None: ∅.
+    From a closed-form result (UCE, RECE) the meta gradient goes alone: unlearn=0.
     D, the drift: mean squared difference to the frozen UNet's predictions (the denoising loss with its target's noise taken out, as far
     as the frozen UNet predicts the mean of that noise); ∅: the unrelated images with the empty prompt, which guidance leans on; any: the
     same with one of `retain_prompts` (a conditioning, or None for no such term) each: what other prompts draw, of which there are no images.
+    unet_frozen: ε_0; None with subset "lora" only, which is then switched off to ask it. noise_scheduler: DDIM, with the model's betas.
     θ_FT: θ after `inner_steps` steps on the forget set, θ_CL: on the unrelated set. The two terms of a bracket share minibatch,
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
-    inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam" or a list to draw from.
+    inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam", "adam8bit" or a list to draw from.
     bound: a loss after the attack that is above it is not pushed further. ascent: of the forget loss at θ, without an
         inner loop (the relearn term's zeroth order); alone it is a control.
-    eta, guidance: ESD's. trajectory_steps: DDIM steps of a student trajectory; trajectory_reuse: steps that share one batch of
+    eta, guidance: ESD's and SDD's. trajectory_steps: DDIM steps of a trajectory; trajectory_reuse: steps that share one batch of
     trajectories, each with a random point of its own.
-    Passes a step, first order: 1 at θ, inner_steps + 1 from there to θ_FT, 1 of the frozen UNet, and the trajectories'; the second
-    order has M(M + 1)/2 more (see `mu.meta.meta_gradient`).
-    Raises ValueError when every weight is 0, FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
+    accumulation: micro-batches of each pass (`squared_errors`). snapshot: device that keeps θ during a simulated fine-tuning, e.g. "cpu" (`meta_gradient`).
+    loss_scale: for float16 (`gradients`). Batch sizes are those of all processes together (`own`); retain_batch_size is halved for ∅ and any.
+    Passes a step, first order: 1 at θ, inner_steps + 1 from there to θ_FT, 1 of the frozen UNet, and the trajectories'; SDD has 1 more, for its
+    target; the second order has M(M + 1)/2 more (see `mu.meta.meta_gradient`).
+    Raises ValueError when every weight is 0, for an unknown method, for SDD without an average, for batches that cannot be shared evenly;
+    FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
     if not any((unlearn, retain, ascent, relearn, self_destruct, clean)):
         raise ValueError("every weight is 0, so there is nothing to minimise: give unlearn, retain, ascent, relearn, self_destruct or clean a weight")
+    if method not in ("esd", "sdd"):
+        raise ValueError(f"unknown method {method!r} of the loop: allowed are esd, sdd (UCE and RECE are closed forms: see mu.closed_form)")
+    if method == "sdd" and state.ema is None:
+        raise ValueError("SDD's result is a running average of the weights: make the state with ema=0.999")
     unet, parameters = state.unet, state.parameters
     names = inner_optimizer if isinstance(inner_optimizer, list) else [inner_optimizer]
     inner_optimizers = {name: make_inner_optimizer(name, parameters) for name in names}
     g_unlearn, g_retain, g_meta = (state.generators[name] for name in ("unlearn", "retain", "meta"))
-    draw = lambda concept_set, g, n=inner_batch_size: draw_minibatch(concept_set, noise_scheduler, n, g)
-    empty = lambda n: rows(unconditional, torch.zeros(n, dtype=torch.long))
+    draw = lambda concept_set, g, n=inner_batch_size: denoising(draw_minibatch(concept_set, noise_scheduler, n, g))
+    repeat = lambda one_row, n: rows(one_row, torch.zeros(n, dtype=torch.long))
+    errors = functools.partial(squared_errors, unet, accumulation=accumulation)
+    if order == "second":
+        unet.set_attn_processor(AttnProcessor())  # plain products, which can be differentiated twice everywhere
     passes = []
-    hooks = [net.register_forward_hook(lambda *_: passes.append(1)) for net in (unet, unet_frozen)]
+    hooks = [net.register_forward_hook(lambda *_: passes.append(1)) for net in (unet, unet_frozen) if net is not None]
     try:
         while state.step < steps:
             began, after = time.perf_counter(), {}
@@ -148,62 +205,69 @@ def unlearn(
             if unlearn:
                 if state.trajectory is None or state.step % trajectory_reuse == 0:
                     prompt = torch.randint(len(forget.prompts), (batch_size,), generator=g_unlearn)
-                    state.trajectory = (*sample_trajectory(
-                        unet, noise_scheduler, rows(forget.conditioning, prompt), unconditional, g_unlearn, guidance, trajectory_steps,
-                        shape=forget.mean.shape[1:], points=trajectory_reuse), prompt.repeat(trajectory_reuse))
+                    with state.averaged() if method == "sdd" else contextlib.nullcontext(unet) as sampler:
+                        state.trajectory = (*sample_trajectory(
+                            sampler, noise_scheduler, rows(forget.conditioning, prompt), unconditional, g_unlearn, guidance, trajectory_steps,
+                            shape=forget.mean.shape[1:], points=trajectory_reuse), prompt.repeat(trajectory_reuse))
                 some = slice(state.step % trajectory_reuse * batch_size, (state.step % trajectory_reuse + 1) * batch_size)
                 latents, timesteps, prompt = (x[some] for x in state.trajectory)
-                asked["no concept"] = latents, timesteps, empty(len(latents))
-                asked["concept"] = latents, timesteps, rows(forget.conditioning, prompt)
+                concept, no_concept = (own((latents, timesteps, c)) for c in (rows(forget.conditioning, prompt), repeat(replace or unconditional, len(latents))))
+                if method == "esd":
+                    asked |= {"no concept": no_concept, "concept": concept}
             batches = {"related": draw(retain_related, g_retain, retain_batch_size),
                        "unrelated": draw(retain_unrelated, g_retain, retain_batch_size)} if retain or after else {}
             if retain:
-                asked |= {name: denoising(batch)[:3] for name, batch in batches.items()}
-                latents, timesteps = (x[::2] for x in asked["unrelated"][:2])  # every second: half of them, over all timesteps
-                asked["empty"] = latents, timesteps, empty(len(latents))
+                asked |= {name: own(part[:3]) for name, part in batches.items()}
+                latents, timesteps = (x[::2] for x in batches["unrelated"][:2])  # every second: half of them, over all timesteps
+                asked["empty"] = own((latents, timesteps, repeat(unconditional, len(latents))))
                 if retain_prompts:
                     some = torch.randint(len(retain_prompts["encoder_hidden_states"]), (len(latents),), generator=g_retain)
-                    asked["any"] = latents, timesteps, rows(retain_prompts, some)
-            frozen = dict(zip(asked, predictions(unet_frozen, *asked.values())))
+                    asked["any"] = own((latents, timesteps, rows(retain_prompts, some)))
+            batches = {name: own(part) for name, part in batches.items()}
+            with reference(unet, unet_frozen) as frozen_net:
+                frozen = dict(zip(asked, predictions(frozen_net, *asked.values(), accumulation=accumulation)))
 
             parts, weights = [], {}  # weights in the order of the parts' targets: by it the losses get their names
             if unlearn:
-                parts.append((*asked["concept"], esd(frozen["no concept"], frozen["concept"], eta)))
+                target = (esd(frozen["no concept"], frozen["concept"], eta) if method == "esd"
+                          else predictions(unet, no_concept, accumulation=accumulation)[0])
+                parts.append((*concept, target))
                 weights["unlearn"] = unlearn
-            for name, batch in batches.items():
-                parts.append((*denoising(batch), *([frozen[name]] if retain else [])))
+            for name, part in batches.items():
+                parts.append((*part, *([frozen[name]] if retain else [])))
                 weights |= {name: -after.get(name, 0.0)} | ({f"{name} drift": retain / 3} if retain else {})
             for name in [name for name in ("empty", "any") if name in asked]:
                 parts.append((*asked[name], frozen[name]))
                 weights[f"{name} drift"] = retain / 3
             if ascent:
-                parts.append(denoising(draw(forget, g_meta)))
+                parts.append(own(draw(forget, g_meta)))
                 weights["forget"] = -ascent
-            losses = dict(zip(weights, squared_errors(unet, *parts)))
-            gradient = gradients(sum(weights[name] * loss for name, loss in losses.items()), parameters)
+            losses = dict(zip(weights, errors(*parts)))
+            gradient = gradients(sum(weights[name] * loss for name, loss in losses.items()), parameters, loss_scale)
             losses = {name: loss.item() for name, loss in losses.items()}
 
             if after:
-                inner = [draw(attacked, g_meta) for _ in range(_draw(inner_steps, g_meta))]
-                batches["forget"] = draw(forget, g_meta)
+                inner = [own(draw(attacked, g_meta)) for _ in range(_draw(inner_steps, g_meta))]
+                batches["forget"] = own(draw(forget, g_meta))
 
                 def outer_loss():
-                    values = dict(zip(after, squared_errors(unet, *(denoising(batches[name]) for name in after))))
+                    values = dict(zip(after, errors(*(batches[name] for name in after))))
                     losses.update({f"{name} after": value.item() for name, value in values.items()})
                     return sum(w * (values[name].clamp(max=bound) if w < 0 else values[name]) for name, w in after.items())
 
                 _, simulated = meta_gradient(
-                    parameters, [lambda batch=batch: squared_errors(unet, denoising(batch))[0] for batch in inner], outer_loss,
-                    inner_optimizers[_draw(inner_optimizer, g_meta)], _draw(inner_lr, g_meta, log=True), order)
-                gradient = [a + b for a, b in zip(gradient, simulated)]
+                    parameters, [lambda part=part: errors(part)[0] for part in inner], outer_loss,
+                    inner_optimizers[_draw(inner_optimizer, g_meta)], _draw(inner_lr, g_meta, log=True), order, snapshot, loss_scale)
+                torch._foreach_add_(gradient, simulated)
+                del simulated
 
             norm = torch.nn.utils.get_total_norm(gradient)
-            _finite(losses | {"gradient norm": norm.item()}, state.step)
-            for p, g in zip(parameters, gradient):
-                p.grad = g
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            _finite(losses | {"gradient norm": norm.item()}, state.step, loss_scale)
+            torch._foreach_mul_(gradient, min(1.0, clip / (norm.item() + 1e-6)))
+            descend(parameters, gradient, state.optimizer)
+            del gradient
+            if state.ema is not None:
+                state.ema.step(parameters)
             state.step += 1
             yield Record(state.step, losses, len(passes), time.perf_counter() - began)
     finally:

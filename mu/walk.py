@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm import tqdm
@@ -13,9 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from mu.concepts import encode_folder
 from mu.evaluate import Probe, evaluate, make_probe, score, steps_to_revival
-from mu.models import MODELS, stack
+from mu.formats import load_weights
+from mu.models import MODELS, stack, without_lora
 from mu.plots import from_grid, panel, save_grid
-from mu.runs import digest, finish, load_unet, protocol, read_json, resume, run_loop, save_json
+from mu.runs import digest, finish, protocol, read_json, resume, run_loop, save_json
 
 diffusers_logging.disable_progress_bar()  # those of reading files; the ones of training stay
 transformers_logging.disable_progress_bar()
@@ -62,18 +64,23 @@ def load_probe(pipe, folder, seeds):
     return Probe([item for p in probes for item in p.items], stack(*(p.conditioning for p in probes)), probes[0].unconditional)
 
 
+def table(folder):
+    """The records of a run: index step, columns losses, passes, seconds."""
+    return pd.DataFrame([record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]).set_index("step")
+
+
 def carry_out(folder, state, records, steps, checkpoint_every=25):
     """Run a loop to its end, from its checkpoint if it was stopped; a finished run is only read. `state.unet` then holds the result.
 
-    Returns a table of the records: index step, columns losses, passes, seconds."""
+    Returns the `table` of the records."""
     if (Path(folder) / "unet").is_dir():
-        load_unet(state.unet, Path(folder) / "unet")
+        load_weights(without_lora(state.unet), Path(folder) / "unet")
     else:
         loop = run_loop(folder, resume(folder, state), records, checkpoint_every)
-        for _ in tqdm(loop, folder.name, steps, initial=state.step, file=sys.stdout, mininterval=5):
+        for _ in tqdm(loop, folder.name, steps, initial=state.step, file=sys.stdout, mininterval=5, disable=not PartialState().is_main_process):
             pass
-        finish(folder, state.unet)
-    return pd.DataFrame([record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]).set_index("step")
+        finish(folder, state.release())
+    return table(folder)
 
 
 def measure(folder, pipe, judge, probe, guidance, steps, facts):
@@ -91,7 +98,8 @@ def measure(folder, pipe, judge, probe, guidance, steps, facts):
 def scores(table, by, over=None):
     """Mean of "hit" and its 95 % interval in each group of rows: over images, or over the means of each `over` (columns; no interval from one)."""
     parts = [(key, part.hit if over is None else part.groupby(over).hit.mean()) for key, part in table.groupby(by, sort=False)]
-    found = [dict(zip(by, key)) | dict(zip(("score", "low", "high"), score(hits, means=over is not None) if len(hits) > 1 else (hits.mean(),))) | {"n": len(hits)} for key, hits in parts]
+    interval = lambda hits: score(hits, means=over is not None) if len(hits) > 1 and hits.notna().all() else (hits.mean(),)  # no judge: no score
+    found = [dict(zip(by, key)) | dict(zip(("score", "low", "high"), interval(hits))) | {"n": len(hits)} for key, hits in parts]
     return pd.DataFrame(found, columns=[*by, "score", "low", "high", "n"])
 
 

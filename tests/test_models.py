@@ -135,7 +135,7 @@ def test_passes_in_bf16_are_close_and_see_every_change_of_the_weights(folder):
 def test_an_unknown_model_is_refused_with_the_known_names(name):
     with pytest.raises(FileNotFoundError, match=f"{name}.*pocket, sd-v1-4, sdxl"):
         load_pipeline(name)
-    assert set(MODELS) == {"pocket", "sd-v1-4", "sdxl"}
+    assert set(MODELS) == {"pocket", "sd-v1-4", "sdxl", "pocket-sdxl"}
 
 
 def test_another_family_is_refused(tmp_path):

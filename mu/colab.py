@@ -1,0 +1,52 @@
+"""What Colab lacks: the packages that its image does not bring, and a folder that outlives a disconnect."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+NOT_HERE = ("jupyterlab", "ipykernel", "snakemake")  # Colab has a notebook and a kernel of its own, and runs one notebook at a time
+KEPT = ("torch", "torchvision", "torchaudio", "numpy")  # built for the image's driver and for each other: never replaced
+
+
+def _installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def missing(requirements, installed=_installed):
+    """Those of `requirements` that are not there or too old. What is newer than asked for stays, and so does what is built for the machine's driver (`KEPT`)."""
+    def lacking(requirement):
+        there = installed(requirement.name)
+        least = max((s.version for s in requirement.specifier if s.operator == ">="), key=lambda v: [int(n) for n in v.split(".")], default="0")
+        return there is None or (requirement.name not in KEPT and there not in requirement.specifier and not Requirement(f"x>={least}").specifier.contains(there, prereleases=True))
+
+    return [str(r) for r in map(Requirement, requirements) if r.name not in NOT_HERE and lacking(r)]
+
+
+def prepare(drive=False, run=subprocess.run):
+    """Install what is missing, torch and its friends held where they are; with `drive`, make runs/ a folder of Google Drive.
+
+    Raises subprocess.CalledProcessError when pip fails, with its words above."""
+    wanted = missing(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    if wanted:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+            constraints.write("".join(f"{name}=={_installed(name)}\n" for name in KEPT if _installed(name)))
+            constraints.flush()
+            run([sys.executable, "-m", "pip", "install", "-q", "--constraint", constraints.name, *wanted], check=True)
+    if drive:
+        from google.colab import drive as google_drive  # exists on Colab only
+        google_drive.mount("/content/drive")
+        runs = Path("/content/drive/MyDrive/mu-runs")
+        runs.mkdir(parents=True, exist_ok=True)
+        if not (ROOT / "runs").exists():
+            os.symlink(runs, ROOT / "runs")
+    os.chdir(ROOT)

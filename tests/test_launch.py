@@ -1,0 +1,86 @@
+"""A training from its params.json: every method, one process or several, stopped and gone on with, SD and SDXL."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from mu.launch import METHODS, launch, train_run
+from mu.models import load_pipeline
+from mu.runs import open_run, read_json
+
+ROOT = Path(__file__).parent.parent
+LOOP = dict(steps=4, batch_size=2, trajectory_steps=4, trajectory_reuse=2, retain=1.0, retain_batch_size=4, relearn=0.5, self_destruct=1.0, clean=1.0, clean_every=3,
+            inner_steps=[1, 2], inner_lr=[1e-3, 2e-3], inner_optimizer=["sgd", "adam"], inner_batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("sets")
+    for name, captions in {"forget": ["a cat", "a photo of a cat"], "retain-related": ["a tiger", "a tiger"], "retain-unrelated": ["a banana", "a cup", "a cup"]}.items():
+        tiny.make_images(base / "defender" / name, captions, seed=len(name))
+    return base
+
+
+def describe(folder, model, sets, how=None, **changes):
+    """A run folder with its params.json."""
+    params = dict(model=str(model), sets=str(sets), method="esd-f", subset="", rank=2, weights="full", precision="no", start="", replace="", retain_prompts=3, lr=1e-2,
+                  optimizer="adamw", ema=0.9, seed=3, closed_form=dict(forget=["cat"], preserve=["tiger", "cup"]), loop=LOOP)
+    return open_run(folder, params | changes, how)
+
+
+def result(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def difference(one, two):
+    """Largest difference of two results, relative to the largest change of any weight in the second."""
+    assert one.keys() == two.keys()
+    return max((one[name].float() - two[name].float()).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_by_a_parameter(method, family, folders, request, tmp_path):
+    model = request.getfixturevalue(f"{family}_folder")
+    pipe = load_pipeline(str(model))
+    start = {name: p.clone() for name, p in pipe.unet.named_parameters()}
+    closed = METHODS[method][0] is None
+    plain = describe(tmp_path / "plain", model, folders, method=method, loop=None if closed else {
+        name: value for name, value in LOOP.items() if name not in ("relearn", "self_destruct", "clean")})
+    history = train_run(plain, pipe)
+    moved = {name for name, p in pipe.unet.named_parameters() if not torch.equal(p, start[name])}
+    inside = {"x": lambda n: "attn2" in n, "u": lambda n: "attn2" not in n, "f": lambda n: True}[{"uce": "x", "rece": "x"}.get(method, METHODS[method][1])]
+    assert moved and all(inside(name) for name in moved) and history.index[0] == 1 and all(torch.isfinite(p).all() for p in pipe.unet.parameters())
+    for name, p in result(plain).items():
+        assert torch.equal(p, dict(pipe.unet.named_parameters())[name]), name
+    meta = describe(tmp_path / "meta", model, folders, method=method, start=str(plain), loop=LOOP | ({"unlearn": 0.0} if closed else {}))
+    history = train_run(meta, load_pipeline(str(model)))
+    assert len(history) == 4 and history["forget after"].notna().sum() == 3 and ("unlearn" in history) == (not closed)
+    assert difference(result(meta), result(plain)) > 0
+
+
+def test_two_processes_give_the_numbers_of_one(sd_folder, folders, tmp_path):
+    """Half of each batch to each, by `accelerate launch`: equal but for the order of sums, and far nearer than another seed's."""
+    for method, changes in (("esd-f", {}), ("sdd", dict(precision="bf16"))):
+        one, two, other = (describe(tmp_path / f"{method}-{name}", sd_folder, folders, method=method, optimizer="sgd", lr=1.0, seed=seed, loop=LOOP | {"order": "first"}, **changes)
+                           for name, seed in (("one", 3), ("two", 3), ("other", 4)))
+        train_run(one)
+        train_run(other)
+        environment = dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            history = launch(two, load_pipeline(str(sd_folder)), processes=2)
+        assert history.passes.tolist() == [r["passes"] for r in read_json(one / "records.json")]
+        far, near = difference(result(one), result(other)), difference(result(one), result(two))
+        assert near < (1e-4 if method == "esd-f" else 0.1) * far, (method, near, far)
+        for mine, theirs in zip(read_json(one / "records.json"), read_json(two / "records.json")):
+            assert theirs["losses"] == pytest.approx(mine["losses"], rel=1e-4 if method == "esd-f" else 0.05)
