@@ -31,5 +31,5 @@ test: .venv/installed
 	@echo "Setting up .venv (once, some minutes) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq torch==2.13.0
-	@$(BIN)/python -m pip install -qq -e ".[dev,recipe]"
+	@$(BIN)/python -m pip install -qq -e ".[dev,recipe,gpu]"
 	@touch $@

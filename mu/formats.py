@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mu.evaluate import score
+from mu.models import without_lora
 
 DIFFERENCE = "mu-difference-1"  # the format's name, in its file's metadata
 LOAD = {  # what a card says of each kind
@@ -43,8 +44,8 @@ load_weights(pipe.unet, "this folder")
 
 
 @contextlib.contextmanager
-def whole_folder(folder, card):
-    """Yields a temporary folder, which gets the card as README.md and takes the place of `folder` only when the block succeeds.
+def whole_folder(folder, card=None):
+    """Yields a temporary folder, which gets the card, if there is one, as README.md and takes the place of `folder` only when the block succeeds.
 
     Raises FileExistsError when `folder` holds anything but files of the same names (a run, a git clone): it would be lost."""
     folder = Path(folder).absolute()
@@ -53,7 +54,8 @@ def whole_folder(folder, card):
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        (temporary / "README.md").write_text(card)
+        if card is not None:
+            (temporary / "README.md").write_text(card)
         others = sorted({f.name for f in folder.iterdir()} - {f.name for f in temporary.iterdir()}) if folder.exists() else []
         if others:
             raise FileExistsError(f"{folder} holds {others[0]}, which would be lost: name a new or empty folder, or an earlier result of this kind")
@@ -71,11 +73,7 @@ def whole_folder(folder, card):
 
 def fused(unet):
     """The UNet itself, or, where it carries LoRA adapters, a plain copy with these in its weights."""
-    if hasattr(unet, "peft_config"):
-        unet = copy.deepcopy(unet)
-        unet.fuse_lora()
-        unet.unload_lora()
-    return unet
+    return without_lora(copy.deepcopy(unet), fuse=True) if hasattr(unet, "peft_config") else unet
 
 
 def save_pipeline(pipe, folder, card):
@@ -91,7 +89,8 @@ def save_pipeline(pipe, folder, card):
 
 def differences(unet, unet_base):
     """Name → W − W_base in float32, of the tensors that differ. Raises ValueError for another architecture or precision, and if none differs."""
-    new, base = fused(unet).state_dict(), fused(unet_base).state_dict()
+    unet, unet_base = fused(unet), fused(unet_base)
+    new, base = unet.state_dict(), unet_base.state_dict()
     _check(base, new, "the UNet", complete=True)
     if unet.dtype != unet_base.dtype:
         raise ValueError(f"the UNet is in {unet.dtype}, its base in {unet_base.dtype}: load both alike, or the difference holds the rounding")
@@ -139,7 +138,7 @@ def extract_lora(unet, unet_base, rank=16):
     return tensors, kept / sum(d.square().sum().item() for d in changed.values()), left_out
 
 
-def save_lora(source, folder, card):
+def save_lora(source, folder, card=None):
     """LoRA that `pipe.load_lora_weights(folder)` of plain diffusers reads, of a pipeline or UNet with an adapter, or of `extract_lora`'s tensors.
 
     The adapter's scale (alpha / rank) goes into its second matrix: no reader needs to know it. Raises ValueError without exactly one adapter."""
@@ -167,12 +166,14 @@ def model_card(kind, base_model, license, method, concept, params, metrics=None,
     header = ModelCardData(license=license, base_model=base_model, base_model_relation="adapter" if lora else "finetune", library_name="diffusers",
                            pipeline_tag="text-to-image", tags=["unlearning", "concept-erasure", method, *lora])
     parts = [f"---\n{header.to_yaml()}\n---", f"# {base_model}, unlearned: {concept}",
-             f"Trained by {method} (mu {version('mu')}), so that it no longer draws what is named above.",
+             f"Trained by {method} (mu {version('mu')}), with the aim that it no longer draws what is named above.",
              "## Load", f"```python\n{LOAD[kind].format(base=base_model)}```",
              "## What was done", table(["parameter", "value"], *([k, cell(v)] for k, v in params.items()))]
     if kept is not None:
-        parts.append(f"This LoRA was extracted from trained weights. It keeps {percent(kept)} of their squared difference to the base. "
-                     f"Not in it, though changed (norms and biases): {', '.join(left_out) or 'nothing'}.")
+        names = ", ".join([*left_out[:3], *["..."] * (len(left_out) > 3)])
+        parts.append(f"This LoRA was extracted from trained weights and keeps {percent(kept)} of their squared difference to the base. Not in it are "
+                     f"{len(left_out)} tensors that changed and that LoRA cannot hold (norms, biases){names and ': ' + names}. "
+                     "Scores below are the trained weights' own, unless the protocol says that this LoRA was measured.")
     parts.append("## Measured")
     if metrics:
         groups = {}
@@ -180,13 +181,14 @@ def model_card(kind, base_model, license, method, concept, params, metrics=None,
             name = ", ".join([row["group"], *(f"{k} {row[k]}" for k in ("model", "lr", "step") if k in row)])
             groups.setdefault(name, []).append(row["hit"])
         found = [(name, len(hits), *map(percent, score(hits))) for name, hits in groups.items()]
+        protocol = {k: v for k, v in metrics["protocol"].items() if k != "run"}
         parts += [table(["prompts", "images that show what the prompt names", "95 % interval (Wilson)", "images"],
                         *([group, share, f"{low} to {high}", str(n)] for group, n, share, low, high in found)),
-                  "```json\n" + json.dumps({k: v for k, v in metrics["protocol"].items() if k != "run"}, indent=1) + "\n```"]
+                  f"```json\n{json.dumps(protocol, indent=1)}\n```"]
     else:
         parts.append("Nothing: this card makes no claim about what the model draws.")
-    parts += ["## Limits", "Nothing is claimed beyond what is measured above. Other prompts, samplers or judges may still find the concept, and an attacker may "
-              "still bring it back: by longer or other fine-tuning, by learned embeddings, by merging with another model."
+    parts += ["## Limits", "Nothing is claimed beyond what is measured above. Other prompts, samplers or judges may still find the concept, and an "
+              "attacker may still bring it back: by longer or other fine-tuning, by learned embeddings, by merging with another model."
               + ("" if kind == "pipeline" else " Whoever leaves these weights out has the base model, concept and all.")]
     return "\n\n".join(parts) + "\n"
 
@@ -230,7 +232,7 @@ def _read(file):
                 return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
         saved = torch.load(file, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} is refused: to read it would run code that it holds (or it is damaged); convert it to safetensors where it is trusted") from error
+        raise ValueError(f"{file} is refused: to read it would run its code (or it is damaged); convert it to safetensors where it is trusted") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged or no file of weights ({error}): fetch it again") from error
     while isinstance(saved, dict) and (inner := [saved[k] for k in ("state_dict", "unet", "model") if isinstance(saved.get(k), dict)]):
@@ -244,10 +246,10 @@ def _with_lora(unet, saved, metadata, path):
         if name.startswith(("text_encoder", "lora_te")) or "dora_scale" in name:
             raise ValueError(f"{path} holds {name}, and only plain LoRA of the UNet is read here: fuse it in its pipeline, save that, give its folder")
     saved, own, layers = dict(saved), unet.state_dict(), set()
-    for name in [name for name in saved if name.endswith(".alpha")]:  # into the second matrix: diffusers 0.42 mistakes alphas that differ by layer
+    for name in [name for name in saved if name.endswith(".alpha")]:  # goes into the second matrix: diffusers mistakes alphas that differ by layer
         up, down = (f"{name.removesuffix('.alpha')}.lora_{which}.weight" for which in ("up", "down"))
         if up in saved and down in saved:
-            saved[up] = saved[up].float() * (saved.pop(name).item() / len(saved[down]))
+            saved[up] = saved[up].float() * (saved.pop(name).item() / len(saved[down]))  # alpha / rank
     saved = convert_unet_state_dict_to_peft(StableDiffusionLoraLoaderMixin.lora_state_dict(saved, unet_config=unet.config)[0])
     for name, t in sorted(saved.items()):
         layer = name.removeprefix("unet.").split(".lora_")[0] + ".weight"
@@ -257,10 +259,8 @@ def _with_lora(unet, saved, metadata, path):
             raise ValueError(f"{path} is of another architecture: {name} is {tuple(t.shape)} there, {layer} is {here} here")
     config = json.loads(metadata["lora_adapter_metadata"]) if "lora_adapter_metadata" in metadata else None
     plain = copy.deepcopy(unet)
-    plain.load_lora_adapter(saved, prefix="unet" if name.startswith("unet.") else None, metadata=config)
-    plain.fuse_lora()
-    plain.unload_lora()
-    return {name: t for name, t in plain.state_dict().items() if name in layers}
+    plain.load_lora_adapter(saved, prefix="unet" if any(name.startswith("unet.") for name in saved) else None, metadata=config)
+    return {name: t for name, t in without_lora(plain, fuse=True).state_dict().items() if name in layers}
 
 
 @torch.no_grad()

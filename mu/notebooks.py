@@ -1,6 +1,6 @@
 """Run notebooks through papermill: parameters are checked, files appear whole, an error says which cell of which notebook to open.
 
-    python -m mu.notebooks notebooks/20_unlearn.ipynb runs/mine/20_unlearn.ipynb -p seed 1
+    python -m mu.notebooks notebooks/20_unlearn.ipynb runs/mine/20_unlearn.ipynb --profile colab-t4 -p seed 1
 """
 
 import argparse
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import nbformat
 import papermill
+import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -60,6 +61,20 @@ def check_parameters(notebook, parameters):
             mend = "; YAML needs a point and a sign: 1.0e-5" if kind == "float" and isinstance(value, str) else ""
             raise TypeError(f"{notebook}: parameter {name} must be {kind} (by default {known[name]['default']}), "
                             f"not {value!r}, which is {type(value).__name__}{mend}")
+
+
+def read_profile(profile, notebook):
+    """Parameters of a notebook in a profile: the file `profiles/<profile>/<notebook>.yaml` beside it; {} for no profile.
+
+    Raises FileNotFoundError that lists the known ones."""
+    if not profile:
+        return {}
+    notebook = Path(notebook)
+    file = notebook.parent / "profiles" / profile / f"{notebook.stem}.yaml"
+    if not file.is_file():
+        known = sorted(f.parent.name for f in notebook.parent.glob(f"profiles/*/{notebook.stem}.yaml"))
+        raise FileNotFoundError(f"{notebook.name} has no profile {profile!r}; it has: {', '.join(known) or 'none'}")
+    return yaml.safe_load(file.read_text()) or {}
 
 
 def origin(notebook, parameters):
@@ -128,6 +143,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m mu.notebooks", description="Run a notebook with checked parameters.")
     parser.add_argument("notebook")
     parser.add_argument("output", help="the executed notebook; its page (HTML) goes beside it")
+    parser.add_argument("--profile", default="", help="a folder of notebooks/profiles with the parameters of a model and a machine: pocket, colab-t4, ...")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter, its value as in Python")
     parser.add_argument("--again", action="store_true", help="run even if the output is there already")
     asked = parser.parse_args(arguments)
@@ -136,7 +152,7 @@ def main(arguments=None):
         for name in parameters.keys() & {name for name, parameter in known.items() if parameter["inferred_type_name"] != "str"}:
             with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays text, and is refused for its type
                 parameters[name] = ast.literal_eval(parameters[name])
-        ran = execute(asked.notebook, asked.output, parameters, again=asked.again)
+        ran = execute(asked.notebook, asked.output, read_profile(asked.profile, asked.notebook) | parameters, again=asked.again)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     print(asked.output if ran else f"{asked.output} was there already, of the same notebook and parameters (--again runs it anew)")

@@ -5,7 +5,10 @@ Every trainer is a generator that yields its step and loss and leaves the schedu
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -15,9 +18,12 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import (
     CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification)
 
-from mu.emoji import COLORS, TEMPLATES, augment, caption
+from mu.emoji import COLORS, STYLES, TEMPLATES, augment, caption
+from mu.evaluate import make_probe
 from mu.models import encode_prompts, predict_noise, text_encoders
+from mu.plots import from_grid
 from mu.runs import fill
+from mu.walk import measure, scores
 
 LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
 
@@ -248,9 +254,41 @@ def train_unet(pipe, data, drawings, steps=6000, batch_size=64, lr=1e-3, seed=0,
     ema.copy_to(parameters)
 
 
-def fill_card(card, metrics):
+def assess(out, pipe, judge, names, seeds, guidance, steps, facts):
+    """Draw and judge every concept from `seeds` seeds, every style on one concept in five, and concepts without guidance; once, below `out`.
+
+    Returns a table, a row an image, its groups "concepts", "styles", "unguided"."""
+    asked = {
+        "concepts": ({f"a {name}": f"concept:{name}" for name in names}, seeds, guidance),
+        "styles": ({caption(name, style): f"style:{style}" for name in names[::5] for style in STYLES}, 2, guidance),
+        "unguided": ({f"a {name}": f"concept:{name}" for name in names[::4]}, 2, 1.0)}
+    return pd.concat(pd.DataFrame(measure(Path(out) / what, pipe, judge, make_probe(pipe, {what: prompts}, range(n)), scale, steps, facts))
+                     for what, (prompts, n, scale) in asked.items())
+
+
+def shown(out, found, what, every):
+    """One in `every` of the samples of a group that `assess` has judged: images (n, 3, 64, 64) in 0…1."""
+    tiles = np.stack(from_grid(Path(out) / what / "samples.png", int((found.group == what).sum()), 64)[::every])
+    return torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255
+
+
+def quality(found):
+    """The figures of a card from the table of `assess`: shares with 95 % intervals, by concept and by style."""
+    result = scores(found, ["group"]).set_index("group")
+    share = lambda what: found[found.group == what].groupby("expected", sort=False).hit.mean().rename(lambda label: label.split(":")[1])
+    per_concept = share("concepts")
+    return {what: result.loc[what].drop("n").to_dict() | {"images": int(result.n[what])} for what in result.index} | {
+        "strong concepts": float((per_concept >= 0.85).mean()), "per concept": per_concept.to_dict(), "per style": share("styles").to_dict()}
+
+
+def megabytes(*folders):
+    """Size of all files below the folders, in 10⁶ bytes."""
+    return sum(file.stat().st_size for folder in folders for file in Path(folder).rglob("*") if file.is_file()) / 1e6
+
+
+def fill_card(card, metrics, mark="figures"):
     """Write the figures of a metrics.json (see the notebook of the recipe) between the two marks of a Markdown card."""
-    p, judge, vae = metrics["protocol"], metrics["judge"], metrics["autoencoder"]
+    p, judge, vae = metrics["protocol"], metrics.get("judge"), metrics.get("autoencoder")
     percent = lambda x: f"{100 * x:.1f} %"
     interval = lambda r: f"{percent(r['score'])} ({percent(r['low'])} to {percent(r['high'])}), {r['images']} images"
     lines = [
@@ -258,13 +296,15 @@ def fill_card(card, metrics):
         (f"concepts that it sees in at least 85 % of their {p['seeds']} samples", f"{percent(metrics['strong concepts'])} of {len(metrics['per concept'])}"),
         ("samples in which it sees the style asked for, \"a {concept}, {style} style\"", interval(metrics["styles"])),
         *((f"the same, {style} alone", percent(share)) for style, share in metrics["per style"].items()),
-        ("samples in which it sees the concept at guidance 1, that is without guidance", interval(metrics["unguided"])),
-        ("judge, new views of the drawings that it was trained on: concept, style", f"{percent(judge['concept'])}, {percent(judge['style'])}"),
-        (f"another judge, trained without any {judge['unseen style']} drawing, on those drawings: concept", percent(judge["unseen concept"])),
-        ("autoencoder, reconstruction in the four styles, in the other five", f"{vae['psnr']:.1f} dB, {vae['psnr of unseen styles']:.1f} dB"),
-        ("size, pipeline and judge", f"{metrics['megabytes']:.1f} MB")]
+        ("samples in which it sees the concept at guidance 1, that is without guidance", interval(metrics["unguided"]))]
+    if judge:  # made by the same recipe
+        lines += [
+            ("judge, new views of the drawings that it was trained on: concept, style", f"{percent(judge['concept'])}, {percent(judge['style'])}"),
+            (f"another judge, trained without any {judge['unseen style']} drawing, on those drawings: concept", percent(judge["unseen concept"])),
+            ("autoencoder, reconstruction in the four styles, in the other five", f"{vae['psnr']:.1f} dB, {vae['psnr of unseen styles']:.1f} dB")]
+    lines.append(("size, pipeline and judge", f"{metrics['megabytes']:.1f} MB"))
     weakest = ", ".join(f"{name} {percent(share)}" for name, share in sorted(metrics["per concept"].items(), key=lambda x: x[1])[:8])
     text = "| figure | measured |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in lines) + (
         f"\nWeakest concepts: {weakest}. Guidance {p['guidance']}, {p['sampling_steps']} steps of {p['sampler']}, seeds 0 to {p['seeds'] - 1}; 95 % (Wilson) intervals over "
         f"images; {', '.join(f'{k} {v}' for k, v in p['versions'].items())}; weights {', '.join(f'{k} `{v}`' for k, v in p['weights'].items())}.\n")
-    fill(card, text)
+    fill(card, text, mark)

@@ -52,7 +52,7 @@ def random_pipeline(name, dtype=torch.float32, device=None, seed=0, precision="n
         torch.manual_seed(seed)
         parts = dict(unet=UNet2DConditionModel(**configs["unet"]).to(dtype), vae=AutoencoderKL(**configs["vae"]),
                      text_encoder=clip("text_encoder", CLIPTextModel), tokenizer=tokenizer, scheduler=build_scheduler())
-        if name == "sdxl":
+        if "text_encoder_2" in configs:
             pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=clip("text_encoder_2", CLIPTextModelWithProjection), tokenizer_2=tokenizer,
                                              add_watermarker=False)
         else:

@@ -53,7 +53,8 @@ class State:
         """Flat dict of tensors, everything that `load` needs."""
         out = {"step": torch.tensor(self.step)} | {f"weights/{n}": p.detach() for n, p in self.named.items()}
         for name, p in self.named.items():
-            out |= {f"optimizer/{name}/{k}": torch.as_tensor(v) for k, v in self.optimizer.state.get(p, {}).items()}
+            out |= {f"optimizer/{name}/{k}": torch.as_tensor(v).clone() if k.startswith("qmap") else torch.as_tensor(v)  # bitsandbytes shares these tables
+                    for k, v in self.optimizer.state.get(p, {}).items()}
         out |= {f"ema/{name}": p for name, p in zip(self.named, self.ema.shadow_params)} if self.ema else {}
         out |= {f"generator/{n}": g.get_state() for n, g in self.generators.items()}
         if self.trajectory:

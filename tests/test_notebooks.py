@@ -12,7 +12,7 @@ import papermill
 import pytest
 import yaml
 
-from mu.notebooks import check_parameters, execute, fits, main, origin, origin_of, read_parameters
+from mu.notebooks import check_parameters, execute, fits, main, origin, origin_of, read_parameters, read_profile
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -225,6 +225,26 @@ def test_notebook_has_its_parts(path):
     too_long = [c.source.splitlines()[0] for c in code if c is not tagged[0] and len(c.source.splitlines()) > 25]
     assert not too_long, "a cell is 25 lines at most"
     assert len(text) >= 0.6 * len(code), f"{len(text)} text cells are few beside {len(code)} of code"
+
+
+def test_every_profile_has_the_notebooks_of_the_walk_and_fits_them():
+    folders = [f for f in (ROOT / "notebooks" / "profiles").iterdir() if f.is_dir()]
+    assert {f.name for f in folders} >= {"pocket", "colab-t4", "paper-sd-v1-4", "paper-sdxl"}
+    for folder in folders:
+        assert {f.stem for f in folder.iterdir()} == {"15_preflight", "20_unlearn", "21_meta_unlearn", "30_attack_finetune"}
+        runs = []
+        for file in folder.iterdir():
+            notebook = ROOT / "notebooks" / f"{file.stem}.ipynb"
+            parameters = read_profile(folder.name, notebook)
+            assert parameters and parameters == yaml.safe_load(file.read_text())
+            check_parameters(notebook, parameters)
+            runs.append(parameters["out"])
+            if file.stem != "15_preflight" and folder.name.startswith("paper"):
+                assert "published" in file.read_text(), "what the paper says, and what it does not"
+        assert len(set(runs)) == 1, "one walk, one place"
+    with pytest.raises(FileNotFoundError, match="20_unlearn.ipynb has no profile 'collab'; it has: colab-t4, paper-sd-v1-4, paper-sdxl, pocket"):
+        read_profile("collab", ROOT / "notebooks" / "20_unlearn.ipynb")
+    assert read_profile("", ROOT / "notebooks" / "20_unlearn.ipynb") == {}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "profiles").glob("*.yaml")), ids=lambda p: p.stem)

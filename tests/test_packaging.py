@@ -18,7 +18,7 @@ from mu.notebooks import overview
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIRED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *PROJECT["optional-dependencies"]["recipe"]]
+REQUIRED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *PROJECT["optional-dependencies"]["recipe"], *PROJECT["optional-dependencies"]["gpu"]]
 
 
 def test_environment_and_pyproject_name_the_same_ranges():
@@ -39,7 +39,7 @@ def test_makefile_installs_a_torch_of_the_range_first():
     makefile = (ROOT / "Makefile").read_text()
     pinned = re.search(r"torch==(\S+)", makefile)
     assert Requirement(next(line for line in REQUIRED if line.startswith("torch"))).specifier.contains(pinned[1])
-    assert pinned.start() < makefile.index('-e ".[dev,recipe]"')
+    assert pinned.start() < makefile.index('-e ".[dev,recipe,gpu]"')
 
 
 def test_the_table_of_notebooks_is_theirs():
