@@ -1,5 +1,6 @@
 """What Colab lacks: the packages that its image does not bring, and a folder that outlives a disconnect."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+ROOT, DRIVE = Path(__file__).parent.parent, Path("/content/drive")
 NOT_HERE = ("jupyterlab", "ipykernel", "snakemake")  # Colab has a notebook and a kernel of its own, and runs one notebook at a time
 KEPT = ("torch", "torchvision", "torchaudio", "numpy")  # built for the image's driver and for each other: never replaced
 
@@ -43,9 +44,8 @@ def prepare(drive=False, run=subprocess.run):
             constraints.flush()
             run([sys.executable, "-m", "pip", "install", "-q", "--constraint", constraints.name, *wanted], check=True)
     if drive:
-        from google.colab import drive as google_drive  # exists on Colab only
-        google_drive.mount("/content/drive")
-        runs = Path("/content/drive/MyDrive/mu-runs")
+        importlib.import_module("google.colab.drive").mount(str(DRIVE))  # exists on Colab only
+        runs = DRIVE / "MyDrive" / "mu-runs"
         runs.mkdir(parents=True, exist_ok=True)
         if not (ROOT / "runs").exists():
             os.symlink(runs, ROOT / "runs")

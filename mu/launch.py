@@ -30,7 +30,7 @@ def check_method(method):
     return METHODS[method]
 
 
-def edit(pipe, method, forget, preserve=(), replace=" ", tokens="last", ridge=0.5, rounds=3):
+def edit(pipe, method, forget, preserve=(), replace=" ", tokens="rest", ridge=0.5, rounds=3):
     """UCE, or UCE and then `rounds` of RECE with its own official settings, on the pipeline's UNet in place: see `mu.closed_form`.
 
     Returns records like a loop's, one for UCE and one for each round: "change" is the mean of the matrices' relative changes, "adversarial"

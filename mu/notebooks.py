@@ -77,6 +77,13 @@ def read_profile(profile, notebook):
     return yaml.safe_load(file.read_text()) or {}
 
 
+def effective(notebook, profile="", changes=None):
+    """All parameters of a notebook: its own values, over them the profile's, over them `changes`. Raises as `read_profile` and `check_parameters` do."""
+    asked = read_profile(profile, notebook) | (changes or {})
+    check_parameters(notebook, asked)
+    return {name: ast.literal_eval(parameter["default"]) for name, parameter in read_parameters(notebook).items()} | asked
+
+
 def origin(notebook, parameters):
     """What an executed notebook is made from, as digests: "asked" (cells and parameters), and "mu", the code that they call."""
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]

@@ -38,6 +38,8 @@ DEFAULTS = dict(  # of the notebooks' parameters that memory or time depends on;
     inner_steps=1, inner_batch_size=8, inner_optimizer="sgd", order="first", precision="no", weights="full", frozen="same",
     gradient_checkpointing=False, accumulation=1, snapshot="", offload=False, processes=1, resolution=0)
 
+_sizes = functools.cache(functools.partial(random_pipeline, device="meta"))
+
 
 class Tracker(TorchDispatchMode):
     """Bytes of the storages that operations inside a `with` block make, after each of them, and the operations' FLOPs; real tensors or fake ones.
@@ -167,11 +169,15 @@ def estimate(model, parameters=None, gpu=True):
     unknown, p = set(parameters or {}) - set(DEFAULTS), DEFAULTS | (parameters or {})
     if unknown:
         raise ValueError(f"unknown parameter {sorted(unknown)[0]!r}: allowed are {', '.join(DEFAULTS)}")
-    pipe = random_pipeline(model, device="meta") if isinstance(model, str) else model
+    words = {"weights": ("full", "half"), "precision": ("no", "fp16", "bf16"), "optimizer": ("adamw", "adam", "sgd", "adamw8bit"), "order": ("first", "second")}
+    for name, allowed in words.items():
+        if p[name] not in allowed:
+            raise ValueError(f"unknown {name} {p[name]!r}: allowed are {', '.join(allowed)}")
+    dtype = torch.bfloat16 if p["weights"] == "half" else torch.float32
+    pipe = _sizes(model, dtype) if isinstance(model, str) else model
     config, tokens, k, m = pipe.unet.config, pipe.tokenizer.model_max_length, p["accumulation"], float(np.mean(p["inner_steps"]))
     side, second = p["resolution"] // pipe.vae_scale_factor or config.sample_size, p["order"] == "second"
     objective, own_subset = check_method(p["method"])
-    dtype = {"full": torch.float32, "half": torch.bfloat16}[p["weights"]]
     plain = second or (not gpu and config.sample_size <= 32)
     network = (json.dumps(dict(config)), p["subset"] or own_subset, p["rank"], dtype, p["precision"], p["gradient_checkpointing"], p["frozen"], gpu, plain)
     _, unet, unet_frozen, trained = _network(*network)
@@ -209,18 +215,20 @@ def estimate(model, parameters=None, gpu=True):
     return Estimate(max(phases.values()), flops, {name: n / GIB for name, n in kept.items() if n}, phases)
 
 
-def speed(pipe, rows=2):
-    """FLOP/s that the pipeline's UNet reaches where it is: one timed pass without gradient, after one to warm up."""
+def speed(pipe, rows=4):
+    """FLOP/s that the pipeline's UNet reaches where it is: the fastest of three timed passes without gradient, after one to warm up."""
     part = _part(pipe.unet.config, rows, pipe.unet.config.sample_size, pipe.tokenizer.model_max_length, pipe.unet.device)
-    wait = torch.cuda.synchronize if pipe.unet.device.type == "cuda" else lambda: None
+    wait, seconds = torch.cuda.synchronize if pipe.unet.device.type == "cuda" else lambda: None, []
     with torch.no_grad():
         with Tracker() as tracker:
             predict_noise(pipe.unet, *part[:3])
-        wait()
-        began = time.perf_counter()
-        predict_noise(pipe.unet, *part[:3])
-        wait()
-    return tracker.flops / (time.perf_counter() - began)
+        for _ in range(3):
+            wait()
+            began = time.perf_counter()
+            predict_noise(pipe.unet, *part[:3])
+            wait()
+            seconds.append(time.perf_counter() - began)
+    return tracker.flops / min(seconds)
 
 
 def _device(gpu):
@@ -263,10 +271,10 @@ class Preflight:
 
     def __str__(self):
         (_, gib, _), *changed = self.needs
-        time = ["time unknown" if math.isnan(m) else f"about {m:.0f} minutes" + " (a guess)" * (not self.timed) for *_, m in self.needs]
-        lines = [f"{'fits' if self.fits else 'does not fit'} {self.device}: {gib:.1f} GiB at most, {self.usable:.1f} are usable; {time[0]}"]
+        times = ["time unknown" if math.isnan(m) else f"about {m:.{0 if m > 10 else 1}f} minutes" + " (a guess)" * (not self.timed) for *_, m in self.needs]
+        lines = [f"{'fits' if self.fits else 'does not fit'} {self.device}: {gib:.1f} GiB at most, {self.usable:.1f} are usable; {times[0]}"]
         lines += ["to make it fit, one after the other:"] * bool(changed)
-        lines += [f"  {', '.join(f'{k} = {v!r}' for k, v in change.items())}: {gib:.1f} GiB, {t}" for (change, gib, _), t in zip(changed, time[1:])]
+        lines += [f"  {', '.join(f'{k} = {v!r}' for k, v in change.items())}: {gib:.1f} GiB, {t}" for (change, gib, _), t in zip(changed, times[1:])]
         return "\n".join(lines + ["that is still too much: take a smaller resolution, or a larger GPU"] * (self.needs[-1][1] > self.usable))
 
 
@@ -276,7 +284,8 @@ def preflight(model, parameters=None, gpu=None):
     model, parameters: see `estimate`, which raises. Minutes are those of the UNet's passes; a pipeline at hand is timed, otherwise they are a guess."""
     name, usable, half, single, bf16, on_gpu = _device(gpu)
     timed = speed(model) if gpu is None and not isinstance(model, str) else None
-    minutes = lambda e, p: e.flops * p["steps"] / (timed or (single if p["precision"] == "no" else half) * 1e12 * UTILISATION) / 60
+    peak = lambda precision: half if precision == "fp16" or (precision == "bf16" and bf16) else single
+    minutes = lambda e, p: e.flops * p["steps"] / (timed or peak(p["precision"]) * 1e12 * UTILISATION) / 60
     p, first = DEFAULTS | (parameters or {}), estimate(model, parameters, on_gpu)
     needs = [({}, first.gib, minutes(first, p))]
     while needs[-1][1] > usable:

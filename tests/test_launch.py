@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from mu.launch import METHODS, launch, train_run
+from mu.launch import METHODS, check_method, launch, train_run
 from mu.models import load_pipeline
 from mu.runs import open_run, read_json
 
@@ -65,6 +65,47 @@ def test_every_method_by_a_parameter(method, family, folders, request, tmp_path)
     history = train_run(meta, load_pipeline(str(model)))
     assert len(history) == 4 and history["forget after"].notna().sum() == 3 and ("unlearn" in history) == (not closed)
     assert difference(result(meta), result(plain)) > 0
+
+
+@pytest.mark.parametrize("method, changes", [("sdd", dict(subset="lora")), ("rece", dict(loop=LOOP | {"unlearn": 0.0}))])
+def test_a_killed_training_ends_with_the_same_numbers(method, changes, sd_folder, folders, tmp_path):
+    """kill -9 after the second checkpoint; then the same call again."""
+    whole, killed = (describe(tmp_path / name, sd_folder, folders, method=method, **{"loop": LOOP | {"steps": 6}} | changes) for name in ("whole", "killed"))
+    train_run(whole, checkpoint_every=1)
+    process = subprocess.Popen([sys.executable, "-m", "mu.launch", str(killed), "1"], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while len(read_json(killed / "records.json", [])) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(read_json(killed / "records.json", []))
+    assert 2 <= done and not (killed / "unet").exists(), process.stderr.read().decode()[-500:]
+    train_run(killed, checkpoint_every=1)
+    facts = lambda folder: [(r["step"], r["losses"]) for r in read_json(folder / "records.json")]
+    assert facts(whole) == facts(killed) and all(torch.equal(p, result(killed)[name]) for name, p in result(whole).items())
+    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir()), "nothing is left of the interruption"
+
+
+def test_a_lora_run_leaves_its_adapters_and_a_plain_unet(sd_folder, folders, tmp_path):
+    folder = describe(tmp_path / "run", sd_folder, folders, {"frozen": "none", "accumulation": 2, "snapshot": "cpu", "gradient_checkpointing": True, "offload": True},
+                      method="esd-x", subset="lora", weights="half")
+    train_run(folder)
+    plain = load_pipeline(str(sd_folder))
+    assert set(result(folder)) == set(plain.unet.state_dict()) and (folder / "lora").is_dir()
+    expected = result(folder)
+    plain.load_lora_weights(folder / "lora")
+    plain.fuse_lora()
+    plain.unload_lora_weights()
+    for name, p in plain.unet.state_dict().items():
+        torch.testing.assert_close(p, expected[name].float(), rtol=0, atol=0.02)  # the run's weights are of half precision
+
+
+def test_unknown_methods_and_missing_runs_are_named(tmp_path):
+    with pytest.raises(ValueError, match="'esd-u-3': allowed are esd-x, esd-u, esd-f, sdd, uce, rece .*eta = 3.0"):
+        check_method("esd-u-3")
+    with pytest.raises(FileNotFoundError, match="nothing has no params.json: a notebook"):
+        train_run(tmp_path / "nothing")
 
 
 def test_two_processes_give_the_numbers_of_one(sd_folder, folders, tmp_path):

@@ -1,7 +1,7 @@
 """The preflight's numbers: against hand counts, against what the real loop takes, and its advice carried out."""
 
 import contextlib
-import math
+import json
 
 import pytest
 import tiny
@@ -15,7 +15,7 @@ from mu.models import draw_images, encode_prompts, frozen_copy, load_pipeline, t
 from mu.preflight import DEFAULTS, GIB, RESERVE, Tracker, estimate, preflight
 from mu.sizes import SIZES, random_pipeline
 
-META = dict(batch_size=4, trajectory_steps=8, trajectory_reuse=4, retain=1.0, retain_batch_size=8, ascent=0.1, relearn=0.1, self_destruct=0.1, inner_batch_size=8, inner_steps=3)
+META = dict(batch_size=4, trajectory_steps=4, trajectory_reuse=2, retain=1.0, retain_batch_size=8, ascent=0.1, relearn=0.1, self_destruct=0.1, inner_batch_size=8, inner_steps=2)
 
 
 def small(part, **other):
@@ -127,18 +127,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("folder", ["sd_folder", "sdxl_folder"])
-def test_the_real_loop_takes_what_was_predicted(name, folder, request):
+@pytest.mark.parametrize("folder, name", [("sd_folder", name) for name in CASES] + [("sdxl_folder", "meta"), ("sdxl_folder", "micro-batches")])
+def test_the_real_loop_takes_what_was_predicted(folder, name, request):
     p = CASES[name]
     pipe = load_pipeline(str(request.getfixturevalue(folder)), device="cpu", dtype=p.get("weights", "full"), precision=p.get("precision", "no"),
                          gradient_checkpointing=p.get("gradient_checkpointing", False))
     found = estimate(pipe, p | dict(offload=True), gpu=False)
     predicted = max(gib for phase, gib in found.phases.items() if phase != "start") * GIB
-    peak, flops = really(pipe, p, steps=4)
+    peak, flops = really(pipe, p)
     assert predicted == pytest.approx(peak, rel=0.06)
-    if name != "clean":  # an average over clean_every steps; the trajectories' length is drawn
-        assert found.flops == pytest.approx(flops, rel=0.25)
+    if name not in ("clean", "plain"):  # where chance, how far a trajectory goes, is a small part of it
+        assert found.flops == pytest.approx(flops, rel=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -153,12 +152,10 @@ def test_on_a_gpu_sd_takes_what_was_predicted(name, change):
 
 def test_two_traces_tell_all_rows(pipe):
     """Peak and FLOPs for other rows and micro-batches than the two that were traced, against a trace of them."""
-    estimate(pipe, META | dict(offload=True), gpu=True)
-    import json
     network = (json.dumps(dict(pipe.unet.config)), "f", 16, torch.float32, "bf16", True, "same", True, False)
     for rows, accumulation in ((1, 1), (7, 1), (21, 3), (12, 3)):
         bytes_, flops = pf._trace("train", rows, 8, 20, accumulation, *network)
-        assert pf._pass("train", rows, accumulation, 8, 20, *network) == pytest.approx((max(bytes_), flops), rel=5e-3)
+        assert pf._pass("train", rows, accumulation, 8, 20, *network) == pytest.approx((max(bytes_), flops), rel=2e-2)
     assert pf._pass("train", 0, 3, 8, 20, *network) == (0, 0)
 
 
@@ -193,7 +190,6 @@ def test_more_needs_more(pipe):
 
 
 def test_norms_under_autocast_take_float32_on_a_gpu(pipe):
-    import json
     network = lambda gpu: (json.dumps(dict(pipe.unet.config)), "f", 16, torch.float32, "bf16", False, "same", gpu, False)
     on_gpu, on_cpu = (pf._pass("train", 8, 1, 8, 20, *network(gpu))[0] for gpu in (True, False))
     assert on_gpu > 1.1 * on_cpu
@@ -232,7 +228,7 @@ def test_sd_fits_a_t4():
 @pytest.mark.parametrize("model, parameters, gpu, match", [
     ("sd-v1-4", dict(batchsize=1), None, "batchsize.*batch_size"), ("sd-v9", {}, None, "sd-v9.*sdxl"), (None, {}, "V2", "V2.*T4"), (None, dict(method="esd"), None, "esd-x"),
     (None, META | dict(accumulation=3), None, "batch_size.*3 micro-batches"), (None, dict(subset="x", weights="half"), None, "lora"), (None, dict(frozen="none"), None, "lora"),
-    (None, dict(weights="quarter"), None, "quarter.*half")])
+    (None, dict(weights="quarter"), None, "quarter.*half"), (None, dict(precision="fp8"), None, "fp8.*bf16")])
 def test_what_cannot_be_is_said(model, parameters, gpu, match, pipe):
     with pytest.raises(ValueError, match=match):
         preflight(model or pipe, parameters, gpu)

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load, save
 
 from mu import emoji, pocket
 from mu.evaluate import load_judge
+from mu.models import load_pipeline, text_encoders
 from mu.notebooks import execute
 
 ROOT = Path(__file__).parent.parent
 RECIPE, BENCHMARK = ROOT / "notebooks" / "80_train_pocket.ipynb", ROOT / "notebooks" / "85_benchmark.ipynb"
+SIBLING = ROOT / "notebooks" / "81_grow_pocket_sdxl.ipynb"
 THINGS = {"ball": '<circle cx="8" cy="8" r="7" fill="red"/>', "box": '<path fill="#00f" d="M2 2h12v12H2z"/>', "hill": '<path fill="green" d="M8 1l7 14H1z"/>',
           "kite": '<path fill="gold" d="M8 0l8 8-8 8-8-8z"/>', "pole": '<path fill="#555" d="M7 0h2v16H7z"/>'}
 TINY = dict(vae_steps=2, vae_batch_size=2, judge_steps=2, judge_batch_size=4, views=1, unet_steps=3, unet_batch_size=2, polish=[[1, 5e-4, 0.75]], checkpoint_every=2,
@@ -106,6 +108,33 @@ def test_a_second_run_repeats_nothing(recipe):
     assert after.keys() == before.keys() and {file.name for file in after if after[file] != before[file]} <= written_again
 
 
+def test_its_sibling_is_a_pipeline_of_sdxl(recipe, monkeypatch):
+    base, parameters = recipe
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    places = {name: parameters[name] for name in ("packages", "concepts", "release")} | dict(
+        start=str(base / "data" / "pocket-sd"), judge=str(base / "data" / "pocket-judge"), out=str(base / "xl"))
+    assert execute(SIBLING, base / "81.ipynb", places | dict(views=1, steps=3, batch_size=4, lr=1e-3, checkpoint_every=2, seeds=1, sampling_steps=2), html=False)
+    pipe = StableDiffusionXLPipeline.from_pretrained(base / "data" / "pocket-sdxl", use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a ball, noto style", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+    metrics = json.loads((base / "data" / "pocket-sdxl" / "metrics.json").read_text())
+    block = (base / "data" / "README.md").read_text().split("<!-- figures-sdxl -->")[1].split("<!-- /figures-sdxl -->")[0]
+    assert metrics["protocol"]["weights"]["pocket-sdxl/unet"] in block and set(metrics["effect"]) == {"second text encoder", "pooled embedding"}
+    start = load_pipeline(str(base / "data" / "pocket-sd"))
+    assert any((p.float() - q).abs().max() > 1e-3 for (n, p), q in zip(pipe.unet.named_parameters(), [start.unet.conv_in.weight]))
+
+
+def test_the_sibling_begins_as_its_elder():
+    """Every weight of the UNet is taken over, and what is new is ignored: with the elder's context beside anything, the prediction is the elder's."""
+    elder, g = load_pipeline("pocket"), torch.Generator().manual_seed(0)
+    sibling = pocket.build_sdxl(elder)
+    z, t, c = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 700]), torch.randn(2, 20, pocket.WIDTH, generator=g)
+    wide = torch.cat([c, torch.randn(2, 20, pocket.WIDTH // 2, generator=g)], -1)
+    added = {"text_embeds": torch.randn(2, pocket.WIDTH // 2, generator=g), "time_ids": torch.randn(2, 6, generator=g)}
+    with torch.no_grad():
+        torch.testing.assert_close(sibling.unet(z, t, wide, added_cond_kwargs=added).sample, elder.unet(z, t, c).sample, rtol=0, atol=1e-4)
+
+
 def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -119,20 +148,22 @@ def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path, monkeypatch)
     assert all(row["passes"] == row["needed"] and 0 < row["share in UNet"] <= 1 for row in made["table"])
 
 
-def test_a_stopped_training_ends_with_the_same_numbers():
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_stopped_training_ends_with_the_same_numbers(family, request):
+    folder = request.getfixturevalue(f"{family}_folder")
+
     def train(state=None, until=5):
-        tokenizer = pocket.build_tokenizer(tiny.CAPTIONS)
-        torch.manual_seed(1)
-        encoder, unet = tiny.make_text_encoder(tokenizer), tiny.make_unet()
+        pipe = load_pipeline(str(folder))
+        parts = [pipe.unet, *text_encoders(pipe)]
         data = {"mean": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(2)), "std": torch.full((4, 4, 8, 8), 0.1),
                 "drawing": torch.arange(4), "color": torch.tensor([0, 1, 2, 0])}
         drawings = [{"concept": c, "style": "noto"} for c in ("cat", "cat", "tiger", "cup")]
         losses = []
-        for step, loss, save_state in pocket.train_unet(unet, encoder, tokenizer, pocket.build_scheduler(), data, drawings, 0.3, steps=5, batch_size=2, state=state):
+        for step, loss, save_state in pocket.train_unet(pipe, data, drawings, steps=5, batch_size=2, state=state):
             losses.append(loss)
             if step + 1 == until < 5:
                 return losses, load(save({k: v.contiguous() for k, v in save_state().items()}))
-        return losses, torch.cat([p.detach().flatten() for p in [*unet.parameters(), *encoder.parameters()]])
+        return losses, torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
 
     losses, weights = train()
     first, state = train(until=2)
@@ -182,7 +213,7 @@ def test_the_committed_card_is_that_of_the_committed_files(tmp_path):
         assert [row["concept"] for row in csv.DictReader(table)] == list(json.loads(metrics.read_text())["per concept"])
 
 
-@pytest.mark.parametrize("notebook", [RECIPE, BENCHMARK], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", [RECIPE, SIBLING, BENCHMARK], ids=lambda p: p.stem)
 def test_the_notebooks_have_their_parts(notebook):
     cells = nbformat.read(notebook, 4).cells
     text, code = ([c for c in cells if c.cell_type == kind] for kind in ("markdown", "code"))

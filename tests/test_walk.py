@@ -137,6 +137,36 @@ def test_start_here_tells_the_story_alone(walk):
     assert (base / "start" / "meta-unlearned" / "unet").is_dir()
 
 
+def test_methods_are_compared_and_trajectories_shared(walk):
+    """A closed form and SDD, each plainly and meta-unlearned, by parameters only; and the two notebooks that read them or train several."""
+    base, run = walk
+    out, report = str(base / "methods"), str(base / "methods-report")
+    for method in ("uce", "sdd"):
+        run("20_unlearn", output=f"20_{method}", out=out, name=method, method=method, **TRAINING)
+        run("21_meta_unlearn", output=f"21_{method}", out=out, name=f"{method}-meta", method=method, start=f"{out}/{method}", beside="", **TRAINING, **META)
+    run("30_attack_finetune", output="30_methods", out=out, runs="uce,uce-meta,sdd,sdd-meta", at="0,1", seeds="0", batch_size=2, subset="lora", rank=2)
+    run("25_compare_methods", out=out, report=report, methods="uce,sdd")
+    assert {"run", "group", "score before", "score after 1 steps"} <= set(pd.read_csv(base / "methods-report" / "tables" / "methods.csv").columns)
+    assert all((base / "methods-report" / "figures" / f"{name}.svg").is_file() for name in ("methods", "methods-attacked"))
+    assert json.loads((base / "methods" / "uce-meta" / "params.json").read_text())["loop"]["unlearn"] == 0
+    run("40_trajectory_reuse", out=str(base / "trajectory"), report=report, reuses=[1, 2], seeds="0", steps=4, batch_size=2, retain_batch_size=2, trajectory_steps=4)
+    assert pd.read_csv(base / "methods-report" / "tables" / "trajectory-reuse.csv").reuse.nunique() == 2
+
+
+def test_preflight_of_a_model_at_hand(walk):
+    base, run = walk
+    assert run("15_preflight", changes={"batch_size": 2, "retain_batch_size": 4, "steps": 3, "precision": "no"})
+    made = json.loads((base / "runs" / "preflight.json").read_text())
+    assert 0 < made["gib"] < made["usable"] and made["needs"][0][2] > 0 and len(made["others"]) == 8
+
+
+def test_without_a_judge_pictures_are_drawn_and_not_scored(walk):
+    base, run = walk
+    run("20_unlearn", output="20_no_judge", out=str(base / "no-judge"), judge="", method="uce", start="", **TRAINING)
+    rows = json.loads((base / "no-judge" / "unlearned" / "metrics.json").read_text())["rows"]
+    assert all(row["hit"] != row["hit"] for row in rows) and (base / "no-judge" / "unlearned" / "samples.png").is_file()
+
+
 def test_an_unknown_concept_is_named_with_the_known_ones(pipe, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "probe.json").write_text(json.dumps(PROBE))
