@@ -1,5 +1,6 @@
 # make demo   the walk on the pocket model, and where its report is
 # make pocket the same with three trainings of each model, controls and more attacks: two hours, into reports/pocket-full
+# make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*; how much a shared trajectory costs
 # make test   the tests
 # Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
@@ -12,7 +13,7 @@ export IPYTHONDIR := $(CURDIR)/.venv/ipython
 
 WALK = $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime params input --quiet host progress reason rules
 
-.PHONY: demo pocket test
+.PHONY: demo pocket methods test
 
 demo: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket-demo.yaml
@@ -21,6 +22,11 @@ demo: .venv/installed
 pocket: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket.yaml
 	@echo "The report: file://$(CURDIR)/reports/pocket-full/index.html"
+
+methods: .venv/installed
+	@$(WALK) --configfile notebooks/profiles/methods-pocket.yaml
+	@$(WALK) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
+	@$(WALK) --configfile notebooks/profiles/ablation-trajectory.yaml
 
 test: .venv/installed
 	@$(BIN)/pytest -q

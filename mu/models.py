@@ -70,7 +70,7 @@ def load_pipeline(model="pocket", dtype=torch.float32, device=None, precision="n
 def prepare(pipe, device=None, precision="no", gradient_checkpointing=False):
     """What `load_pipeline` does with a pipeline, wherever it comes from: freeze, place, wrap in autocast. Returns it."""
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.to(torch.float32)
+    torch.nn.Module.to(pipe.vae, torch.float32)  # not diffusers' own `to`, which warns of any change of precision
     pipe.to(device or PartialState().device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -107,8 +107,9 @@ def frozen_copy(unet, dtype="same"):
         raise ValueError(f"unknown precision of the frozen UNet {dtype!r}: allowed are same, half, none (none with subset 'lora' only)")
     if dtype == "none":
         return None
-    frozen = copy.deepcopy(unet).requires_grad_(False)
-    return frozen.to(half(unet.device)) if dtype == "half" else frozen
+    to = half(unet.device) if dtype == "half" else None
+    weights = {id(p): torch.nn.Parameter(p.detach().to(to or p.dtype, copy=True), requires_grad=False) for p in unet.parameters()}
+    return copy.deepcopy(unet, weights)  # with these in place of copies: there is never a second full one
 
 
 @contextlib.contextmanager

@@ -153,6 +153,13 @@ def test_methods_are_compared_and_trajectories_shared(walk):
     assert pd.read_csv(base / "methods-report" / "tables" / "trajectory-reuse.csv").reuse.nunique() == 2
 
 
+def test_a_run_is_published_in_three_forms(walk):
+    base, run = walk
+    assert run("60_publish", run=str(base / "runs" / "meta"), to=str(base / "published"), rank=4, prompt="a tiger", sampling_steps=2)
+    cards = [(base / "published" / name / "README.md").read_text() for name in ("pipeline", "difference", "lora")]
+    assert all("license: cc-by-sa-4.0" in card and "esd-f" in card for card in cards)
+
+
 def test_preflight_of_a_model_at_hand(walk):
     base, run = walk
     assert run("15_preflight", changes={"batch_size": 2, "retain_batch_size": 4, "steps": 3, "precision": "no"})
@@ -187,7 +194,7 @@ def test_scores_have_no_interval_from_one_seed_and_revival_is_censored():
     assert revival(table).revived.tolist() == [50, float("inf")] and (revival(table)["last"] == 50).all()
 
 
-@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("[0-39]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("[0-69]*.ipynb")), ids=lambda p: p.stem)
 def test_every_notebook_has_its_parts(notebook):
     cells = nbformat.read(notebook, 4).cells
     text, code = ([c for c in cells if c.cell_type == kind] for kind in ("markdown", "code"))
