@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from mu.evaluate import score
 from mu.models import without_lora
+from mu.runs import forget_paths
 
 DIFFERENCE = "mu-difference-1"  # the format's name, in its file's metadata
 LOAD = {  # what a card says of each kind
@@ -83,6 +84,7 @@ def save_pipeline(pipe, folder, card):
         try:
             pipe.unet = fused(unet)
             pipe.save_pretrained(temporary, safe_serialization=True)
+            forget_paths(temporary)
         finally:
             pipe.unet = unet
 

@@ -127,12 +127,21 @@ def resume(folder, state):
     return state
 
 
+def forget_paths(folder):
+    """Take out of the configs below a folder where the parts were loaded from: a path of somebody's machine has no place in a published model."""
+    for file in [*Path(folder).rglob("config.json"), *Path(folder).glob("model_index.json")]:
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def save_model(model, folder):
     """Save a model or pipeline of diffusers or transformers as the folder, which appears whole, in place of an earlier one."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, safe_serialization=True)
+    forget_paths(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

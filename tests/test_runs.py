@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import mu.runs
-from mu.runs import atomic, digest, finish, load_unet, open_run, protocol, read_json, resume, run_loop, save_json, save_tensors
+from mu.formats import save_pipeline
+from mu.models import load_pipeline
+from mu.runs import atomic, digest, finish, load_unet, open_run, protocol, read_json, resume, run_loop, save_json, save_model, save_tensors
 from mu.train import State, finetune, unlearn
 
 OPTIONS = dict(batch_size=1, trajectory_reuse=4, retain=1.0, relearn=0.3, self_destruct=1.0, inner_steps=(1, 2), inner_lr=(1e-4, 4e-4),
@@ -219,3 +221,12 @@ def test_kill_9_and_go_on(tmp_path):
     expected = [(r.step, r.losses, r.passes) for r in loop(steps)]
     assert facts(read_json(tmp_path / "records.json")) == expected
     assert torch.equal(tiny.weights(state.unet), tiny.weights(whole.unet))
+
+
+def test_saved_models_name_no_place_of_this_machine(pipe, sd_folder, tmp_path):
+    pipe.vae.register_to_config(_name_or_path=str(sd_folder / "vae"))  # as parts that were loaded alone have it
+    save_model(pipe, tmp_path / "model")
+    save_pipeline(pipe, tmp_path / "published", "a card")
+    assert load_pipeline(str(tmp_path / "model")).vae.config.sample_size == pipe.vae.config.sample_size
+    for file in [*tmp_path.rglob("*.json"), *tmp_path.rglob("*.md")]:
+        assert str(sd_folder) not in file.read_text(), file
