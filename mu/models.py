@@ -58,8 +58,7 @@ def load_pipeline(model="pocket", dtype=torch.float32, device=None, precision="n
         extra = {} if found == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
         pipe = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **extra)
     except OSError as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, GatedRepoError) or "gated" in str(error).lower():
+        if any(isinstance(e, GatedRepoError) for e in (error, error.__cause__, error.__context__)):
             raise PermissionError(f"{model!r} is gated: accept its licence on its page, then `hf auth login` (or set HF_TOKEN) and run again") from error
         raise FileNotFoundError(f"{unknown} that can be reached from here. Without a network a hub model must be in the cache, {constants.HF_HUB_CACHE} "
                                 f"(HF_HUB_CACHE), or be named by its folder ({error})") from error

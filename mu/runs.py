@@ -161,24 +161,6 @@ def finish(folder, unet):
     PartialState().wait_for_everyone()
 
 
-@torch.no_grad()
-def load_unet(unet, folder):
-    """Take over the weights of a diffusers UNet folder, in place. Raises ValueError that names the first tensor that does not fit."""
-    saved = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        saved |= load_file(file)
-    if not saved:
-        raise FileNotFoundError(f"{folder} holds no safetensors weights: was the run finished?")
-    own = unet.state_dict()
-    for name in sorted(own.keys() | saved.keys()):
-        if name not in own or name not in saved or own[name].shape != saved[name].shape:
-            shape = lambda d: tuple(d[name].shape) if name in d else "absent"
-            raise ValueError(f"{folder} is of another architecture: {name} is {shape(saved)} there and {shape(own)} here")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-    return unet
-
-
 def digest(path):
     """Short sha256 of a file, or of all files below a folder."""
     sha = hashlib.sha256()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from huggingface_hub.errors import GatedRepoError
 
 from mu.models import MODELS, draw_images, encode_prompts, load_pipeline, predict_noise, rows
 
@@ -152,3 +153,15 @@ def test_pickled_weights_are_not_read(sd_folder, tmp_path):
     file.unlink()
     with pytest.raises(OSError):
         load_pipeline(str(tmp_path / "model"))
+
+
+def test_a_gated_model_and_a_hub_without_network_say_what_to_do(monkeypatch):
+    def gated(path):
+        raise OSError("it cannot be loaded") from GatedRepoError.__new__(GatedRepoError)  # as diffusers chains it
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_config", gated)
+    with pytest.raises(PermissionError, match="'owner/gated' is gated: accept its licence on its page, then `hf auth login`"):
+        load_pipeline("owner/gated")
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"(?s)'owner/away'.*Without a network a hub model must be in the cache, .*\(HF_HUB_CACHE\), or be named by its folder"):
+        load_pipeline("owner/away")

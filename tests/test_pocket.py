@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load, save
 from transformers import CLIPTokenizer
 
 from mu import emoji, pocket
-from mu.emoji import COLORS, STYLES, augment, caption, draw_all, fetch_icons, read_concepts, render
+from mu.emoji import COLORS, STYLES, TEMPLATES, augment, caption, draw_all, fetch_icons, read_concepts, render
 
 WORDS = sorted({word for text in tiny.CAPTIONS for word in text.replace(",", " ,").split()})
 
@@ -160,14 +161,24 @@ def test_judge_trainer_runs_and_leaves_the_judge_ready(rgba):
     assert len(losses) == 2 and np.isfinite(losses).all() and moved(judge, before) and not judge.training
 
 
+def assemble(vae, unet, encoder, tokenizer):
+    return StableDiffusionPipeline(vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=tiny.make_scheduler(), safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """A tokenizer that knows every word of the drawings' captions, as the recipe's does: none is too long."""
+    return pocket.build_tokenizer([caption(d["concept"], d["style"], color, template) for d in DRAWINGS for color in COLORS for template in TEMPLATES])
+
+
 def unet_run(rgba, tokenizer, steps, state=None, total=None):
     """The first `steps` steps (all if None) of a tiny `train_unet`, from fresh networks: losses, last save, weights."""
     torch.manual_seed(0)
     vae, unet, encoder = tiny.make_vae().eval(), tiny.make_unet(sample_size=32), tiny.make_text_encoder(tokenizer)
     data = pocket.encode_drawings(vae, rgba, repeats=2)
     losses, saved = {}, None
-    for step, loss, snapshot in pocket.train_unet(unet, encoder, tokenizer, tiny.make_scheduler(), data, DRAWINGS, 0.3, steps=total or steps,
-                                                  batch_size=3, ema_decay=0.9, state=state):
+    for step, loss, snapshot in pocket.train_unet(assemble(vae, unet, encoder, tokenizer), data, DRAWINGS, steps=total or steps, batch_size=3, ema_decay=0.9, state=state):
         losses[step] = loss
         if total and step == steps - 1:
             saved = load(save({name: t.clone().contiguous() for name, t in snapshot().items()}))
@@ -175,24 +186,25 @@ def unet_run(rgba, tokenizer, steps, state=None, total=None):
     return losses, saved, tiny.weights(unet), tiny.weights(encoder)
 
 
-def test_unet_trainer_goes_on_with_the_same_numbers(rgba, tokenizer):
-    losses, _, *whole = unet_run(rgba, tokenizer, 4)
+def test_unet_trainer_goes_on_with_the_same_numbers(rgba, speaker):
+    losses, _, *whole = unet_run(rgba, speaker, 4)
     assert list(losses) == [0, 1, 2, 3] and np.isfinite(list(losses.values())).all()
-    first, state, *half = unet_run(rgba, tokenizer, 2, total=4)
-    second, _, *resumed = unet_run(rgba, tokenizer, 4, state=state)
+    first, state, *half = unet_run(rgba, speaker, 2, total=4)
+    second, _, *resumed = unet_run(rgba, speaker, 4, state=state)
     assert first | second == losses and list(second) == [2, 3]
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
     assert not any(torch.equal(a, b) for a, b in zip(whole, half))
 
 
-def test_the_result_is_the_average_of_the_weights(rgba, tokenizer):
+def test_the_result_is_the_average_of_the_weights(rgba, speaker):
     """Two steps: what is left is diffusers' EMA of the weights after each, and not the last weights."""
     from diffusers.training_utils import EMAModel
     torch.manual_seed(0)
-    unet, encoder = tiny.make_unet(sample_size=32), tiny.make_text_encoder(tokenizer)
-    data = pocket.encode_drawings(tiny.make_vae().eval(), rgba, repeats=1)
+    unet, encoder = tiny.make_unet(sample_size=32), tiny.make_text_encoder(speaker)
+    vae = tiny.make_vae().eval()
+    data = pocket.encode_drawings(vae, rgba, repeats=1)
     ema, seen = EMAModel(unet.parameters(), decay=0.5), []
-    for _ in pocket.train_unet(unet, encoder, tokenizer, tiny.make_scheduler(), data, DRAWINGS, 0.3, steps=3, batch_size=2, ema_decay=0.5):
+    for _ in pocket.train_unet(assemble(vae, unet, encoder, speaker), data, DRAWINGS, steps=3, batch_size=2, ema_decay=0.5):
         ema.step(unet.parameters())
         seen.append(tiny.weights(unet))
     expected = torch.cat([p.flatten() for p in ema.shadow_params])

@@ -121,7 +121,8 @@ def test_its_sibling_is_a_pipeline_of_sdxl(recipe, monkeypatch):
     block = (base / "data" / "README.md").read_text().split("<!-- figures-sdxl -->")[1].split("<!-- /figures-sdxl -->")[0]
     assert metrics["protocol"]["weights"]["pocket-sdxl/unet"] in block and set(metrics["effect"]) == {"second text encoder", "pooled embedding"}
     start = load_pipeline(str(base / "data" / "pocket-sd"))
-    assert any((p.float() - q).abs().max() > 1e-3 for (n, p), q in zip(pipe.unet.named_parameters(), [start.unet.conv_in.weight]))
+    moved = max((p.float() - q).abs().max().item() for p, q in zip(pipe.unet.conv_in.parameters(), start.unet.conv_in.parameters()))
+    assert 0 < moved < 0.01, "it starts where the elder is, and is trained from there"
 
 
 def test_the_sibling_begins_as_its_elder():
@@ -149,7 +150,10 @@ def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_stopped_training_ends_with_the_same_numbers(family, request):
+def test_a_stopped_training_ends_with_the_same_numbers(family, request, monkeypatch):
+    plain = pocket.sample_captions  # the tiny tokenizer spells words that it does not know, and longer captions would not fit
+    monkeypatch.setattr(pocket, "sample_captions", lambda drawings, colors, *rest: ["" if not text else f"a {d['concept']}" for text, d in zip(plain(drawings, colors, *rest), drawings)])
+
     folder = request.getfixturevalue(f"{family}_folder")
 
     def train(state=None, until=5):

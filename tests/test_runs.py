@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import mu.runs
-from mu.formats import save_pipeline
+from mu.formats import load_weights, save_pipeline
 from mu.models import load_pipeline
-from mu.runs import atomic, digest, finish, load_unet, open_run, protocol, read_json, resume, run_loop, save_json, save_model, save_tensors
+from mu.runs import atomic, digest, finish, open_run, protocol, read_json, resume, run_loop, save_json, save_model, save_tensors
 from mu.train import State, finetune, unlearn
 
 OPTIONS = dict(batch_size=1, trajectory_reuse=4, retain=1.0, relearn=0.3, self_destruct=1.0, inner_steps=(1, 2), inner_lr=(1e-4, 4e-4),
@@ -139,14 +139,15 @@ def test_a_finished_run_is_a_unet_of_diffusers(tmp_path, unet):
         assert torch.equal(tiny.weights(plain), tiny.weights(unet)) and [f.name for f in tmp_path.iterdir()] == ["unet"]
     other = tiny.make_unet(seed=1)
     assert not torch.equal(tiny.weights(other), tiny.weights(unet))
-    assert load_unet(other, tmp_path / "unet") is other and torch.equal(tiny.weights(other), tiny.weights(unet))
+    assert load_weights(other, tmp_path) == load_weights(other, tmp_path / "unet") and torch.equal(tiny.weights(other), tiny.weights(unet))
     wider = tiny.make_unet(cross_attention_dim=24)
     before = tiny.weights(wider)
     with pytest.raises(ValueError, match=r"unet is of another architecture: down_blocks.1.\S+ is \(\d+, 16\) there and \(\d+, 24\) here"):
-        load_unet(wider, tmp_path / "unet")
+        load_weights(wider, tmp_path / "unet")
     assert torch.equal(tiny.weights(wider), before)
-    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
-        load_unet(other, tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_weights(other, tmp_path / "unfinished")
 
 
 # --- going on ------------------------------------------------------------------------------------------------------
