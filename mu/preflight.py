@@ -83,7 +83,7 @@ def _network(config, subset, rank, dtype, precision, gradient_checkpointing, fro
     """The fake UNet as `load_pipeline`, `frozen_copy` and `trainable` make it: mode of its tensors, UNet, frozen UNet, trained parameters."""
     with torch.device("meta"):  # where modules can be converted and copied, which fake ones cannot
         unet = UNet2DConditionModel.from_config(json.loads(config))
-    unet = unet.requires_grad_(False).to(dtype).eval()
+    unet = torch.nn.Module.to(unet.requires_grad_(False).eval(), dtype)  # not diffusers' own `to`, which warns of any change of precision
     if plain:
         unet.set_attn_processor(AttnProcessor())
     if gradient_checkpointing:

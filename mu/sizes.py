@@ -50,7 +50,7 @@ def random_pipeline(name, dtype=torch.float32, device=None, seed=0, precision="n
     clip = lambda part, kind: kind(CLIPTextConfig(**configs[part], **special)).to(dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        parts = dict(unet=UNet2DConditionModel(**configs["unet"]).to(dtype), vae=AutoencoderKL(**configs["vae"]),
+        parts = dict(unet=torch.nn.Module.to(UNet2DConditionModel(**configs["unet"]), dtype), vae=AutoencoderKL(**configs["vae"]),
                      text_encoder=clip("text_encoder", CLIPTextModel), tokenizer=tokenizer, scheduler=build_scheduler())
         if "text_encoder_2" in configs:
             pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=clip("text_encoder_2", CLIPTextModelWithProjection), tokenizer_2=tokenizer,
