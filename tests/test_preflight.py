@@ -74,8 +74,6 @@ def test_tracker_counts_by_hand():
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw8bit"])
 def test_optimiser_bytes_are_the_real_ones(name):
-    if "8bit" in name:
-        pytest.importorskip("bitsandbytes")
     unet = tiny.make_unet(block_out_channels=(32, 64))  # some tensors on either side of 4,096 elements
     state = train.State(unet, "f", optimizer=name)
     if "8bit" not in name:
