@@ -34,9 +34,14 @@ def label(run):
 
 
 def identity(**paths):
-    """Name → "path (digest)", the digest where the path is on this disk: a run that was made from other files is not taken for this one."""
-    local = {name: Path(MODELS.get(path, path)) for name, path in paths.items()}
-    return {name: f"{path} ({digest(local[name])})" if local[name].exists() else path for name, path in paths.items()}
+    """Name → "path (digest)", the digest where the path is on this disk: a run that was made from other files is not taken for this one.
+
+    Of a run's folder the digest is that of its UNet; an empty path stays empty."""
+    def place(path):
+        folder = Path(MODELS.get(path, path))
+        return folder / "unet" if (folder / "params.json").exists() and (folder / "unet").is_dir() else folder
+
+    return {name: f"{path} ({digest(place(path))})" if path and place(path).exists() else path for name, path in paths.items()}
 
 
 def load_sets(pipe, folder, cache=None):

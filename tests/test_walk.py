@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from mu.models import load_pipeline
 from mu.notebooks import execute, read_parameters
 from mu.train import State
-from mu.walk import carry_out, load_probe, revival, scores
+from mu.walk import carry_out, identity, load_probe, revival, scores
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SETS = {
@@ -135,6 +136,28 @@ def test_start_here_tells_the_story_alone(walk):
     base, run = walk
     assert run("00_start_here", out=str(base / "start"), unlearn_steps=1, meta_steps=3, attack_at="0,1", probe_seeds="1,1,1")
     assert (base / "start" / "meta-unlearned" / "unet").is_dir()
+
+
+def test_a_run_is_known_by_its_files_and_nothing_else(walk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "anything").write_text("1")
+    assert identity(start="", judge="") == {"start": "", "judge": ""}, "no path is not the working directory"
+    for part in ("unet", "metrics.json", "params.json"):
+        place = walk[0] / "runs" / "unlearned" / part
+        (shutil.copytree if place.is_dir() else shutil.copy)(place, tmp_path / "run" / part if place.is_dir() else tmp_path / "run")
+    before = identity(start=str(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.json").write_text("measured again")
+    assert identity(start=str(tmp_path / "run")) == before and "(" in before["start"]
+    (tmp_path / "run" / "unet" / "config.json").write_text("{}")
+    assert identity(start=str(tmp_path / "run")) != before
+
+
+def test_another_call_with_the_same_parameters_only_reads(walk):
+    """Executed once more, the two notebooks of training find their runs, whatever else has changed in the repository meanwhile."""
+    base, run = walk
+    before = {name: stamps(base / "runs" / name) for name in ("unlearned", "meta")}
+    assert run("20_unlearn", output="20_again", **TRAINING) and run("21_meta_unlearn", output="21_again", **TRAINING, **META)
+    assert before == {name: stamps(base / "runs" / name) for name in before}
 
 
 def test_methods_are_compared_and_trajectories_shared(walk):
