@@ -23,7 +23,7 @@ def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), 
     Returns rows, each with its "step"."""
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    weights = [p.detach().clone() for p in pipe.unet.parameters()]
+    weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]  # a GPU has better use for its memory
     if before and 0 in files and not files[0].exists():
         with atomic(files[0].with_suffix(".png")) as temporary:
             shutil.copyfile(before[1], temporary)

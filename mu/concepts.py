@@ -26,8 +26,8 @@ class ConceptSet:
         return len(self.mean)
 
 
-def read_folder(folder):
-    """Paths and captions of a folder in the `imagefolder` convention (images and `metadata.jsonl` with `file_name`, `text`).
+def read_metadata(folder):
+    """The lines of a folder's `metadata.jsonl`, in the `imagefolder` convention: dicts with `file_name`, `text` and perhaps more.
 
     Raises FileNotFoundError or ValueError that name what is missing and the mend."""
     folder = Path(folder)
@@ -45,13 +45,20 @@ def read_folder(folder):
             raise ValueError(f"{table}: {line} needs `file_name` and a caption in `text`")
         if not (folder / line["file_name"]).is_file():
             raise FileNotFoundError(f"{table} names {line['file_name']}, which is not in {folder}")
+    return lines
+
+
+def read_folder(folder):
+    """Paths and captions of an image folder. Raises as `read_metadata` does."""
+    folder, lines = Path(folder), read_metadata(folder)
     return [folder / line["file_name"] for line in lines], [line["text"] for line in lines]
 
 
 def concept_names(folder, *names):
-    """What the defender's sets of these names show, each once, sorted: the column `concept` of their metadata where there is one, or else the captions."""
-    lines = [json.loads(line) for name in names for line in (Path(folder) / "defender" / name / "metadata.jsonl").read_text().splitlines() if line.strip()]
-    return sorted({line.get("concept") or line["text"] for line in lines})
+    """What the defender's sets of these names show, each once, sorted: the column `concept` of their metadata where there is one, or else the captions.
+
+    Raises as `read_metadata` does."""
+    return sorted({line.get("concept") or line["text"] for name in names for line in read_metadata(Path(folder) / "defender" / name)})
 
 
 def read_image(path, size):

@@ -15,10 +15,14 @@ from mu.closed_form import rece, uce
 from mu.concepts import random_prompts
 from mu.formats import load_weights
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
+from mu.objectives import loss_scale
 from mu.runs import finish, read_json, save_json
 from mu.train import State, unlearn
 from mu.walk import carry_out, load_sets, table
 
+# of params.json; what a run leaves out is as here. loop: keywords of `mu.train.unlearn`; closed_form: keywords of `edit`; None: no such part
+DEFAULTS = dict(method="esd-f", start="", subset="", rank=16, replace="", retain_prompts=0, lr=1e-5, optimizer="adamw", ema=0.999, weights="full", precision="no",
+                seed=0, loop=None, closed_form=None)
 # method → what the loop's objective is (None: a closed form comes first, and the meta gradient goes alone) and which weights are trained
 METHODS = {"esd-x": ("esd", "x"), "esd-u": ("esd", "u"), "esd-f": ("esd", "f"), "sdd": ("sdd", "x"), "uce": (None, "f"), "rece": (None, "f")}
 
@@ -47,11 +51,12 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     """Carry out the run that the folder's params.json describes (see `mu.runs.open_run`), from its checkpoint if it was stopped; a finished one is only read.
 
     pipe: the pipeline of `params["model"]` where it has been loaded; its UNet holds the result afterwards. On several processes each takes its
-    share of every batch. Returns the table of records. Raises as `mu.train.unlearn`, `mu.runs.run_loop` and `mu.formats.load_weights` do."""
+    share of every batch. Returns the table of records. Raises ValueError for frozen "none" where the run does not start from the model itself, and as `mu.train.unlearn`, `mu.runs.run_loop` and `mu.formats.load_weights` do."""
     folder = Path(folder)
     params = read_json(folder / "params.json")
     if params is None:
         raise FileNotFoundError(f"{folder} has no params.json: a notebook (20_unlearn, 21_meta_unlearn) writes it, or mu.runs.open_run")
+    params = DEFAULTS | params
     how, loop = params.get("how", {}), params["loop"]
     pipe = pipe or load_pipeline(params["model"], dtype=params["weights"], precision=params["precision"])
     if (folder / "unet").is_dir():
@@ -63,10 +68,12 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     words = random_prompts(pipe.tokenizer, params["retain_prompts"], concept_sets["forget"].prompts, params["seed"])
     conditionings = dict(unconditional=encode_prompts(pipe, [""]), retain_prompts=encode_prompts(pipe, words) if words else None,
                          replace=encode_prompts(pipe, [params["replace"]]) if params["replace"] else None)
-    unet_frozen = frozen_copy(pipe.unet, how.get("frozen", "same"))
+    if how.get("frozen") == "none" and (params["start"] or params["closed_form"]):
+        raise ValueError("frozen 'none' asks the weights that the run starts from, and this one does not start from the original: choose frozen 'half' or 'same'")
+    unet_frozen = frozen_copy(pipe.unet, how.get("frozen", "same")) if loop else None
     if params["start"]:
         load_weights(pipe.unet, params["start"])
-    elif objective is None:
+    if params["closed_form"]:
         records = edit(pipe, params["method"], replace=params["replace"] or " ", **params["closed_form"])
         if loop is None:
             save_json(records, folder / "records.json")
@@ -78,13 +85,13 @@ def train_run(folder, pipe=None, checkpoint_every=25):
                   ema=params["ema"] if objective == "sdd" else 0.0)
     pairs = {name: tuple(value) if name in ("inner_steps", "inner_lr") and isinstance(value, list) else value for name, value in loop.items()}
     records = unlearn(state, unet_frozen, pipe.scheduler, **concept_sets, **conditionings, **pairs | {"method": objective or "esd"},
-                      accumulation=how.get("accumulation", 1), snapshot=how.get("snapshot") or None, loss_scale=1024.0 if params["precision"] == "fp16" else 1.0)
+                      accumulation=how.get("accumulation", 1), snapshot=how.get("snapshot") or None, loss_scale=loss_scale(params["precision"]))
     return carry_out(folder, state, records, loop["steps"], checkpoint_every)
 
 
 def launch(folder, pipe=None, checkpoint_every=25, processes=1):
     """`train_run` in this process, or in several new ones by `accelerate launch`, one a GPU (on the CPU where there is none); the given pipeline's
-    UNet holds the result afterwards. (`accelerate.notebook_launcher(train_run, (folder,), num_processes=2)` does the same in a fresh kernel.)
+    UNet holds the result afterwards. (`accelerate.notebook_launcher(train_run, (folder,), num_processes=2)`, in a fresh kernel, starts the same function.)
 
     Raises RuntimeError where a process failed: what it said is above."""
     if processes > 1:

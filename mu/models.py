@@ -99,7 +99,7 @@ def half(device):
 
 def frozen_copy(unet, dtype="same"):
     """The reference ε_0 of the objectives: a copy that stays as it is. dtype: "same", "half" (bfloat16, or float16 on a GPU without it: half the
-    memory), or "none": no copy but None, for LoRA, which is switched off where the reference is asked (`reference`).
+    memory), or "none": no copy but None, for LoRA, which is switched off where the reference is asked (`reference`): it is then the weights below the adapters.
 
     Raises ValueError for another word."""
     if dtype not in ("same", "half", "none"):

@@ -93,6 +93,11 @@ def predictions(unet, *parts, accumulation=1):
     return tuple(torch.stack(pieces, 1).flatten(0, 1) for pieces in zip(*shares))  # every `accumulation`-th row is of the same share
 
 
+def loss_scale(precision):
+    """What losses are multiplied by before their gradient is taken (`gradients`): float16 loses numbers below 6e-8, the others do not."""
+    return 1024.0 if precision == "fp16" else 1.0
+
+
 def gradients(loss, parameters, scale=1.0, **kwargs):
     """∇ loss, the mean over all processes; a list of tensors. Under the profiler's name for UNet passes (as `predict_noise`).
 

@@ -165,7 +165,10 @@ def digest(path):
     """Short sha256 of a file, or of all files below a folder."""
     sha = hashlib.sha256()
     for file in sorted(p for p in [Path(path), *Path(path).rglob("*")] if p.is_file()):
-        sha.update(file.name.encode() + file.read_bytes())
+        sha.update(file.name.encode())
+        with open(file, "rb") as f:  # in pieces: weights may be larger than the memory
+            while piece := f.read(2**22):
+                sha.update(piece)
     return sha.hexdigest()[:12]
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load, save
 
 import mu.meta
-from mu.models import frozen_copy, load_pipeline, predict_noise, prepare, reference, trainable, without_lora
-from mu.objectives import denoising, draw_minibatch, gradients, predictions, share, squared_errors
+from mu.models import frozen_copy, load_pipeline, predict_noise, reference, trainable, without_lora
+from mu.objectives import denoising, draw_minibatch, predictions, share, squared_errors
 from mu.runs import open_run, read_json, run_loop
 from mu.train import Record, State, finetune, unlearn
 
@@ -37,11 +37,9 @@ def close(one, two, to):
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_micro_batches_change_nothing_but_passes(sets, order):
     whole = train(sets, order=order)
-    for accumulation in (2,):
-        parted = train(sets, order=order, accumulation=accumulation)
-        assert close(whole, parted, 1e-4), order
-        assert all(a.losses == pytest.approx(b.losses, rel=1e-4) for a, b in zip(whole[1], parted[1]))
-        assert all(b.passes > a.passes for a, b in zip(whole[1], parted[1]))
+    parted = train(sets, order=order, accumulation=2)
+    assert close(whole, parted, 1e-4)
+    assert all(a.losses == pytest.approx(b.losses, rel=1e-4) and b.passes > a.passes for a, b in zip(whole[1], parted[1]))
     if order == "first":
         grown = [b.passes - a.passes for a, b in zip(*(x[1] for x in (whole, parted)))]
         assert grown == [3 * 4 + 1, 3 * 4 + 1]  # with gradient (at θ, two inner ones, the outer one) 4 passes for 1, the frozen UNet's 2 for 1
@@ -223,8 +221,13 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_run_resumable(tmp_path
     again = State(tiny.make_unet(), "f")
     again.load(load((tmp_path / "checkpoint.safetensors").read_bytes()))
     assert again.step == 2 and [r["step"] for r in read_json(tmp_path / "records.json")] == [1, 2]
+
+    def other():
+        raise RuntimeError("something else")
+        yield
+
     with pytest.raises(RuntimeError, match="something else"):
-        list(run_loop(tmp_path, state, (1 / 0 if False else (_ for _ in ()).throw(RuntimeError("something else")) for _ in range(1))))
+        list(run_loop(tmp_path, state, other()))
 
 
 def test_what_it_is_computed_by_may_change_in_a_run(tmp_path):

@@ -21,6 +21,7 @@ from mu import emoji, pocket
 from mu.evaluate import load_judge
 from mu.models import load_pipeline, text_encoders
 from mu.notebooks import execute
+from mu.runs import digest
 
 ROOT = Path(__file__).parent.parent
 RECIPE, BENCHMARK = ROOT / "notebooks" / "80_train_pocket.ipynb", ROOT / "notebooks" / "85_benchmark.ipynb"
@@ -215,6 +216,21 @@ def test_the_committed_card_is_that_of_the_committed_files(tmp_path):
     assert size <= 30e6
     with open(ROOT / "data" / "pocket-concepts.csv", newline="") as table:
         assert [row["concept"] for row in csv.DictReader(table)] == list(json.loads(metrics.read_text())["per concept"])
+
+
+def test_the_siblings_card_is_that_of_its_files_and_meets_the_bars(tmp_path):
+    folder, text = ROOT / "data" / "pocket-sdxl", (ROOT / "data" / "README.md").read_text()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    shutil.copy(ROOT / "data" / "README.md", tmp_path / "README.md")
+    pocket.fill_card(tmp_path / "README.md", metrics, mark="figures-sdxl")
+    assert (tmp_path / "README.md").read_text() == text
+    for part, made in metrics["protocol"]["weights"].items():
+        assert digest(ROOT / "data" / part) == made, part
+    assert metrics["concepts"]["score"] >= 0.95 and metrics["styles"]["score"] >= 0.9 and metrics["strong concepts"] >= 0.9
+    assert pocket.megabytes(folder, ROOT / "data" / "pocket-judge") <= 30
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a dog", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
 
 
 @pytest.mark.parametrize("notebook", [RECIPE, SIBLING, BENCHMARK], ids=lambda p: p.stem)
