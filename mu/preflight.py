@@ -207,7 +207,7 @@ def estimate(model, parameters=None, gpu=True):
               "simulated fine-tuning": (max(step[0], after[0], after_clean[0], product[0] + theta * second) + held) * bool(step[0]),
               "update": theta * (2 if attack or clean else 1)}
     phases = {name: (total + more) / GIB for name, more in phases.items() if more}
-    phases["start"] = (kept["UNet"] * (1 if unet_frozen is None else 2) + others) / GIB  # the frozen copy is made in full first
+    phases["start"] = (kept["UNet"] + kept["frozen UNet"] + others) / GIB  # before anything is offloaded
     often = 1 / p["clean_every"] if clean else 0
     flops = (trajectory[1] * p["trajectory_steps"] / (p["trajectory_reuse"] + 1)  # the latest of n stops is at n / (n + 1) of the way, every n steps
              + target[1] + asked[1] + at_theta[1] + often * after_clean[1] + (1 - often) * after[1]
