@@ -1,7 +1,8 @@
-"""What Colab lacks: the packages that its image does not bring, and a folder that outlives a disconnect."""
+"""Colab: what its image lacks, a folder that outlives a disconnect, and the badge and first cell of every notebook (`python -m mu.colab` writes them)."""
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,3 +51,57 @@ def prepare(drive=False, run=subprocess.run):
         if not (ROOT / "runs").exists():
             os.symlink(runs, ROOT / "runs")
     os.chdir(ROOT)
+
+
+CELL = '''import sys
+
+if "google.colab" in sys.modules:  # anywhere else this cell does nothing
+{clone}    from mu.colab import prepare{hint}
+
+    prepare(drive=False)  # True: runs/ lies on Google Drive and outlives a disconnect'''
+CLONE = '''    import os, subprocess
+
+    if not os.path.isdir("/content/{name}"):
+        subprocess.run(["git", "clone", "-q", "--depth", "1", "{address}", "/content/{name}"], check=True)
+    os.chdir("/content/{name}")
+    sys.path.insert(0, os.getcwd())
+'''
+
+
+def address():
+    """Where the repository is on GitHub: `Repository` in pyproject.toml's `[project.urls]`, the one place that says so; "" where it says nothing.
+
+    Raises ValueError for an address that Colab cannot open a notebook from."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {}).get("Repository", "").removesuffix("/")
+    if found and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", found):
+        raise ValueError(f"Colab opens notebooks of https://github.com/OWNER/NAME, not of {found!r}: mend Repository in pyproject.toml")
+    return found
+
+
+def badge(notebook, at):
+    """Markdown of the badge that opens a notebook of the repository `at` in Colab; "" without an address."""
+    place = at.removeprefix("https://github.com/")
+    return at and ("[![open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+                   f"(https://colab.research.google.com/github/{place}/blob/main/notebooks/{Path(notebook).name})")
+
+
+def bootstrap(at):
+    """The first code cell of every notebook: on Colab it clones the repository, where its address is known, and prepares the machine."""
+    clone = CLONE.format(address=at, name=at.rsplit("/", 1)[1]) if at else ""
+    return CELL.format(clone=clone, hint="" if at else "  # no module mu? clone the repository, `%cd` into it, and run this cell again")
+
+
+def write(notebooks, at):
+    """Give each notebook its badge, below the headline, and its first code cell; the same again changes nothing. Needs nbformat."""
+    import nbformat
+
+    for file in notebooks:
+        read = nbformat.read(file, 4)
+        head, *rest = (part for part in read.cells[0].source.split("\n\n") if not part.startswith("[![open in Colab]"))
+        read.cells[0].source = "\n\n".join([head, *filter(None, [badge(file, at)]), *rest])
+        next(cell for cell in read.cells if cell.cell_type == "code").source = bootstrap(at)
+        nbformat.write(read, file)
+
+
+if __name__ == "__main__":
+    write(sorted((ROOT / "notebooks").glob("*.ipynb")), address())

@@ -68,9 +68,10 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     words = random_prompts(pipe.tokenizer, params["retain_prompts"], concept_sets["forget"].prompts, params["seed"])
     conditionings = dict(unconditional=encode_prompts(pipe, [""]), retain_prompts=encode_prompts(pipe, words) if words else None,
                          replace=encode_prompts(pipe, [params["replace"]]) if params["replace"] else None)
-    if how.get("frozen") == "none" and (params["start"] or params["closed_form"]):
+    if how.get("frozen") == "none" and objective and params["start"]:
         raise ValueError("frozen 'none' asks the weights that the run starts from, and this one does not start from the original: choose frozen 'half' or 'same'")
-    unet_frozen = frozen_copy(pipe.unet, how.get("frozen", "same")) if loop else None
+    copied = lambda: frozen_copy(pipe.unet, how.get("frozen", "same")) if loop else None
+    unet_frozen = copied() if objective else None
     if params["start"]:
         load_weights(pipe.unet, params["start"])
     if params["closed_form"]:
@@ -79,6 +80,8 @@ def train_run(folder, pipe=None, checkpoint_every=25):
             save_json(records, folder / "records.json")
             finish(folder, pipe.unet)
             return table(folder)
+    if not objective:  # what retention holds is the edited model: the original would take the edit back, and no loss of its own keeps it
+        unet_frozen = copied()
     if how.get("offload"):
         offload(pipe)
     state = State(pipe.unet, params["subset"] or subset, params["lr"], params["optimizer"], seed=params["seed"], rank=params["rank"],

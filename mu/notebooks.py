@@ -137,11 +137,12 @@ def execute(notebook, output, parameters=None, html=True, again=False):
 
 def overview(folder):
     """The README's table of notebooks: question (their headline), GPU and minutes (their metadata, as measured), Colab (their first code cell)."""
+    from mu.colab import address, badge
     lines = ["| notebook | question | GPU | minutes on two cores, as in the demo | Colab |", "|---|---|---|---|---|"]
     for file in sorted(Path(folder).glob("*.ipynb")):
         read = nbformat.read(file, 4)
         question, facts = read.cells[0].source.splitlines()[0].removeprefix("# "), read.metadata["mu"]
-        colab = "✓" if any("google.colab" in cell.source for cell in read.cells) else "–"
+        colab = badge(file, address()) or "✓" if any("google.colab" in cell.source for cell in read.cells) else "–"
         lines.append(f"| [{file.stem}]({Path(folder).name}/{file.name}) | {question} | {facts.get('gpu', 'no')} | {facts['minutes'] or 'not measured'} | {colab} |")
     return "\n".join(lines) + "\n"
 

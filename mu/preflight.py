@@ -105,7 +105,7 @@ def _network(config, subset, rank, dtype, precision, gradient_checkpointing, fro
     return mode, unet, unet_frozen, [p for p in unet.parameters() if p.requires_grad]
 
 
-def _part(config, n, side, tokens, device=None):
+def blank(config, n, side, tokens, device=None):
     """Noisy latents, timesteps, conditioning and noise of n rows, with nothing in them."""
     new = functools.partial(torch.zeros, device=device)
     conditioning = {"encoder_hidden_states": new(n, tokens, config.cross_attention_dim)}
@@ -122,7 +122,7 @@ def _trace(kind, n, side, tokens, accumulation, *network):
     kind: sample (the student, no gradient), frozen, train (with its gradient), second (with a Hessian-vector product, too)."""
     mode, unet, unet_frozen, parameters = _network(*network)
     with mode, Tracker() as tracker:
-        part = _part(unet.config, n, side, tokens)
+        part = blank(unet.config, n, side, tokens)
         if kind == "sample":
             with torch.no_grad():
                 predict_noise(unet, *part[:3])
@@ -217,7 +217,7 @@ def estimate(model, parameters=None, gpu=True):
 
 def speed(pipe, rows=4):
     """FLOP/s that the pipeline's UNet reaches where it is: the fastest of three timed passes without gradient, after one to warm up."""
-    part = _part(pipe.unet.config, rows, pipe.unet.config.sample_size, pipe.tokenizer.model_max_length, pipe.unet.device)
+    part = blank(pipe.unet.config, rows, pipe.unet.config.sample_size, pipe.tokenizer.model_max_length, pipe.unet.device)
     wait, seconds = torch.cuda.synchronize if pipe.unet.device.type == "cuda" else lambda: None, []
     with torch.no_grad():
         with Tracker() as tracker:

@@ -1,9 +1,12 @@
-"""What is installed on Colab, and what never is."""
+"""What is installed on Colab, and what never is; the badge and the first cell."""
 
+import os
+import shutil
 import subprocess
 import sys
 import types
 
+import nbformat
 import pytest
 
 from mu import colab
@@ -61,3 +64,57 @@ def test_the_cell_does_nothing_elsewhere():
     source = next(c for c in __import__("nbformat").read(colab.ROOT / "notebooks" / "00_start_here.ipynb", 4).cells if c.cell_type == "code").source
     done = subprocess.run([sys.executable, "-c", source + "\nassert 'mu' not in sys.modules"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    for name in ("00_start_here", "20_unlearn"):
+        shutil.copy(colab.ROOT / "notebooks" / f"{name}.ipynb", tmp_path)
+    return sorted(tmp_path.glob("*.ipynb"))
+
+
+def test_every_notebook_has_the_badge_and_the_cell_of_the_one_address(tmp_path):
+    at = colab.address()
+    for file in sorted((colab.ROOT / "notebooks").glob("*.ipynb")):
+        cells = nbformat.read(file, 4).cells
+        assert next(c for c in cells if c.cell_type == "code").source == colab.bootstrap(at), f"{file.name}: run python -m mu.colab"
+        assert ("open in Colab" in cells[0].source) == bool(at) and colab.badge(file, at) in cells[0].source
+
+
+def test_an_address_gives_badges_and_a_clone_and_its_absence_takes_them_away(notebooks):
+    before, at = [f.read_text() for f in notebooks], "https://github.com/somebody/mu"
+    for _ in range(2):  # the second time changes nothing
+        colab.write(notebooks, at)
+        written = [f.read_text() for f in notebooks]
+    read = nbformat.read(notebooks[1], 4)
+    assert "https://colab.research.google.com/github/somebody/mu/blob/main/notebooks/20_unlearn.ipynb" in read.cells[0].source.splitlines()[2]
+    assert read.cells[0].source.splitlines()[0].endswith("?") and colab.CLONE.format(address=at, name="mu") in read.cells[1].source
+    colab.write(notebooks, at)
+    assert [f.read_text() for f in notebooks] == written
+    colab.write(notebooks, "")
+    assert [f.read_text() for f in notebooks] == before
+
+
+def test_the_cell_clones_once_and_prepares(tmp_path, monkeypatch):
+    source = colab.bootstrap("https://github.com/somebody/mu").replace("/content/", f"{tmp_path}/")
+    calls, cwd = [], os.getcwd()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: (calls.append(command), (tmp_path / "mu").mkdir()))
+    monkeypatch.setattr(colab, "prepare", lambda drive: calls.append(os.getcwd()))
+    try:
+        for _ in range(2):
+            exec(source, {})
+            os.chdir(cwd)
+    finally:
+        os.chdir(cwd)
+    assert sys.path[0] == f"{tmp_path}/mu"
+    assert calls == [["git", "clone", "-q", "--depth", "1", "https://github.com/somebody/mu", f"{tmp_path}/mu"], f"{tmp_path}/mu", f"{tmp_path}/mu"]
+
+
+@pytest.mark.parametrize("found", ["http://github.com/a/b", "https://gitlab.com/a/b", "https://github.com/a", "https://github.com/a/b; rm -r /", 'https://github.com/a/b"'])
+def test_another_address_is_refused(found, tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text(f"[project]\nurls = {{Repository = '{found}'}}\n")
+    monkeypatch.setattr(colab, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        colab.address()

@@ -1,6 +1,5 @@
 """The preflight's numbers: against hand counts, against what the real loop takes, and its advice carried out."""
 
-import contextlib
 import json
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 
 from mu import preflight as pf
 from mu import train
-from mu.concepts import ConceptSet
-from mu.launch import METHODS
-from mu.models import draw_images, encode_prompts, frozen_copy, load_pipeline, trainable
-from mu.preflight import DEFAULTS, GIB, RESERVE, Tracker, estimate, preflight
+from mu.measure import rehearse, union
+from mu.models import draw_images, encode_prompts, load_pipeline, trainable
+from mu.preflight import GIB, RESERVE, Tracker, estimate, preflight
 from mu.sizes import SIZES, random_pipeline
 
 META = dict(batch_size=4, trajectory_steps=4, trajectory_reuse=2, retain=1.0, retain_batch_size=8, ascent=0.1, relearn=0.1, self_destruct=0.1, inner_batch_size=8, inner_steps=2)
@@ -85,33 +83,6 @@ def test_optimiser_bytes_are_the_real_ones(name):
     assert pf._moments(name, state.parameters) == sum(v.numel() * v.element_size() for v in shared.values())
 
 
-def concept_sets(pipe):
-    g, c = torch.Generator().manual_seed(0), pipe.unet.config
-    latents, _, conditioning, _ = pf._part(c, 8, c.sample_size, pipe.tokenizer.model_max_length)
-    new = lambda: {name: torch.randn(v.shape, generator=g).to(pipe.unet.device) for name, v in conditioning.items()}
-    sets = [ConceptSet(torch.randn(latents.shape, generator=g).to(pipe.unet.device), torch.full_like(latents, 0.1).to(pipe.unet.device), new(), torch.arange(8), list("abcdefgh"))
-            for _ in range(3)]
-    return *sets, {name: v[:1] for name, v in new().items()}, new()
-
-
-def really(pipe, parameters, steps=2):
-    """(peak bytes, FLOPs) of the loop itself: by the allocator on a GPU, by `Tracker` elsewhere."""
-    p, cuda = DEFAULTS | parameters, pipe.unet.device.type == "cuda"
-    method, subset = METHODS[p["method"]]
-    *sets, words = concept_sets(pipe)
-    here = sum(x.numel() * x.element_size() for x in pipe.unet.parameters())
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.nullcontext() if cuda else Tracker() as tracker:
-        unet_frozen = frozen_copy(pipe.unet, p["frozen"])
-        state = train.State(pipe.unet, p["subset"] or subset, optimizer=p["optimizer"], rank=p["rank"], ema=p["ema"] if method == "sdd" else 0.0)
-        loop = {name: p[name] for name in train.unlearn.__kwdefaults__ if name in DEFAULTS and name != "method"} | dict(method=method, snapshot=p["snapshot"] or None)
-        for _ in train.unlearn(state, unet_frozen, pipe.scheduler, *sets, words if p["retain_prompts"] else None, steps=steps, **loop):
-            pass
-    return (torch.cuda.max_memory_allocated(), None) if cuda else (here + max(tracker.timeline), tracker.flops / steps)
-
-
 CASES = {
     "plain": dict(trajectory_steps=8, trajectory_reuse=4),
     "meta": META,
@@ -132,10 +103,10 @@ def test_the_real_loop_takes_what_was_predicted(folder, name, request):
                          gradient_checkpointing=p.get("gradient_checkpointing", False))
     found = estimate(pipe, p | dict(offload=True), gpu=False)
     predicted = max(gib for phase, gib in found.phases.items() if phase != "start") * GIB
-    peak, flops = really(pipe, p)
-    assert predicted == pytest.approx(peak, rel=0.06)
+    measured = rehearse(pipe, p | dict(offload=True), steps=2)
+    assert predicted == pytest.approx(measured.gib * GIB, rel=0.06) and len(measured.records) == 2
     if name not in ("clean", "plain"):  # where chance, how far a trajectory goes, is a small part of it
-        assert found.flops == pytest.approx(flops, rel=0.05)
+        assert found.flops == pytest.approx(measured.flops, rel=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -143,9 +114,7 @@ def test_the_real_loop_takes_what_was_predicted(folder, name, request):
 def test_on_a_gpu_sd_takes_what_was_predicted(name, change):
     p = META | dict(method="esd-x", precision="fp16", gradient_checkpointing=True, frozen="half", trajectory_steps=2, offload=True) | change
     pipe = random_pipeline("sd-v1-4", dtype=torch.float16 if p.get("weights") == "half" else torch.float32, precision="fp16", gradient_checkpointing=True)
-    pipe.vae = pipe.text_encoder = None
-    peak, _ = really(pipe, p)
-    assert estimate("sd-v1-4", p).gib * GIB == pytest.approx(peak, rel=0.15)
+    assert estimate("sd-v1-4", p).gib == pytest.approx(rehearse(pipe, p, steps=2).gib, rel=0.15)
 
 
 def test_two_traces_tell_all_rows(pipe):
