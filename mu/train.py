@@ -158,7 +158,7 @@ def unlearn(
     L_unlearn, by method: "esd", ‖ε_θ(z_t, c) − ε_0(z_t, ∅) + η [ε_0(z_t, c) − ε_0(z_t, ∅)]‖², z_t sampled by the student; "sdd" (Kim et al.
     2023), ‖ε_θ(z_t, c) − stop-gradient ε_θ(z_t, ∅)‖², z_t sampled by the running average of the weights, which is the result (`State(ema=0.999)`).
     replace: the conditioning (one row) that the concept shall be drawn as, in place of ∅ in both; None: ∅.
-    From a closed-form result (UCE, RECE) the meta gradient goes alone: unlearn=0.
+    From a closed-form result (UCE, RECE) the meta gradient goes alone: unlearn=0, and unet_frozen is that result, since only retention keeps the edit.
     D, the drift: mean squared difference to the frozen UNet's predictions (the denoising loss with its target's noise taken out, as far
     as the frozen UNet predicts the mean of that noise); ∅: the unrelated images with the empty prompt, which guidance leans on; any: the
     same with one of `retain_prompts` (a conditioning, or None for no such term) each: what other prompts draw, of which there are no images.

@@ -118,10 +118,21 @@ def test_a_closed_form_may_start_from_what_others_have_unlearned(sd_folder, fold
 
 
 def test_the_reference_is_the_original_or_the_run_is_refused(sd_folder, folders, tmp_path):
-    for changes in (dict(start=str(tmp_path / "other"), closed_form=None), dict(method="uce")):
-        folder = describe(tmp_path / f"run-{len(changes)}", sd_folder, folders, {"frozen": "none"}, subset="lora", **changes)
-        with pytest.raises(ValueError, match="does not start from the original: choose frozen 'half' or 'same'"):
-            train_run(folder)
+    folder = describe(tmp_path / "run", sd_folder, folders, {"frozen": "none"}, subset="lora", start=str(tmp_path / "other"), closed_form=None)
+    with pytest.raises(ValueError, match="does not start from the original: choose frozen 'half' or 'same'"):
+        train_run(folder)
+
+
+@pytest.mark.parametrize("changes, how", [({}, {}), (dict(subset="lora"), {"frozen": "none"})])
+def test_after_a_closed_form_retention_holds_the_edit_otherwise_the_original(changes, how, sd_folder, folders, tmp_path):
+    """The drift of the first step, before anything has moved: none from the edited model, some from the original."""
+    loop, drift = LOOP | {"steps": 1}, {}
+    edited = describe(tmp_path / "edited", sd_folder, folders, method="uce", loop=None)
+    train_run(edited)
+    for name, more in {"closed form": dict(method="uce", loop=loop | {"unlearn": 0.0}), "its result": dict(method="uce", start=str(edited), loop=loop | {"unlearn": 0.0}, closed_form=None)}.items():
+        drift[name] = train_run(describe(tmp_path / name, sd_folder, folders, how, **more | changes))["related drift"].iloc[0]
+    drift["esd"] = train_run(describe(tmp_path / "esd", sd_folder, folders, start=str(edited), loop=loop))["related drift"].iloc[0]
+    assert drift["closed form"] < 1e-12 > drift["its result"] and drift["esd"] > 1e-8
 
 
 def test_what_a_run_leaves_out_has_a_default(sd_folder, folders, tmp_path):

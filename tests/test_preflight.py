@@ -70,6 +70,17 @@ def test_tracker_counts_by_hand():
     assert t.bytes == 0
 
 
+def test_union_of_stretches():
+    assert union([(8, 12), (0, 10), (20, 21), (2, 5)]) == 13 and union([]) == 0
+
+
+def test_rehearsing_profiles_later_steps_and_trains_nothing_else(pipe):
+    text = [p.clone() for p in pipe.text_encoder.parameters()]
+    before, measured = next(pipe.unet.parameters()).clone(), rehearse(pipe, META | dict(inner_optimizer="sgd,adam", inner_steps=[1, 2]), steps=1, profiled_steps=2)
+    assert 0 < measured.share < 1 and [r.step for r in measured.records] == [1] and not torch.equal(before, next(pipe.unet.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(text, pipe.text_encoder.parameters()))
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw8bit"])
 def test_optimiser_bytes_are_the_real_ones(name):
     unet = tiny.make_unet(block_out_channels=(32, 64))  # some tensors on either side of 4,096 elements

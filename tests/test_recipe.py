@@ -25,7 +25,7 @@ from mu.runs import digest
 
 ROOT = Path(__file__).parent.parent
 RECIPE, BENCHMARK = ROOT / "notebooks" / "80_train_pocket.ipynb", ROOT / "notebooks" / "85_benchmark.ipynb"
-SIBLING = ROOT / "notebooks" / "81_grow_pocket_sdxl.ipynb"
+SIBLING, LARGE = ROOT / "notebooks" / "81_grow_pocket_sdxl.ipynb", ROOT / "notebooks" / "86_benchmark_large.ipynb"
 THINGS = {"ball": '<circle cx="8" cy="8" r="7" fill="red"/>', "box": '<path fill="#00f" d="M2 2h12v12H2z"/>', "hill": '<path fill="green" d="M8 1l7 14H1z"/>',
           "kite": '<path fill="gold" d="M8 0l8 8-8 8-8-8z"/>', "pole": '<path fill="#555" d="M7 0h2v16H7z"/>'}
 TINY = dict(vae_steps=2, vae_batch_size=2, judge_steps=2, judge_batch_size=4, views=1, unet_steps=3, unet_batch_size=2, polish=[[1, 5e-4, 0.75]], checkpoint_every=2,
@@ -150,6 +150,14 @@ def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path, monkeypatch)
     assert all(row["passes"] == row["needed"] and 0 < row["share in UNet"] <= 1 for row in made["table"])
 
 
+def test_what_a_step_takes_is_measured_beside_what_was_predicted(sdxl_folder, tmp_path):
+    assert execute(LARGE, tmp_path / "86.ipynb", dict(model=str(sdxl_folder), profile="paper-sdxl", steps=2, profiled_steps=1, threads=1, out=str(tmp_path / "out"), changes=dict(
+        batch_size=1, trajectory_steps=2, trajectory_reuse=1, inner_steps=[1, 2], inner_batch_size=2, retain_batch_size=2, precision="bf16", optimizer="adamw", processes=1)), html=False)
+    made = json.loads((tmp_path / "out" / "measured.json").read_text())
+    assert {"predicted, GiB", "passes a step", "seconds a step", "minutes of the training", "share in UNet"} < set(made["measured"]) and len(made["records"]) == 2
+    assert made["protocol"]["versions"] and made["device"] and len(made["marks"]) == 2
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_stopped_training_ends_with_the_same_numbers(family, request, monkeypatch):
     plain = pocket.sample_captions  # the tiny tokenizer spells words that it does not know, and longer captions would not fit
@@ -233,7 +241,7 @@ def test_the_siblings_card_is_that_of_its_files_and_meets_the_bars(tmp_path):
     assert pipe("a dog", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
 
 
-@pytest.mark.parametrize("notebook", [RECIPE, SIBLING, BENCHMARK], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", [RECIPE, SIBLING, BENCHMARK, LARGE], ids=lambda p: p.stem)
 def test_the_notebooks_have_their_parts(notebook):
     cells = nbformat.read(notebook, 4).cells
     text, code = ([c for c in cells if c.cell_type == kind] for kind in ("markdown", "code"))
