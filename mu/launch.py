@@ -94,7 +94,8 @@ def train_run(folder, pipe=None, checkpoint_every=25):
 
 def launch(folder, pipe=None, checkpoint_every=25, processes=1):
     """`train_run` in this process, or in several new ones by `accelerate launch`, one a GPU (on the CPU where there is none); the given pipeline's
-    UNet holds the result afterwards. (`accelerate.notebook_launcher(train_run, (folder,), num_processes=2)`, in a fresh kernel, starts the same function.)
+    UNet holds the result afterwards. (`accelerate.notebook_launcher` starts the same function, in a kernel that has not imported `mu` yet, since bitsandbytes must not be there before:
+    def train(folder): from mu.launch import train_run; train_run(folder); then notebook_launcher(train, (folder,), num_processes=2).)
 
     Raises RuntimeError where a process failed: what it said is above."""
     if processes > 1:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -164,3 +165,26 @@ def test_two_processes_give_the_numbers_of_one(sd_folder, folders, tmp_path):
         assert near < (1e-4 if method == "esd-f" else 0.1) * far, (method, near, far)
         for mine, theirs in zip(read_json(one / "records.json"), read_json(two / "records.json")):
             assert theirs["losses"] == pytest.approx(mine["losses"], rel=1e-4 if method == "esd-f" else 0.05)
+
+
+def test_the_notebook_launcher_gives_the_numbers_of_one(sd_folder, folders, tmp_path):
+    one, two = (describe(tmp_path / name, sd_folder, folders, optimizer="sgd", lr=1.0) for name in ("one", "two"))
+    train_run(one)
+    cell = """
+import sys
+from accelerate import notebook_launcher
+
+def train(folder):
+    from mu.launch import train_run
+    train_run(folder)
+
+notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=sys.argv[2])
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", cell, str(two), port], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    for mine, theirs in zip(read_json(one / "records.json"), read_json(two / "records.json"), strict=True):
+        assert theirs["losses"] == pytest.approx(mine["losses"], rel=1e-4)
