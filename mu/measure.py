@@ -71,7 +71,7 @@ def rehearse(pipe, parameters, steps=1, profiled_steps=0):
         sets["retain_prompts"] = None
     if p["offload"]:
         offload(pipe)
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and (part is pipe.unet or not p["offload"])]
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and (part is pipe.unet or not (p["offload"] and cuda))]
     here = sum(x.numel() * x.element_size() for part in modules for x in part.parameters())
     if cuda:
         torch.cuda.empty_cache()

@@ -31,6 +31,7 @@ GIB = 2**30
 GPUS = {"T4": (14.56, 65, 8.1, False), "L4": (22.0, 121, 30, True), "A10G": (22.0, 70, 31, True), "RTX 3090": (23.6, 71, 36, True),
         "RTX 4090": (23.5, 165, 83, True), "A100-40": (39.4, 312, 19.5, True), "A100-80": (79.1, 312, 19.5, True), "H100": (79.1, 989, 67, True)}
 UTILISATION = 0.15  # share of that peak which small batches of these networks reach: a guess, right within a factor of three
+CPU_SHARE = 0.65  # of a CPU's free memory that tensors may take: the process takes half as much again, for kernels and for gaps in the heap
 RESERVE = 0.75  # GiB of a GPU for CUDA itself, the libraries' workspaces and gaps between blocks
 DEFAULTS = dict(  # of the notebooks' parameters that memory or time depends on; and resolution, pixels (the model's own)
     method="esd-f", subset="", rank=16, optimizer="adamw", ema=0.999, steps=100, unlearn=1.0, batch_size=4, trajectory_steps=20, trajectory_reuse=8,
@@ -200,7 +201,7 @@ def estimate(model, parameters=None, gpu=True):
     theta, others = sum(x.numel() * 4 for x in trained), size(*(module for name, module in pipe.components.items() if name in ("vae", "text_encoder", "text_encoder_2")))
     names = p["inner_optimizer"].split(",") if isinstance(p["inner_optimizer"], str) else p["inner_optimizer"]
     kept = {"UNet": size(unet), "frozen UNet": size(unet_frozen), "optimiser": _moments(p["optimizer"], trained), "average": theta * bool(sdd and p["ema"]),
-            "VAE, text encoders": 0 if p["offload"] else others, "random prompts": 4 * p["retain_prompts"] * tokens * config.cross_attention_dim}
+            "VAE, text encoders": 0 if p["offload"] and gpu else others, "random prompts": 4 * p["retain_prompts"] * tokens * config.cross_attention_dim}
     held = theta * (1 if p["snapshot"] == "cpu" and gpu else 2) + max(_moments(name, trained) for name in names)  # first gradient, snapshot, moments
     total = sum(kept.values())
     phases = {"trajectory": trajectory[0] + kept["average"], "frozen UNet": asked[0], "gradient at θ": at_theta[0],
@@ -236,7 +237,7 @@ def _device(gpu):
     if gpu not in (None, *GPUS):
         raise ValueError(f"unknown GPU {gpu!r}: allowed are {', '.join(GPUS)}, or None for the device at hand")
     if gpu is None and not torch.cuda.is_available():
-        return "this CPU", (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / GIB, math.nan, math.nan, True, False
+        return "this CPU", CPU_SHARE * (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / GIB, math.nan, math.nan, True, False
     name = gpu or torch.cuda.get_device_name()
     memory, half, single, bf16 = next((values for key, values in GPUS.items() if gpu == key or not gpu and key.split("-")[0] in name), (0, math.nan, math.nan, True))
     if gpu is None:
@@ -246,7 +247,7 @@ def _device(gpu):
 
 def _changes(p, bf16, gpu):
     """What takes less memory, in the order of what it costs: first what leaves the result as it is, then its precision, then the experiment."""
-    yield {"offload": True}
+    yield {"offload": True} if gpu else {}
     yield {"gradient_checkpointing": True}
     yield {"snapshot": "cpu"} if gpu else {}
     yield {"precision": "bf16" if bf16 else "fp16"} if p["precision"] == "no" else {}

@@ -113,9 +113,10 @@ def test_the_real_loop_takes_what_was_predicted(folder, name, request):
     pipe = load_pipeline(str(request.getfixturevalue(folder)), device="cpu", dtype=p.get("weights", "full"), precision=p.get("precision", "no"),
                          gradient_checkpointing=p.get("gradient_checkpointing", False))
     found = estimate(pipe, p | dict(offload=True), gpu=False)
+    others = sum(q.numel() * q.element_size() for name in ("vae", "text_encoder", "text_encoder_2") if hasattr(pipe, name) for q in getattr(pipe, name).parameters())
     predicted = max(gib for phase, gib in found.phases.items() if phase != "start") * GIB
-    measured = rehearse(pipe, p | dict(offload=True), steps=2)
-    assert predicted == pytest.approx(measured.gib * GIB, rel=0.06) and len(measured.records) == 2
+    measured = rehearse(pipe, p | dict(offload=True), steps=2)  # on a CPU there is no other memory: they stay
+    assert predicted - others == pytest.approx(measured.gib * GIB - others, rel=0.06) and len(measured.records) == 2
     if name not in ("clean", "plain"):  # where chance, how far a trajectory goes, is a small part of it
         assert found.flops == pytest.approx(measured.flops, rel=0.05)
 
