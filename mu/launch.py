@@ -34,6 +34,14 @@ def check_method(method):
     return METHODS[method]
 
 
+def keywords(loop, objective):
+    """Keywords of `mu.train.unlearn` from the parameters of a notebook: lists are pairs there, for want of tuples in JSON, and a closed form has no loss of its own."""
+    pairs = {name: tuple(value) if name in ("inner_steps", "inner_lr") and isinstance(value, list) else value for name, value in loop.items()}
+    if isinstance(pairs.get("inner_optimizer"), str):
+        pairs["inner_optimizer"] = pairs["inner_optimizer"].split(",")
+    return pairs | {"method": objective or "esd"} | ({} if objective else {"unlearn": 0.0})
+
+
 def edit(pipe, method, forget, preserve=(), replace=" ", tokens="rest", ridge=0.5, rounds=3):
     """UCE, or UCE and then `rounds` of RECE with its own official settings, on the pipeline's UNet in place: see `mu.closed_form`.
 
@@ -86,8 +94,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
         offload(pipe)
     state = State(pipe.unet, params["subset"] or subset, params["lr"], params["optimizer"], seed=params["seed"], rank=params["rank"],
                   ema=params["ema"] if objective == "sdd" else 0.0)
-    pairs = {name: tuple(value) if name in ("inner_steps", "inner_lr") and isinstance(value, list) else value for name, value in loop.items()}
-    records = unlearn(state, unet_frozen, pipe.scheduler, **concept_sets, **conditionings, **pairs | {"method": objective or "esd"},
+    records = unlearn(state, unet_frozen, pipe.scheduler, **concept_sets, **conditionings, **keywords(loop, objective),
                       accumulation=how.get("accumulation", 1), snapshot=how.get("snapshot") or None, loss_scale=loss_scale(params["precision"]))
     return carry_out(folder, state, records, loop["steps"], checkpoint_every)
 

@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mu.concepts import ConceptSet
-from mu.launch import check_method
+from mu.launch import check_method, keywords
 from mu.models import frozen_copy, offload
 from mu.objectives import loss_scale
 from mu.preflight import DEFAULTS, GIB, Tracker, blank
@@ -79,11 +79,8 @@ def rehearse(pipe, parameters, steps=1, profiled_steps=0):
     with contextlib.nullcontext() if cuda else Tracker() as tracker:
         unet_frozen = frozen_copy(pipe.unet, p["frozen"])
         state = State(pipe.unet, p["subset"] or subset, optimizer=p["optimizer"], rank=p["rank"], ema=p["ema"] if objective == "sdd" else 0.0)
-        loop = {name: p[name] for name in unlearn.__kwdefaults__ if name in DEFAULTS} | {"method": objective or "esd", "snapshot": p["snapshot"] or None}
-        pairs = {name: tuple(value) if name == "inner_steps" and isinstance(value, list) else value for name, value in loop.items()}
-        if isinstance(p["inner_optimizer"], str):
-            pairs["inner_optimizer"] = p["inner_optimizer"].split(",")
-        until = lambda step: list(unlearn(state, unet_frozen, pipe.scheduler, **sets, loss_scale=loss_scale(p["precision"]), **pairs | {"steps": step}))
+        loop = keywords({name: p[name] for name in unlearn.__kwdefaults__ if name in DEFAULTS}, objective) | {"snapshot": p["snapshot"] or None}
+        until = lambda step: list(unlearn(state, unet_frozen, pipe.scheduler, **sets, loss_scale=loss_scale(p["precision"]), **loop | {"steps": step}))
         records = until(steps)
     gib = (torch.cuda.max_memory_allocated() if cuda else here + max(tracker.timeline)) / GIB
     share = unet_share(lambda: until(steps + profiled_steps))[0] if profiled_steps else math.nan
