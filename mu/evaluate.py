@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
-from mu.models import draw_images, encode_prompts, rows
+from mu.models import draw_images, encode_prompts, rows, stack
+from mu.plots import save_grid
+from mu.runs import save_json
 
 JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
 
@@ -54,6 +56,11 @@ def make_probe(pipe, groups, seeds=range(8)):
     return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]))
 
 
+def join(*probes):
+    """One probe of several, in their order."""
+    return Probe([item for probe in probes for item in probe.items], stack(*(probe.conditioning for probe in probes)), probes[0].unconditional)
+
+
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN without a judge; images (n, 3, height, width) in 0…1)."""
     side = pipe.unet.config.sample_size  # as many images at once as are 64 of 16 × 16 latents
@@ -64,6 +71,13 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
     found = [seen[kind][i] for i, kind in enumerate(kinds)]
     return [item | {"seen": label, "hit": int(label == item["expected"])} for item, label in zip(probe.items, found)], images
+
+
+def judged(pipe, judge, probe, step, file, guidance, sampling_steps):
+    """Draw and judge a probe after so many steps of an attack: pictures (PNG), and then rows (JSON), into the file."""
+    found, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
+    save_grid(images, file.with_suffix(".png"))
+    save_json([row | {"step": step} for row in found], file)
 
 
 def score(hits, level=0.95, seed=0, means=False):
