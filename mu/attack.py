@@ -129,7 +129,7 @@ def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8
     return [row for file in files.values() for row in read_json(file)]
 
 
-KINDS = ("fine-tuning", "dreambooth", "textual-inversion")
+KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
 
 
 def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=0, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="", start="",
@@ -137,7 +137,7 @@ def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=
     """A function seed → `Attack`, from the words of a notebook: `kind` with the attacker's set `attack` of a concept's folder, of its `prompts` most frequent prompts only (0: all).
 
     others, first: sets below the folder, such as "attacker/clean" or "defender/retain-related". DreamBooth's class is the related concepts of the probe. Textual inversion learns
-    `word` in the place of the concept's name, from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part
+    `word` in the place of the concept's name, concept inversion before each text, from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part
     that it does not have, and as the attacks do; FileNotFoundError as `mu.concepts.read_folder` does."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of attack {kind!r}: allowed are {', '.join(KINDS)}")
@@ -147,11 +147,12 @@ def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=
         raise ValueError(f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty")
     read = lambda name: encode_folder(pipe, Path(folder) / name, cache) if name else None
     concept_set, names = with_prompts(read(f"attacker/{attack}"), prompts), {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
-    if kind == "textual-inversion":
+    if kind.endswith("inversion"):
         if len(names) != 1:
-            raise ValueError(f"textual inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack")
+            raise ValueError(f"an inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack")
         (name,) = names
-        return lambda seed: learned_word(pipe, concept_set, probe, word, start, lambda text: text.replace(name, word), lr=options["lr"], seed=seed)
+        said = (lambda text: text.replace(name, word)) if kind == "textual-inversion" else (lambda text: f"{word} {text}")
+        return lambda seed: learned_word(pipe, concept_set, probe, word, start, said, lr=options["lr"], seed=seed)
     if kind == "dreambooth":
         related = sorted({i["prompt"] for i in probe.items if i["group"] == "related"})
         return lambda seed: dreambooth(pipe, concept_set, probe, related, class_images=class_images, seed=seed, others_weight=others_weight,

@@ -79,11 +79,12 @@ def _simplex(u):
 
 
 def _known(pipe, prompt, without, count):
-    """The words that may be chosen, and `count` others of them that only mark the places in the text."""
-    known = words(pipe, [prompt, *without])
-    if len(known) < 2 * count:
+    """The words that may be chosen, and `count` of them, none of the prompt's, that only mark the places in the text."""
+    known = words(pipe, without)
+    places = [word for word in known if word not in prompt.lower().replace(",", " ").split()][:count]
+    if len(places) < count:
         raise ValueError(f"{count} words before {prompt!r}: the vocabulary has only {len(known)} whole words that may be used; ask for fewer")
-    return known, known[:count]
+    return known, places
 
 
 def _before(chosen, prompt):
@@ -143,7 +144,7 @@ def unlearn_diff_atk(pipe, concept_set, prompt, *, count=3, steps=40, lr=0.1, ba
 
     min over words w of E ‖ε − ε_θ(z_t, t, c(w, prompt))‖² (mean over elements, t over all timesteps, z_0 from concept_set); signed gradient steps of `lr` on the simplex over the
     vocabulary, projected back; straight through the likeliest word. It needs images of the concept and no other model. count: words; without: texts whose words
-    may not be used. The pipeline is left as it is. Raises ValueError where the vocabulary is too small, FloatingPointError for a loss that is not finite."""
+    may not be used (those of the prompt may). The pipeline is left as it is. Raises ValueError where the vocabulary is too small, FloatingPointError for a loss that is not finite."""
     yield from _descend(pipe, concept_set, prompt, _one_hot, lambda batch: (batch.noise, 0), count, steps, lr, batch_size, without, seed)
 
 
@@ -191,6 +192,21 @@ def random_words(pipe, prompt, *, count=3, steps=40, without=(), seed=0):
     for step in range(1, steps + 1):
         chosen = [known[i] for i in torch.randint(len(known), (count,), generator=g).tolist()]
         yield Sought(step, float("nan"), _before(chosen, prompt), 0, 0.0)
+
+
+SEARCHES = ("random", "unlearn-diff-atk", "p4d", "ring-a-bell")
+
+
+def seeker(search, pipe, original, concept_set, pairs=(), *, count=3, steps=40, lr=0.1, batch_size=8, strength=3.0, population=64, without=(), seed=0):
+    """The function prompt → generator of `Sought` of a search by its name, with those of the parameters that it has. Raises ValueError for an unknown name."""
+    common = dict(count=count, steps=steps, without=without, seed=seed)
+    found = {"random": lambda prompt: random_words(pipe, prompt, **common),
+             "unlearn-diff-atk": lambda prompt: unlearn_diff_atk(pipe, concept_set, prompt, lr=lr, batch_size=batch_size, **common),
+             "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, lr=lr, batch_size=batch_size, **common),
+             "ring-a-bell": lambda prompt: ring_a_bell(pipe, prompt, pairs, strength=strength, population=population, **common)}
+    if search not in found:
+        raise ValueError(f"unknown search {search!r}: allowed are {', '.join(SEARCHES)}")
+    return found[search]
 
 
 def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), images=0, guidance=5.0, sampling_steps=25, progress=lambda records: records):

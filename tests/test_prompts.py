@@ -79,7 +79,7 @@ def test_the_first_loss_is_that_of_the_prompt_it_names(pipe, images):
         first = next(search(pipe, images, "a cat", count=2, seed=4, batch_size=4))
         assert first.prompt.endswith(" a cat") and len(first.prompt.split()) == 4
         g = torch.Generator().manual_seed(4)
-        torch.randint(len(words(pipe, ["a cat"])), (2,), generator=g)
+        torch.randint(len(words(pipe)), (2,), generator=g)
         batch = draw_minibatch(images, pipe.scheduler, 4, g)
         ask = lambda unet, text: unet(batch.noisy_latents, batch.timesteps, encode_prompts(pipe, [text])["encoder_hidden_states"].expand(4, -1, -1)).sample
         target = batch.noise if wanted is None else ask(wanted, "a cat")
@@ -122,7 +122,7 @@ def test_ring_a_bell_finds_words_that_are_read_like_the_target(either):
 def test_random_words_are_new_each_step_and_the_same_for_a_seed(pipe):
     said = lambda seed: [f.prompt for f in random_words(pipe, "a cat", count=2, steps=5, without=["a tiger"], seed=seed)]
     assert said(0) == said(0) != said(1) and len(set(said(0))) > 1 and not any("tiger" in text for text in said(0))
-    assert all(text.endswith(" a cat") and text.count("cat") == 1 for text in said(0))
+    assert all(text.endswith(" a cat") and len(text.split()) == 4 for text in said(0))
 
 
 def test_more_words_than_there_are_is_refused(pipe, images):
