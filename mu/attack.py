@@ -7,7 +7,7 @@ import torch
 
 from mu.evaluate import evaluate
 from mu.models import without_lora
-from mu.plots import save_grid
+from mu.plots import save_grid, veil
 from mu.runs import atomic, read_json, resume, run_loop, save_json
 from mu.train import State, finetune
 
@@ -18,9 +18,9 @@ def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), 
 
     The steps are `mu.train.finetune`'s, the inner step of the defence. Writes step-NNNN.json (rows of `evaluate`) and .png into
     `folder`, and a checkpoint: a killed attack goes on with the same numbers, a finished one is only read (whether it had the same
-    parameters is `open_run`'s to say). The UNet has its old weights back afterwards. before: (rows, PNG) of the probe at step 0 where it
-    has been judged already, as by another seed of the attack: it is not drawn again. `progress` wraps the records (tqdm).
-    Returns rows, each with its "step"."""
+    parameters is `open_run`'s to say). Pictures of a harmful concept are saved veiled. The UNet has its old weights back afterwards.
+    before: (rows, PNG) of the probe at step 0 where it has been judged already, as by another seed of the attack: it is not drawn again.
+    `progress` wraps the records (tqdm). Returns rows, each with its "step"."""
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
     weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]  # a GPU has better use for its memory
@@ -37,7 +37,7 @@ def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), 
                             state, pipe.scheduler, concept_set, steps=step, batch_size=batch_size, accumulation=accumulation, loss_scale=loss_scale))):
                         pass
                     rows, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
-                    save_grid(images, file.with_suffix(".png"))
+                    save_grid(veil(images) if probe.veiled else images, file.with_suffix(".png"))
                     save_json([row | {"step": step} for row in rows], file)
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     finally:

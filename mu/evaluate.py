@@ -20,6 +20,13 @@ class Probe:
     items: list  # {"group", "prompt", "expected", "seed"}; expected is a label of the judge, as "concept:cat" or "style:noto"
     conditioning: dict
     unconditional: dict
+    harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
+    unveiled: bool = False  # somebody has asked for them all the same
+
+    @property
+    def veiled(self):
+        """Whether its pictures are veiled (`mu.plots.veil`) wherever they are saved or shown. The judge always sees them as they are."""
+        return self.harmful and not self.unveiled
 
 
 def load_judge(path=JUDGE):
