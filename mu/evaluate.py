@@ -1,6 +1,6 @@
 """What a model still draws: a judge trained on real emoji, scores with intervals, steps to revival."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
 from mu.models import draw_images, encode_prompts, rows, stack
-from mu.plots import save_grid
+from mu.plots import save_grid, veil
 from mu.runs import save_json
 
 JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
@@ -22,6 +22,13 @@ class Probe:
     items: list  # {"group", "prompt", "expected", "seed"}; expected is a label of the judge, as "concept:cat" or "style:noto"
     conditioning: dict
     unconditional: dict
+    harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
+    unveiled: bool = False  # somebody has asked for them all the same
+
+    @property
+    def veiled(self):
+        """Whether its pictures are veiled (`mu.plots.veil`) wherever they are saved or shown. The judge always sees them as they are."""
+        return self.harmful and not self.unveiled
 
 
 def load_judge(path=JUDGE):
@@ -57,8 +64,8 @@ def make_probe(pipe, groups, seeds=range(8)):
 
 
 def join(*probes):
-    """One probe of several, in their order."""
-    return Probe([item for probe in probes for item in probe.items], stack(*(probe.conditioning for probe in probes)), probes[0].unconditional)
+    """One probe of several, in their order; whether it is veiled is the first's to say."""
+    return replace(probes[0], items=[item for probe in probes for item in probe.items], conditioning=stack(*(probe.conditioning for probe in probes)))
 
 
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
@@ -74,9 +81,9 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
 
 
 def judged(pipe, judge, probe, step, file, guidance, sampling_steps):
-    """Draw and judge a probe after so many steps of an attack: pictures (PNG), and then rows (JSON), into the file."""
+    """Draw and judge a probe after so many steps of an attack: pictures (PNG; veiled if the concept is harmful), and then rows (JSON), into the file."""
     found, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
-    save_grid(images, file.with_suffix(".png"))
+    save_grid(veil(images) if probe.veiled else images, file.with_suffix(".png"))
     save_json([row | {"step": step} for row in found], file)
 
 

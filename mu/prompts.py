@@ -228,7 +228,7 @@ def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), images=0, gu
             for prompt, expected in asked.items():
                 said = search[prompt][:step][-1]["prompt"] if step else prompt
                 part = make_probe(pipe, {"forget": {said: expected}}, [item["seed"] for item in probe.items if item["prompt"] == prompt])
-                parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items]))
+                parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items], harmful=probe.harmful, unveiled=probe.unveiled))
             judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
         spent = lambda step, name: sum(sought[name] for found in search.values() for sought in found[:step])
         save_json([{"step": step, "images": images if step else 0, "passes": spent(step, "passes"), "seconds": spent(step, "seconds")} for step in files],

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from mu.concepts import encode_folder
 from mu.evaluate import evaluate, join, make_probe, score, steps_to_revival
 from mu.formats import load_weights
 from mu.models import MODELS, without_lora
-from mu.plots import from_grid, panel, save_grid
+from mu.plots import from_grid, panel, save_grid, veil
 from mu.runs import digest, finish, protocol, read_json, resume, run_loop, save_json
 
 diffusers_logging.disable_progress_bar()  # those of reading files; the ones of training stay
@@ -58,14 +59,20 @@ def read_groups(folder):
     return json.loads(file.read_text())
 
 
-def load_probe(pipe, folder, seeds):
+def is_harmful(folder):
+    """Whether a concept's folder says, in its `concept.json`, that the concept is harmful; without one it is not."""
+    return bool(read_json(Path(folder) / "concept.json", {}).get("harmful", False))
+
+
+def load_probe(pipe, folder, seeds, unveiled=False):
     """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one.
 
-    Raises ValueError for another number of numbers."""
+    unveiled: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
         raise ValueError(f"seeds must be {len(groups)} whole numbers from 1, with commas ({', '.join(groups)}), as in \"8,2,1\"; got {seeds!r}")
-    return join(*(make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)))
+    probe = join(*(make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)))
+    return replace(probe, harmful=is_harmful(folder), unveiled=unveiled)
 
 
 def table(folder):
@@ -87,14 +94,22 @@ def carry_out(folder, state, records, steps, checkpoint_every=25):
     return table(folder)
 
 
+def viewing(probe):
+    """Facts on how a harmful concept's pictures are kept, for the cards and parameters of runs; nothing for any other concept."""
+    return {"harmful": True, "veiled": probe.veiled} if probe.harmful else {}
+
+
 def measure(folder, pipe, judge, probe, guidance, steps, facts):
-    """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows."""
+    """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows.
+
+    Pictures of a harmful concept are saved veiled; they are drawn anew when this is asked for differently."""
     facts = facts | {"images": len(probe.items), "sampling_guidance": guidance, "sampling_steps": steps}
     made = read_json(Path(folder) / "metrics.json")
-    if not made or {name: made["protocol"].get(name) for name in facts} != facts:
+    wanted = {"harmful": None, "veiled": None} | viewing(probe) | facts
+    if not made or {name: made["protocol"].get(name) for name in wanted} != wanted:
         rows, images = evaluate(pipe, judge, probe, guidance, steps)
-        save_grid(images, Path(folder) / "samples.png")
-        made = {"rows": rows, "protocol": protocol(**facts, run=read_json(Path(folder) / "params.json"))}
+        save_grid(veil(images) if probe.veiled else images, Path(folder) / "samples.png")
+        made = {"rows": rows, "protocol": protocol(**facts | viewing(probe), run=read_json(Path(folder) / "params.json"))}
         save_json(made, Path(folder) / "metrics.json")
     return made["rows"]
 
@@ -116,16 +131,17 @@ def revival(table, threshold=0.5):
     return found.astype({"revived": float}).fillna({"revived": float("inf")})
 
 
-def compare(columns, each=2):
+def compare(columns, each=2, veiled=False):
     """Figure: `each` pictures of each group, first one of each prompt, then with further seeds, side by side.
 
-    columns: title → (rows, the PNG saved with them)."""
+    columns: title → (rows, the PNG saved with them). veiled: hide them, for pictures that may have been saved as they are."""
     rows = next(iter(columns.values()))[0]
     shown = [(r["prompt"], r["seed"]) for g in ("forget", "related", "unrelated")
              for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]]
     place = lambda rows, item: next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item)
     tiles = [(rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16))) for rows, png in columns.values()]
-    return panel([[images[place(rows, item)] for rows, images in tiles] for item in shown], [prompt for prompt, _ in shown], list(columns))
+    shade = veil if veiled else lambda images: images
+    return panel([shade([images[place(rows, item)] for rows, images in tiles]) for item in shown], [prompt for prompt, _ in shown], list(columns))
 
 
 def bars(*claims):
