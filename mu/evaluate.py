@@ -1,4 +1,4 @@
-"""What a model still draws: a judge trained on real emoji, scores with intervals, steps to revival."""
+"""What a model still draws: a judge trained on real emoji, scores with intervals."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,8 +102,3 @@ def score(hits, level=0.95, seed=0, means=False):
         return hits.mean(), hits.mean(), hits.mean()
     found = bootstrap((hits,), np.mean, confidence_level=level, method="percentile", n_resamples=2000, rng=seed).confidence_interval
     return hits.mean(), found.low, found.high
-
-
-def steps_to_revival(steps, scores, threshold=0.5):
-    """First evaluated step at which the score passes the threshold; None if it never does (censored at the last step)."""
-    return next((step for step, value in zip(steps, scores) if value > threshold), None)

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mu.concepts import encode_folder
-from mu.evaluate import evaluate, join, make_probe, score, steps_to_revival
+from mu.evaluate import evaluate, join, make_probe, score
 from mu.formats import load_weights
 from mu.models import MODELS, without_lora
 from mu.plots import from_grid, panel, save_grid, veil
 from mu.runs import digest, finish, protocol, read_json, resume, run_loop, save_json
+from mu.statistics import steps_to_revival
 
 diffusers_logging.disable_progress_bar()  # those of reading files; the ones of training stay
 transformers_logging.disable_progress_bar()
@@ -126,9 +127,8 @@ def revival(table, threshold=0.5):
     """First evaluated step with a concept's score above the threshold, a row a run, learning rate and attack seed; inf if there is none."""
     one = ["model", "run", "lr", "attack_seed"]
     curve = table[table.group == "forget"].groupby([*one, "step"], sort=False, as_index=False).hit.mean()
-    found = pd.DataFrame([dict(zip(one, key)) | {"revived": steps_to_revival(c.step, c.hit, threshold), "last": c.step.max()}
-                          for key, c in curve.groupby(one, sort=False)])
-    return found.astype({"revived": float}).fillna({"revived": float("inf")})
+    found = {key: (steps_to_revival(c.step, c.hit, threshold), c.step.max()) for key, c in curve.groupby(one, sort=False)}
+    return pd.DataFrame([dict(zip(one, key)) | {"revived": float("inf") if r.censored else r.step, "last": last} for key, (r, last) in found.items()])
 
 
 def compare(columns, each=2, veiled=False):

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score, steps_to_revival
+from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score
 from mu.models import draw_images, encode_prompts
 
 GROUPS = {"forget": {"a cat": "concept:cat", "a photo of a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"},
@@ -122,15 +122,3 @@ def test_scores_of_means_of_nothing_and_of_nan():
             score(bad)
     with pytest.raises(ValueError, match="means=True"):
         score([0, 0.5])
-
-
-@pytest.mark.parametrize("scores, expected", [
-    ([0.0, 0.2, 0.6, 0.9], 50), ([0.9, 0.0, 0.0, 0.0], 0), ([0.0, 0.5, 0.5, 0.5], None), ([0.0, 0.1, 0.0, 0.51], 100), ([0.0, 0.7, 0.1, 0.2], 25)])
-def test_steps_to_revival(scores, expected):
-    """The first step over the threshold, None where the curve ends below it (censored)."""
-    assert steps_to_revival([0, 25, 50, 100], scores) == expected
-
-
-def test_steps_to_revival_has_a_threshold():
-    assert steps_to_revival([0, 25, 50], [0.0, 0.2, 0.6], threshold=0.1) == 25
-    assert steps_to_revival([0, 25, 50], [0.0, 0.2, 0.6], threshold=0.6) is None
