@@ -123,13 +123,17 @@ def encode_folder(pipe, folder, cache=None):
     return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)
 
 
+def vocabulary(tokenizer, without=()):
+    """The tokenizer's words of three letters and more, sorted, none of them a word of the texts `without`. Among them are endings of longer words ("der" of spider)."""
+    left_out = {word for text in without for word in text.lower().split()}
+    words = sorted(token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))  # it ends a word, and may be all of it
+    return [word for word in words if word.isalpha() and len(word) > 2 and word not in left_out]
+
+
 def random_prompts(tokenizer, count, without=(), seed=0):
     """`count` texts of one or two random words of the tokenizer's vocabulary, none of them a word of the texts `without`.
 
     What such prompts draw stands for all that a retained set of images does not show."""
-    left_out = {word for text in without for word in text.lower().split()}
-    words = sorted(token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))  # it ends a word, and may be all of it
-    words = [word for word in words if word.isalpha() and len(word) > 2 and word not in left_out]
-    generator = torch.Generator().manual_seed(seed)
+    words, generator = vocabulary(tokenizer, without), torch.Generator().manual_seed(seed)
     draw = lambda n: int(torch.randint(n, (), generator=generator))
     return [" ".join(words[draw(len(words))] for _ in range(1 + draw(2))) for _ in range(count)]
