@@ -9,7 +9,7 @@ import seaborn as sns
 
 from mu.plots import COLORS
 from mu.runs import read_json
-from mu.statistics import interval, paired_interval, relearning_area, steps_to_revival
+from mu.statistics import interval, paired_interval, relearning_area, self_destruct_index, steps_to_revival
 
 SAME = ("model", "sets", "judge", "probe_seeds", "sampling_steps", "sampling_guidance")  # facts of the cards without which two scores are not comparable
 
@@ -120,3 +120,18 @@ def verdict(table, gain, defended="meta-unlearned", plain="unlearned", threshold
     third = f"The meta-unlearned model gives back less than the plain one, with a 95 % interval above 0, under {len(clear)} of {len(gain)} attacks: {', '.join(clear) or 'none'}."
     third += f" It gives back more under: {', '.join(worse)}." if worse else ""
     return [first, second, third]
+
+
+def self_destruction(rows, clean, group="related"):
+    """A table with a row for each attack by training and model: loss of the related concepts at the attack's last step that CLEAN was judged at, too, the loss by CLEAN at that step, and
+    the self-destruct index, their difference (`mu.statistics.self_destruct_index`). clean: rows of a CLEAN fine-tuning of the same models."""
+    found = []
+    for (name, model), part in rows[(rows.group == group) & (rows.attack != "prompt")].groupby(["name", "model"], sort=False):
+        means = lambda table: table[(table.model == model) & (table.group == group)].groupby("step").hit.mean()
+        attacked, reference = means(part), means(clean)
+        common = sorted(set(attacked.index) & set(reference.index) - {0})
+        if common and 0 in attacked.index and 0 in reference.index:
+            after = (attacked[0], attacked[common[-1]], reference[0], reference[common[-1]])
+            found.append({"attack": name, "model": model, "step": common[-1], "lost to the attack": after[0] - after[1], "lost to CLEAN": after[2] - after[3],
+                          "self-destruct index": self_destruct_index(*after)})
+    return pd.DataFrame(found, columns=["attack", "model", "step", "lost to the attack", "lost to CLEAN", "self-destruct index"])

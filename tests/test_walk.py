@@ -176,6 +176,34 @@ def test_methods_are_compared_and_trajectories_shared(walk):
     assert pd.read_csv(base / "methods-report" / "tables" / "trajectory-reuse.csv").reuse.nunique() == 2
 
 
+def test_every_kind_of_attack_meets_in_one_table(walk):
+    """By parameters only: HRM-s, LoRA, mixed, phased, DreamBooth, two inversions, merging back, every search for words; and the page of them all."""
+    base, run = walk
+    out, report = str(base / "runs"), str(base / "attacks-report")
+    common = dict(at="0,1", seeds="0", batch_size=2)
+    kinds = {"one-prompt": dict(prompts=1), "lora": dict(subset="lora", rank=2), "mixed": dict(others="defender/retain-related"), "sgd": dict(optimizer="sgd"),
+             "phased": dict(first="attacker/clean", first_steps=1), "dreambooth": dict(kind="dreambooth", class_images=2), "merged": dict(merge=1.0),
+             "one-word": dict(kind="textual-inversion", word="cup", start="banana")}
+    for name, options in kinds.items():
+        run("30_attack_finetune", output=f"30_{name}", name=name, **common | options)
+        assert len(json.loads((base / "runs" / "attack" / f"{name}.json").read_text())["rows"]) == 2 * 2 * 4
+    searches = "random,unlearn-diff-atk,p4d,ring-a-bell,concept-inversion"
+    run("31_attack_prompts", searches=searches, word="cup", start="banana", population=8, **common)
+    named = [*kinds, *searches.split(",")]
+    run("30_attack_finetune", output="30_harmless", name="harmless", attack="clean", **common)
+    run("35_compare_attacks", out=out, report=report, attacks=",".join(named), clean="harmless")
+    table = pd.read_csv(base / "attacks-report" / "tables" / "attacks.csv")
+    assert set(table.attack) == set(named) and len(table) == 2 * len(named) and {"images", "seconds", "low", "revived"} <= set(table.columns)
+    page = (base / "attacks-report" / "index.html").read_text()
+    assert "eta-unlearn" in page and "figures/attacks.svg" in page and "ring-a-bell" in page
+    for wrong, words in ((dict(kind="prefix-tuning"), "unknown kind of attack 'prefix-tuning'"), (dict(first="attacker/clean"), "first_steps=0"),
+                         (dict(kind="dreambooth", others="attacker/clean"), "'dreambooth' has none"), (dict(kind="textual-inversion"), "is no word")):
+        with pytest.raises(RuntimeError, match=words):
+            run("30_attack_finetune", output="30_wrong", name="wrong", **common | wrong)
+    with pytest.raises(RuntimeError, match="unknown searches.*'grid'.*unlearn-diff-atk"):
+        run("31_attack_prompts", output="31_wrong", searches="random,grid", **common)
+
+
 def test_a_run_is_published_in_three_forms(walk):
     base, run = walk
     assert run("60_publish", run=str(base / "runs" / "meta"), to=str(base / "published"), rank=4, prompt="a tiger", sampling_steps=2)

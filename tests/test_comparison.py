@@ -1,0 +1,113 @@
+"""All attacks in one table: peaks, intervals, the strongest, and words that say where the defence fails."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from mu.comparison import against, dots, gains, read_attacks, self_destruction, strongest, verdict
+
+FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
+# name → model → step → share of 10 pictures, of two trainings each
+SCORES = {"full": {"unlearned": {0: 0.0, 50: 0.9, 100: 0.6}, "meta-unlearned": {0: 0.0, 50: 0.1, 100: 0.2}},
+          "sly": {"unlearned": {0: 0.1, 50: 0.4, 100: 0.7}, "meta-unlearned": {0: 0.0, 50: 0.3, 100: 0.8}},
+          "words": {"unlearned": {0: 0.2, 50: 0.1, 100: 0.0}, "meta-unlearned": {0: 0.0, 50: 0.0, 100: 0.0}}}
+RELATED = {"unlearned": 0.9, "meta-unlearned": 0.4}
+
+
+def write(folder, scores=SCORES, attack="forget", **facts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, models in scores.items():
+        rows, budget = [], []
+        for model, steps in models.items():
+            for training in (0, 1):
+                run = {"model": model, "run": f"{model.split('-')[0]}-{training}", "attack": attack, "name": name, "lr": 1e-4, "attack_seed": 0}
+                for step, share in steps.items():
+                    rows += [run | {"step": step, "group": "forget", "prompt": "a cat", "seed": i, "hit": int(i < round(10 * share))} for i in range(10)]
+                    if name != "words":
+                        rows += [run | {"step": step, "group": "related", "prompt": f"p{i}", "seed": 0, "hit": int(step == 0 or i < round(10 * RELATED[model]))} for i in range(10)]
+                    budget.append(run | {"step": step, "images": 12 * bool(step), "passes": step, "seconds": step / 10})
+        (folder / f"{name}.json").write_text(json.dumps({"rows": rows, "budget": budget, "protocol": FACTS | facts}))
+    return folder
+
+
+@pytest.fixture
+def found(tmp_path):
+    return read_attacks(write(tmp_path))
+
+
+def test_each_attack_is_judged_at_its_own_best_step(found):
+    rows, budget, _ = found
+    table = against(rows, budget).set_index(["attack", "model"])
+    assert len(table) == 6 and sorted(rows.training.unique()) == ["0", "1"]
+    one = table.loc[("full", "unlearned")]
+    assert (one.start, one.peak, one.step, one.revived) == (0, 0.9, 50, 50) and one.low < 0.9 <= one.high
+    assert one.area == pytest.approx((0.45 * 50 + 0.75 * 50) / 100) and one.related == pytest.approx(0.9) and np.isnan(one.unrelated)
+    assert (one.images, one.passes, one.seconds) == (12, 50, 5)
+    assert table.loc[("full", "meta-unlearned")].step == 100 and table.loc[("full", "meta-unlearned")].revived == float("inf")
+    assert table.loc[("words", "unlearned")].step == 0 and table.loc[("words", "unlearned")].images == 0
+
+
+def test_the_strongest_is_named_for_each_model(found):
+    best = strongest(against(*found[:2]))
+    assert best.attack.to_dict() == {"unlearned": "full", "meta-unlearned": "sly"} and best.peak["meta-unlearned"] == 0.8
+
+
+def test_gains_are_paired_differences_of_the_peaks(found):
+    gain = gains(found[0]).set_index("attack")
+    assert gain.gain.to_dict() == pytest.approx({"full": 0.7, "sly": -0.1, "words": 0.2})
+    assert gain.low["full"] > 0 and (gain.low <= gain.gain).all() and (gain.gain <= gain.high).all()
+    assert gains(found[0][found[0].model == "unlearned"]).empty
+
+
+def test_the_first_sentence_says_where_the_defence_fails(found):
+    rows, budget, _ = found
+    first, second, third = verdict(against(rows, budget), gains(rows))
+    assert first.startswith("Meta-unlearning fails against 1 of 3 attacks") and "sly (80% after 100 steps)" in first and "full" not in first
+    assert "full (90% after 50 steps)" in second and "show nothing of the defence: words" in second
+    assert "under 1 of 3 attacks: full." in third
+    harmless = rows[rows.name != "sly"]
+    assert verdict(against(harmless, budget), gains(harmless))[0].startswith("None of 2 attacks brings the concept back")
+    alone = rows[rows.model == "meta-unlearned"]
+    assert len(verdict(against(alone, budget), gains(alone))) == 1
+    with pytest.raises(ValueError, match="no attack on a model 'meta-unlearned': the table has unlearned"):
+        plain = rows[rows.model == "unlearned"]
+        verdict(against(plain, budget), gains(plain))
+
+
+@pytest.mark.parametrize("fact, other", [("sampling_steps", 25), ("judge", "another"), ("probe_seeds", "1,1")])
+def test_numbers_of_two_protocols_do_not_meet_in_one_table(tmp_path, fact, other):
+    write(tmp_path)
+    write(tmp_path, {"late": SCORES["full"]}, **{fact: other})
+    with pytest.raises(ValueError, match=f"{fact}="):
+        read_attacks(tmp_path)
+    assert len(read_attacks(tmp_path, ["full", "sly"])[2]) == 2
+
+
+def test_a_missing_attack_is_named_with_those_that_are_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no attack at all"):
+        read_attacks(tmp_path)
+    write(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no attack other: .*full, sly, words"):
+        read_attacks(tmp_path, ["full", "other"])
+
+
+def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
+    clean = read_attacks(write(tmp_path / "clean", {"clean": {m: {0: 0.0, 100: 0.0} for m in RELATED}}, attack="clean"))[0]
+    clean.loc[(clean.group == "related") & (clean.step == 100), "hit"] = 1
+    found = self_destruction(found[0], clean).set_index(["attack", "model"])
+    assert found["self-destruct index"][("full", "meta-unlearned")] == pytest.approx(0.6) and found["self-destruct index"][("full", "unlearned")] == pytest.approx(0.1)
+    assert set(found.step) == {100} and "words" not in found.index.get_level_values(0)
+
+
+def test_the_figure_has_a_dot_for_every_attack_and_model(found):
+    table = against(*found[:2])
+    fig = dots(table)
+    (ax,) = fig.axes
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert set(labels) == set(SCORES) and labels[-1] == "sly"  # on top: the strongest against the defended
+    drawn = np.concatenate([c.get_offsets().data[:, 0] for c in ax.collections if len(c.get_offsets()) == 3])
+    assert set(np.round(table.peak, 6)) <= set(np.round(drawn, 6))
+    plt.close(fig)
