@@ -264,7 +264,8 @@ def test_a_near_duplicate_on_either_side_is_left_out_and_drawn_again(model, tmp_
 
 def test_any_pipeline_of_diffusers_draws(model, tmp_path):
     flux = str(tiny.make_flux_pipeline(tmp_path / "flux"))
-    folder = build(tmp_path / "x", make_concept("cat", ["tiger"], ["book"], ["sun"], forget=["a cat"], attack=["cat"], generator=flux, steps=1, guidance=0.0), model, images_a_prompt=1, images_a_concept=1)
+    concept = cat(flux, unrelated=["book"], forget=["a cat"], attack=["cat"], steps=1, guidance=0.0)
+    folder = build(tmp_path / "x", concept, model, images_a_prompt=1, images_a_concept=1)
     assert {Image.open(file).size for file in folder.rglob("*.png")} == {(16, 16)} and read_json(folder / "concept.json")["generator"] == flux
     one, again, other = draw(load_generator(flux), "a cat", [3, 3, 4], 16, 1, 0.0)
     assert one.size == (512, 512) and one.tobytes() == again.tobytes() != other.tobytes()
