@@ -29,7 +29,7 @@ def load_generator(model):
     with located(model) as path:
         if AutoPipelineForText2Image.load_config(path)["_class_name"] in FAMILIES:
             return load_pipeline(model, dtype="half" if gpu else "full")
-        pipe = AutoPipelineForText2Image.from_pretrained(path, torch_dtype=half(PartialState().device), use_safetensors=True)
+        pipe = AutoPipelineForText2Image.from_pretrained(path, dtype=half(PartialState().device), use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     if gpu:
         pipe.enable_model_cpu_offload()
@@ -61,8 +61,8 @@ def open_image(path, size):
 def twin(image, name, kept, hash_size=16, distance=40):
     """What an image is a near-duplicate of: {"of": name, "distance": bits that differ}. None if it is of none; then it joins `kept`, a dict name → hash.
 
-    Perceptual hash of hash_size² bits. By default: of 614 emoji, the same file saved anew, resized or a little brighter is at most 22 of 256 bits away, two
-    different drawings at least 68; one drawing moved by a pixel about 26."""
+    pHash of hash_size² bits, which of the lowest frequencies are above their median. In the 614 emoji of data/pocket-sets an image that is saved anew, resized or a tenth brighter is at
+    most 32 of 256 bits away, two different drawings at least 68, one drawing placed twice 26 and more."""
     own = imagehash.phash(image, hash_size)
     away, nearest = min(((own - other, other_name) for other_name, other in kept.items()), default=(distance + 1, None))
     if away <= distance:
@@ -96,9 +96,10 @@ def share_imports(source, concept, images_a_prompt, size, seed, sieve):
     order.shuffle(found)
     there = f"{source} holds {len(found)} images, {len(removed)} more are near-duplicates of these"
     if found[0][1]:  # whole captions, the most frequent first, to the side that has too little of its share
-        sides, texts = {"forget": [], "attack": []}, [caption for _, caption in found]
+        sides, texts = {"forget": [], "attack": []}, [caption.lower().strip() for _, caption in found]
         for text in sorted(set(texts), key=lambda text: (-texts.count(text), text)):
-            sides["forget" if len(sides["forget"]) <= 2 * len(sides["attack"]) else "attack"] += [item for item in found if item[1] == text]
+            side = "forget" if len(sides["forget"]) <= 2 * len(sides["attack"]) else "attack"
+            sides[side] += [item for item, other in zip(found, texts) if other == text]
         if min(map(len, sides.values())) < images_a_prompt:
             raise ValueError(f"{there}; with their captions {len(sides['forget'])} go to the defender, {len(sides['attack'])} to the attacker, and each needs "
                              f"{images_a_prompt}: add images with other captions, or remove metadata.jsonl, and the concept's prompts are the captions")
@@ -182,7 +183,7 @@ def build(folder, concept, model="pocket", *, images="", images_a_prompt=8, imag
     with tqdm(total=sum(count for *_, count in plan), desc=concept.name, file=sys.stdout) as progress:
         for index, (role, thing, text, count) in enumerate(plan):
             stem, batch = f"{SIDES[role]}/{index:03d}-{slug(thing)}", max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
-            for file, near in fill_prompt(folder, stem, text, count, artist, sieve, seed=10**6 * seed + 1000 * index, size=size, batch=batch, how=how):
+            for file, near in fill_prompt(folder, stem, text, count, artist, sieve, seed=10**9 * seed + 10**5 * index, size=size, batch=batch, how=how):
                 if near:
                     removed.append({"file": f"near-duplicates/{file}"} | near)
                 else:

@@ -90,6 +90,16 @@ def test_failure_says_which_cell_to_open_and_keeps_what_was(toy, ran, tmp_path):
     assert "steps 3" in text_of(unfinished) and "end" not in text_of(unfinished)
 
 
+def test_a_notebook_can_stop_on_purpose(tmp_path):
+    toy = write_notebook(tmp_path / "toy.ipynb", "from mu.notebooks import Stop\nprint('before')", "raise Stop('Enough:\\nsay more.')", "print('never')")
+    output = tmp_path / "out" / "toy.ipynb"
+    assert execute(toy, output) is True and execute(toy, output) is False
+    executed = nbformat.read(output, 4)
+    assert text_of(output).splitlines() == ["before", "Enough:", "say more."] and executed.cells[-1].execution_count is None
+    assert [cell.source for cell in executed.cells if cell.cell_type == "code"][-3:] == [cell.source for cell in nbformat.read(toy, 4).cells][-3:]
+    assert sorted(p.name for p in output.parent.iterdir()) == ["toy.html", "toy.ipynb"] and "Exception" not in output.with_suffix(".html").read_text()
+
+
 def test_dead_kernel_is_told_as_such(tmp_path):
     toy = write_notebook(tmp_path / "toy.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(RuntimeError, match=r"stopped in cell \[.\] `import os, signal`\n.*kernel died"):

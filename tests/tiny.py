@@ -6,11 +6,12 @@ import json
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
+    AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline,
+    StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification)
+    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification, T5Config, T5EncoderModel)
 
 from mu.concepts import ConceptSet
 from mu.pocket import LENGTH, build_tokenizer
@@ -64,10 +65,10 @@ def make_text_encoder(tokenizer, kind=CLIPTextModel):
         pad_token_id=tokenizer.pad_token_id, projection_dim=16, initializer_range=1.0))
 
 
-def make_pipeline(folder):
-    """A complete tiny StableDiffusionPipeline in the folder, as `save_pretrained` writes it."""
+def make_pipeline(folder, captions=CAPTIONS):
+    """A complete tiny StableDiffusionPipeline in the folder, as `save_pretrained` writes it, that knows the words of the captions."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(CAPTIONS)
+    tokenizer = build_tokenizer(captions)
     StableDiffusionPipeline(
         vae=make_vae(), text_encoder=make_text_encoder(tokenizer), tokenizer=tokenizer, unet=make_unet(), scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
@@ -85,6 +86,20 @@ def make_xl_pipeline(folder):
         tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, add_watermarker=False, scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"),
     ).save_pretrained(folder)
+    return folder
+
+
+def make_flux_pipeline(folder):
+    """A complete tiny FluxPipeline: a pipeline of neither family."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(CAPTIONS)
+    transformer = FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+                                         pooled_projection_dim=16, axes_dims_rope=[4, 4, 8])
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=0.3, shift_factor=0.0,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, mid_block_add_attention=False)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=make_text_encoder(tokenizer), tokenizer=tokenizer, text_encoder_2=t5,
+                 tokenizer_2=tokenizer, transformer=transformer).save_pretrained(folder)
     return folder
 
 
