@@ -131,11 +131,11 @@ def text_encoders(pipe):
     return [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part is not None]
 
 
-def encode_prompts(pipe, prompts):
+def encode_prompts(pipe, prompts, cut=False):
     """Conditioning of a list of prompts: `encoder_hidden_states` (n, length, width); for SDXL also `text_embeds` and `time_ids`.
 
-    Raises ValueError for a prompt with more tokens than the text encoder reads: it would be cut silently."""
-    for prompt in prompts:
+    Raises ValueError for a prompt with more tokens than the text encoder reads, which would be cut silently, unless `cut` says that it may be."""
+    for prompt in () if cut else prompts:
         length = len(pipe.tokenizer(prompt).input_ids)
         if length > pipe.tokenizer.model_max_length:
             raise ValueError(f"prompt of {length} tokens, at most {pipe.tokenizer.model_max_length} are read: {prompt!r}")
