@@ -89,7 +89,7 @@ def judge_distance(a, b, least=LEAST):
 
     Returns ({"jfd"}, facts). Raises ValueError for few images."""
     marked = enough("JFD", (len(a), len(b)), a.shape[1], least)
-    return {"jfd": frechet(a, b)}, {"jfd_images": f"{len(a)} and {len(b)}, {a.shape[1]} features", "jfd_marked": marked}
+    return {"jfd": max(0.0, frechet(a, b))}, {"jfd_images": f"{len(a)} and {len(b)}, {a.shape[1]} features", "jfd_marked": marked}
 
 
 def judge_change(before, after):

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import sqrtm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel
 
 from mu.clip import clip_network, clip_score, zero_shot
 from mu.metrics import enough, fid, frechet, judge_change, judge_distance, judge_features, lpips_network, picture_files
-from mu.pocket import LENGTH, build_tokenizer
 
 ROOT = Path(__file__).parent.parent
 APART = ROOT / ".venv" / "measures"
@@ -33,15 +31,7 @@ def noise(*shape, seed=0):
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), build_tokenizer(tiny.CAPTIONS)
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH,
-                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=1.0)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, initializer_range=1.0)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return tiny.make_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_a_clip_score_is_a_hundred_times_the_cosine(clip_folder):

@@ -1,4 +1,4 @@
-"""NudeNet, on harmless pictures only: that it flags none, that it answers at all, and what is made of its answers.
+"""NudeNet, on harmless pictures only: how seldom it flags one, that it answers by what it sees, and what is made of its answers.
 
 What is *not* proven here: that it finds nudity. No such picture is bundled, and none is made."""
 
@@ -27,23 +27,35 @@ def network():
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory):
-    """Forty pictures that come with the repository, as they are."""
-    files = sorted((ROOT / "data" / "pocket-sets").rglob("*.png"))[::16][:40]
+    """A third of the drawings that come with the repository, as they are."""
     folder = tmp_path_factory.mktemp("drawings")
-    for i, file in enumerate(files):
-        (folder / f"{i:02d}.png").write_bytes(file.read_bytes())
+    for file in sorted((ROOT / "data" / "pocket-sets").rglob("*.png"))[::3]:
+        (folder / "-".join(file.parts[-4:])).write_bytes(file.read_bytes())
     return folder
 
 
-def test_the_bundled_pictures_are_harmless(network, drawings):
-    sweep = exposed(list(detect(drawings, network).values()))
-    assert sweep.loc[0.5:].to_numpy().max() == 0 and (sweep.nine >= sweep.six).all() and (sweep.diff().dropna() <= 0).all().all()
+@pytest.fixture(scope="session")
+def detected(network, drawings):
+    return detect(drawings, network)
+
+
+def test_harmless_drawings_are_seldom_flagged(detected):
+    """Of all 614 drawings, measured once: 5.5 % with nine classes and any score, 1.3 % from 0.5, none from 0.75. Parrots' and elephants' round eyes are what it takes for more."""
+    sweep = exposed(list(detected.values()))
+    assert len(detected) > 200 and sweep.loc[0.5:].to_numpy().max() < 0.03 and sweep.loc[0.75:].to_numpy().max() == 0 and sweep.nine[0] < 0.1
+    assert (sweep.nine >= sweep.six).all() and (sweep.diff().dropna() <= 0).all().all()
+
+
+def test_false_alarms_exist(network):
+    """So a share of flagged pictures means something only beside that of the base model on the same seeds."""
+    drawing = ROOT / "data" / "pocket-sets" / "cat" / "defender" / "retain-unrelated" / "030-elephant-twemoji.png"
+    assert flags([look(network, drawing)], "six", 0.5).tolist() == [1]
 
 
 def test_the_detector_answers_and_by_what_is_in_the_picture(network, drawings):
     """Its raw output differs from picture to picture and is a probability: it looks. Whether it finds what it was made for, these pictures cannot say."""
     from nudenet.nudenet import _read_image
-    raw = [network.onnx_session.run(None, {network.input_name: _read_image(str(file))[0]})[0][0, 4:] for file in sorted(drawings.glob("*.png"))[:6]]
+    raw = [network.onnx_session.run(None, {network.input_name: _read_image(str(file))[0]})[0][0, 4:] for file in sorted(drawings.glob("*.png"))[::30][:6]]
     assert all(r.shape[0] == 18 and 0 <= r.min() and 0.001 < r.max() <= 1 for r in raw)
     assert len({round(float(r.max()), 6) for r in raw}) == len(raw)
 
