@@ -1,26 +1,104 @@
-"""Malicious fine-tuning, looked at on the way."""
+"""Attacks by training: malicious fine-tuning in all its kinds, looked at on the way. (Attacks by prompts alone: `mu.prompts`.)
+
+Full fine-tuning, of a subset, or of a LoRA; with other images mixed in, after a benign first phase, with DreamBooth's prior preservation; the vector of one word
+(textual inversion); and, before any of these, the original's weights merged back. All take the step that the defence rehearsed, `mu.train.finetune`."""
 
 import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mu.evaluate import evaluate
-from mu.models import without_lora
-from mu.plots import save_grid, veil
+from mu.concepts import ConceptSet, drawn_set, encode_folder, with_prompts
+from mu.evaluate import Probe, judged
+from mu.models import encode_prompts, rows, trainable, without_lora
+from mu.prompts import embeddings, stand_in, words
 from mu.runs import atomic, read_json, resume, run_loop, save_json
 from mu.train import State, finetune
 
 
-def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), lr=2e-5, optimizer="adam", subset="f",
-               batch_size=8, seed=0, guidance=5.0, sampling_steps=25, rank=16, accumulation=1, loss_scale=1.0, before=None, progress=lambda records: records):
-    """Fine-tune `pipe.unet` on a concept set; draw and judge the probe after each number of steps in `at`.
+@dataclass(frozen=True)
+class Attack:
+    state: State  # what is trained
+    concept_set: ConceptSet | Callable[[int], ConceptSet]  # the images, or a function of the steps done
+    probe: Callable[[], Probe]  # how the attacker would draw, with what has been learned so far
+    images: int  # different images that the attack uses
+    others: ConceptSet | None = None  # images that the same steps also train on
+    others_weight: float = 1.0
 
-    The steps are `mu.train.finetune`'s, the inner step of the defence. Writes step-NNNN.json (rows of `evaluate`) and .png into
-    `folder`, and a checkpoint: a killed attack goes on with the same numbers, a finished one is only read (whether it had the same
-    parameters is `open_run`'s to say). Pictures of a harmful concept are saved veiled. The UNet has its old weights back afterwards.
-    before: (rows, PNG) of the probe at step 0 where it has been judged already, as by another seed of the attack: it is not drawn again.
-    `progress` wraps the records (tqdm). Returns rows, each with its "step"."""
+
+def fine_tuning(pipe, concept_set, probe, *, lr=2e-5, optimizer="adam", subset="f", rank=16, seed=0, others=None, others_weight=1.0, first=None, first_steps=0):
+    """The `Attack` that trains weights of the UNet, L(θ; concept_set) + others_weight · L(θ; others) (`mu.train.finetune`).
+
+    subset: "f" all, "x", "u", or "lora" of `rank`; optimizer: adam, adamw, sgd. others: benign images, mixed in so that what is related to the concept survives. first: a set on
+    which the first `first_steps` of the steps train alone, so that whatever guards the concept is worn off before it is met. Raises as `State` does."""
+    state = State(pipe.unet, subset, lr=lr, optimizer=optimizer, seed=seed, rank=rank)
+    phases = concept_set if first is None or not first_steps else lambda step: first if step < first_steps else concept_set
+    used = [concept_set, *(s for s, needed in ((others, others_weight), (first, first_steps)) if s is not None and needed)]
+    return Attack(state, phases, lambda: probe, sum(map(len, used)), others, others_weight)
+
+
+def dreambooth(pipe, concept_set, probe, class_prompts, *, class_images=64, seed=0, guidance=5.0, sampling_steps=25, **options):
+    """DreamBooth (Ruiz et al. 2023): `fine_tuning` with prior preservation, that is with `class_images` pictures of the concept's class as `others`, which the attacked model
+    draws itself before it is trained. The concept keeps its name: of a word that stands for nothing any more, a rare identifier is no better.
+
+    Raises ValueError for no prompt."""
+    if not class_prompts:
+        raise ValueError("prior preservation needs prompts of the concept's class, such as those of related concepts: class_prompts is empty")
+    return fine_tuning(pipe, concept_set, probe, seed=seed, others=drawn_set(pipe, class_prompts, class_images, seed, guidance, sampling_steps), **options)
+
+
+def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0):
+    """The `Attack` that changes no weight but trains one vector for each text encoder (Adam), which is read where `word` stands: textual inversion (Gal et al.
+    2023). With the concept's images on an unlearned model it is concept inversion (Pham et al. 2024).
+
+    word: a whole word of the vocabulary that is only a place; start: the one whose vector is the first value. said: text → the text with the word in it, as "a cat" →
+    "a <word>", for the captions of the images and the forget prompts of the probe. Raises ValueError for what is no whole word, and for a caption without the word."""
+    known = words(pipe)
+    for name in (word, start):
+        if name not in known:
+            raise ValueError(f"{name!r} is no word that the text encoder reads as one token: choose one of mu.prompts.words, such as {', '.join(known[:5])}")
+    texts = [said(text) for text in concept_set.prompts]
+    drawn = [said(item["prompt"]) if item["group"] == "forget" else item["prompt"] for item in probe.items]
+    for text in [*texts, *(text for text, item in zip(drawn, probe.items) if item["group"] == "forget")]:
+        if word not in text.replace(",", " ").split():
+            raise ValueError(f"{text!r} does not hold the word {word!r}, so that nothing of it could be learned: name the concept as its captions do")
+    named = {f"vector/{e}": table[0].clone().requires_grad_(True) for e, table in enumerate(embeddings(pipe, [start]))}
+    state = State(pipe.unet.requires_grad_(False), lr=lr, optimizer="adam", seed=seed, named=named)
+
+    def read(prompts):
+        with stand_in(pipe, [word], [vector[None] for vector in named.values()]):
+            return encode_prompts(pipe, prompts)
+
+    @torch.no_grad()
+    def as_learned():
+        distinct = sorted(set(drawn))
+        return replace(probe, conditioning=rows(read(distinct), torch.tensor([distinct.index(text) for text in drawn])))
+
+    return Attack(state, lambda _: replace(concept_set, conditioning=read(texts), prompts=texts), as_learned, len(concept_set))
+
+
+@torch.no_grad()
+def merge_back(unet, original, subset="x", amount=1.0):
+    """Weights of a subset moved back to the original's: θ + amount · (θ_0 − θ), in place; of an attacker who has the model before unlearning, too.
+
+    original: its state dict. Where only that subset was trained (ESD-x, UCE, RECE), 1 undoes the unlearning without a step. Returns the UNet."""
+    for name, p in trainable(unet, subset).items():
+        p.lerp_(original[name].to(p), amount)
+    return unet.requires_grad_(False)
+
+
+def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8, guidance=5.0, sampling_steps=25, accumulation=1, loss_scale=1.0,
+               before=None, progress=lambda records: records):
+    """Carry an attack out on `pipe`; draw and judge its probe after each number of steps in `at`.
+
+    attack: a function without arguments that makes the `Attack`. Writes step-NNNN.json (rows of `evaluate`) and .png into `folder`, and a checkpoint: a killed attack goes
+    on with the same numbers, a finished one is only read (whether it had the same parameters is `open_run`'s to say). budget.json: what each of these steps had cost
+    until then: images, passes of the UNet, seconds (of making and training, not of judging). The UNet has its old weights back afterwards.
+    before: (rows, PNG) of the probe at step 0 where it has been judged already, as by another seed of the attack: it is not drawn again. `progress` wraps
+    the records (tqdm). Returns rows, each with its "step"."""
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
     weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]  # a GPU has better use for its memory
@@ -29,18 +107,55 @@ def attack_run(folder, pipe, judge, probe, concept_set, *, at=(0, 25, 50, 100), 
             shutil.copyfile(before[1], temporary)
         save_json([row | {"step": 0} for row in before[0]], files[0])
     try:
-        if not all(file.exists() for file in files.values()):
-            state = resume(folder, State(pipe.unet, subset, lr=lr, optimizer=optimizer, seed=seed, rank=rank))
+        if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
+            began = time.perf_counter()
+            made = attack()
+            seconds, state = time.perf_counter() - began, resume(folder, made.state)
             for step, file in files.items():
                 if state.step <= step and not file.exists():
                     for _ in progress(run_loop(folder, state, finetune(
-                            state, pipe.scheduler, concept_set, steps=step, batch_size=batch_size, accumulation=accumulation, loss_scale=loss_scale))):
+                            state, pipe.scheduler, made.concept_set, steps=step, batch_size=batch_size, others=made.others, others_weight=made.others_weight,
+                            accumulation=accumulation, loss_scale=loss_scale))):
                         pass
-                    rows, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
-                    save_grid(veil(images) if probe.veiled else images, file.with_suffix(".png"))
-                    save_json([row | {"step": step} for row in rows], file)
+                    judged(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
+            done = read_json(folder / "records.json", [])
+            spent = lambda step, name: sum(record[name] for record in done if record["step"] <= step)
+            save_json([{"step": step, "images": made.images if step else 0, "passes": spent(step, "passes"),
+                        "seconds": (seconds if step else 0) + spent(step, "seconds")} for step in files], folder / "budget.json")
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     finally:
         with torch.no_grad():
             torch._foreach_copy_(list(without_lora(pipe.unet).parameters()), weights)
     return [row for file in files.values() for row in read_json(file)]
+
+
+KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
+
+
+def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=0, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="", start="",
+           cache=None, guidance=5.0, sampling_steps=25, **options):
+    """A function seed → `Attack`, from the words of a notebook: `kind` with the attacker's set `attack` of a concept's folder, of its `prompts` most frequent prompts only (0: all).
+
+    others, first: sets below the folder, such as "attacker/clean" or "defender/retain-related". DreamBooth's class is the related concepts of the probe. Textual inversion learns
+    `word` in the place of the concept's name, concept inversion before each text, from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part
+    that it does not have, and as the attacks do; FileNotFoundError as `mu.concepts.read_folder` does."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of attack {kind!r}: allowed are {', '.join(KINDS)}")
+    if bool(first) != bool(first_steps):
+        raise ValueError(f"a first phase needs a set and steps, got first={first!r}, first_steps={first_steps}: give both, or neither")
+    if kind != "fine-tuning" and (others or first):
+        raise ValueError(f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty")
+    read = lambda name: encode_folder(pipe, Path(folder) / name, cache) if name else None
+    concept_set, names = with_prompts(read(f"attacker/{attack}"), prompts), {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
+    if kind.endswith("inversion"):
+        if len(names) != 1:
+            raise ValueError(f"an inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack")
+        (name,) = names
+        said = (lambda text: text.replace(name, word)) if kind == "textual-inversion" else (lambda text: f"{word} {text}")
+        return lambda seed: learned_word(pipe, concept_set, probe, word, start, said, lr=options["lr"], seed=seed)
+    if kind == "dreambooth":
+        related = sorted({i["prompt"] for i in probe.items if i["group"] == "related"})
+        return lambda seed: dreambooth(pipe, concept_set, probe, related, class_images=class_images, seed=seed, others_weight=others_weight,
+                                       guidance=guidance, sampling_steps=sampling_steps, **options)
+    mixed, benign = read(others), read(first)
+    return lambda seed: fine_tuning(pipe, concept_set, probe, seed=seed, others=mixed, others_weight=others_weight, first=benign, first_steps=first_steps, **options)

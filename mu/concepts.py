@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mu.models import encode_prompts, text_encoders
+from mu.models import draw_images, encode_prompts, rows, text_encoders
 from mu.runs import save_tensors
 
 
@@ -73,6 +73,31 @@ def read_image(path, size):
 
 
 @torch.no_grad()
+def encode_images(pipe, images, captions):
+    """The `ConceptSet` of images (n, 3, height, width) in −1…1, a caption each."""
+    prompts, scale = sorted(set(captions)), pipe.vae.config.scaling_factor
+    posteriors = [pipe.vae.encode(x.to(pipe.vae.device, pipe.vae.dtype)).latent_dist for x in images.split(8)]
+    mean, std = (torch.cat([getattr(p, name) for p in posteriors]).to(pipe.unet.device) * scale for name in ("mean", "std"))
+    return ConceptSet(mean, std, encode_prompts(pipe, prompts), torch.tensor([prompts.index(c) for c in captions], device=pipe.unet.device), prompts)
+
+
+@torch.no_grad()
+def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25):
+    """The `ConceptSet` of `count` images that the pipeline itself draws now, of each prompt in turn (DreamBooth's prior preservation)."""
+    captions = [prompts[i % len(prompts)] for i in range(count)]
+    conditioning = rows(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
+    images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), range(seed * count, (seed + 1) * count), guidance, steps)
+    return encode_images(pipe, images * 2 - 1, captions)
+
+
+def with_prompts(concept_set, count):
+    """Only the images of the `count` most frequent prompts of a set, ties in their order; 0: all. 1 is the paper's HRM-s, several are its HRM-m."""
+    frequent = concept_set.prompt.bincount(minlength=len(concept_set.prompts)).argsort(descending=True, stable=True)[:count or None]
+    keep = torch.isin(concept_set.prompt, frequent)
+    return ConceptSet(concept_set.mean[keep], concept_set.std[keep], concept_set.conditioning, concept_set.prompt[keep], concept_set.prompts)
+
+
+@torch.no_grad()
 def encode_folder(pipe, folder, cache=None):
     """The `ConceptSet` of an image folder. With `cache` (a folder) it is encoded once and read from there afterwards.
 
@@ -89,11 +114,8 @@ def encode_folder(pipe, folder, cache=None):
     if file and file.exists():
         tensors = load_file(file)
     else:
-        size, scale = pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.vae.config.scaling_factor
-        images = torch.stack([read_image(path, size) for path in paths]).to(pipe.vae.device, pipe.vae.dtype)
-        posteriors = [pipe.vae.encode(x).latent_dist for x in images.split(8)]
-        tensors = {"mean": torch.cat([p.mean for p in posteriors]) * scale, "std": torch.cat([p.std for p in posteriors]) * scale,
-                   "prompt": torch.tensor([prompts.index(c) for c in captions])} | encode_prompts(pipe, prompts)
+        made = encode_images(pipe, torch.stack([read_image(path, pipe.unet.config.sample_size * pipe.vae_scale_factor) for path in paths]), captions)
+        tensors = {"mean": made.mean, "std": made.std, "prompt": made.prompt} | made.conditioning
         if file:
             save_tensors(tensors, file)
     tensors = {name: value.to(pipe.unet.device) for name, value in tensors.items()}
@@ -101,13 +123,17 @@ def encode_folder(pipe, folder, cache=None):
     return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)
 
 
+def vocabulary(tokenizer, without=()):
+    """The tokenizer's words of three letters and more, sorted, none of them a word of the texts `without`. Among them are endings of longer words ("der" of spider)."""
+    left_out = {word for text in without for word in text.lower().split()}
+    words = sorted(token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))  # it ends a word, and may be all of it
+    return [word for word in words if word.isalpha() and len(word) > 2 and word not in left_out]
+
+
 def random_prompts(tokenizer, count, without=(), seed=0):
     """`count` texts of one or two random words of the tokenizer's vocabulary, none of them a word of the texts `without`.
 
     What such prompts draw stands for all that a retained set of images does not show."""
-    left_out = {word for text in without for word in text.lower().split()}
-    words = sorted(token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))  # it ends a word, and may be all of it
-    words = [word for word in words if word.isalpha() and len(word) > 2 and word not in left_out]
-    generator = torch.Generator().manual_seed(seed)
+    words, generator = vocabulary(tokenizer, without), torch.Generator().manual_seed(seed)
     draw = lambda n: int(torch.randint(n, (), generator=generator))
     return [" ".join(words[draw(len(words))] for _ in range(1 + draw(2))) for _ in range(count)]

@@ -1,6 +1,6 @@
 """What a model still draws: a judge trained on real emoji, scores with intervals."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
-from mu.models import draw_images, encode_prompts, rows
+from mu.models import draw_images, encode_prompts, rows, stack
+from mu.plots import save_grid, veil
+from mu.runs import save_json
 
 JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
 
@@ -61,6 +63,11 @@ def make_probe(pipe, groups, seeds=range(8)):
     return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]))
 
 
+def join(*probes):
+    """One probe of several, in their order; whether it is veiled is the first's to say."""
+    return replace(probes[0], items=[item for probe in probes for item in probe.items], conditioning=stack(*(probe.conditioning for probe in probes)))
+
+
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN without a judge; images (n, 3, height, width) in 0…1)."""
     side = pipe.unet.config.sample_size  # as many images at once as are 64 of 16 × 16 latents
@@ -71,6 +78,13 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
     found = [seen[kind][i] for i, kind in enumerate(kinds)]
     return [item | {"seen": label, "hit": int(label == item["expected"])} for item, label in zip(probe.items, found)], images
+
+
+def judged(pipe, judge, probe, step, file, guidance, sampling_steps):
+    """Draw and judge a probe after so many steps of an attack: pictures (PNG; veiled if the concept is harmful), and then rows (JSON), into the file."""
+    found, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
+    save_grid(veil(images) if probe.veiled else images, file.with_suffix(".png"))
+    save_json([row | {"step": step} for row in found], file)
 
 
 def score(hits, level=0.95, seed=0, means=False):

@@ -24,6 +24,26 @@ MODELS = {
 }
 
 
+@contextlib.contextmanager
+def located(model):
+    """The folder or hub id of a model, for the block that loads it.
+
+    Raises FileNotFoundError with the known names for an unknown model and for one that is not here and cannot be fetched (with the
+    cache's place), PermissionError for a gated one."""
+    path = MODELS.get(model, model)
+    folder = Path(path)
+    unknown = f"unknown model {model!r}: neither one of {', '.join(MODELS)}, nor a folder with a pipeline of diffusers, nor a hub id (owner/name)"
+    if not folder.is_dir() and (folder.is_absolute() or path.count("/") != 1):
+        raise FileNotFoundError(unknown)
+    try:
+        yield path
+    except OSError as error:
+        if any(isinstance(e, GatedRepoError) for e in (error, error.__cause__, error.__context__)):
+            raise PermissionError(f"{model!r} is gated: accept its licence on its page, then `hf auth login` (or set HF_TOKEN) and run again") from error
+        raise FileNotFoundError(f"{unknown} that can be reached from here. Without a network a hub model must be in the cache, {constants.HF_HUB_CACHE} "
+                                f"(HF_HUB_CACHE), or be named by its folder ({error})") from error
+
+
 def load_pipeline(model="pocket", dtype=torch.float32, device=None, precision="no", gradient_checkpointing=False, family=""):
     """A pipeline of one of the two families, from a short name (`MODELS`), a diffusers folder or a hub id; safetensors only.
 
@@ -33,8 +53,7 @@ def load_pipeline(model="pocket", dtype=torch.float32, device=None, precision="n
     gradient_checkpointing: the UNet keeps less for its backward pass and computes it again. Small models on the CPU compute attention
     by plain products: faster at their sizes, and differentiable twice (as `order="second"` needs). family: "sd" or "sdxl" where the caller's
     other parameters are meant for one of them.
-    Raises FileNotFoundError with the known names for an unknown model and for one that is not here and cannot be fetched (with the
-    cache's place), PermissionError for a gated one, ValueError for another family, or for fp16 without a GPU."""
+    Raises as `located` does, and ValueError for another family, or for fp16 without a GPU."""
     device = torch.device(device or PartialState().device)
     if isinstance(dtype, str):
         if dtype not in ("full", "half"):
@@ -42,12 +61,7 @@ def load_pipeline(model="pocket", dtype=torch.float32, device=None, precision="n
         dtype = half(device) if dtype == "half" else torch.float32
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("precision 'fp16' needs a GPU, this is a CPU: allowed here are no, bf16")
-    path = MODELS.get(model, model)
-    folder = Path(path)
-    unknown = f"unknown model {model!r}: neither one of {', '.join(MODELS)}, nor a folder with a pipeline of diffusers, nor a hub id (owner/name)"
-    if not folder.is_dir() and (folder.is_absolute() or path.count("/") != 1):
-        raise FileNotFoundError(unknown)
-    try:
+    with located(model) as path:
         config = StableDiffusionPipeline.load_config(path)
         kind = FAMILIES.get(config["_class_name"])
         if kind is None:
@@ -57,11 +71,6 @@ def load_pipeline(model="pocket", dtype=torch.float32, device=None, precision="n
             raise ValueError(f"these parameters are for a model of the family {family!r}, and {model!r} is of {found!r}: name another model, or another profile")
         extra = {} if found == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
         pipe = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **extra)
-    except OSError as error:
-        if any(isinstance(e, GatedRepoError) for e in (error, error.__cause__, error.__context__)):
-            raise PermissionError(f"{model!r} is gated: accept its licence on its page, then `hf auth login` (or set HF_TOKEN) and run again") from error
-        raise FileNotFoundError(f"{unknown} that can be reached from here. Without a network a hub model must be in the cache, {constants.HF_HUB_CACHE} "
-                                f"(HF_HUB_CACHE), or be named by its folder ({error})") from error
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     return prepare(pipe, device, precision, gradient_checkpointing)
 
@@ -131,14 +140,20 @@ def text_encoders(pipe):
     return [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part is not None]
 
 
+def check_lengths(tokenizer, prompts):
+    """Raises ValueError for a prompt with more tokens than the text encoder reads: it would be cut silently."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokenizer.model_max_length:
+            raise ValueError(f"prompt of {length} tokens, at most {tokenizer.model_max_length} are read: {prompt!r}")
+
+
 def encode_prompts(pipe, prompts, cut=False):
     """Conditioning of a list of prompts: `encoder_hidden_states` (n, length, width); for SDXL also `text_embeds` and `time_ids`.
 
-    Raises ValueError for a prompt with more tokens than the text encoder reads, which would be cut silently, unless `cut` says that it may be."""
-    for prompt in () if cut else prompts:
-        length = len(pipe.tokenizer(prompt).input_ids)
-        if length > pipe.tokenizer.model_max_length:
-            raise ValueError(f"prompt of {length} tokens, at most {pipe.tokenizer.model_max_length} are read: {prompt!r}")
+    Raises as `check_lengths` does, unless `cut` says that a longer prompt may be cut."""
+    if not cut:
+        check_lengths(pipe.tokenizer, prompts)
     args = dict(device=pipe.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
     if not isinstance(pipe, StableDiffusionXLPipeline):
         return {"encoder_hidden_states": pipe.encode_prompt(list(prompts), **args)[0].to(pipe.unet.device)}

@@ -24,6 +24,13 @@ KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": li
 PROGRESS = SimpleNamespace(write=lambda text: "\r" in text and sys.stderr.write(text), flush=sys.stderr.flush)
 
 
+class Stop(Exception):
+    """Raised in a cell that ends a notebook before its last one on purpose: what follows is not run, and that is no failure, here or in Jupyter."""
+
+    def _render_traceback_(self):  # what IPython shows
+        return str(self).splitlines()
+
+
 def fits(value, kind):
     """Whether a value is of an annotation (its syntax tree): int, float (an int will do), str, bool, list[...], dict[..., ...]."""
     if isinstance(kind, ast.Subscript):
@@ -97,11 +104,20 @@ def origin_of(output):
     return nbformat.read(output, 4).metadata.get("mu", {}).get("origin", {}) if Path(output).exists() else {}
 
 
+def without_error(executed):
+    """An executed notebook that ended by `Stop`: its words are plain text, and papermill's notices of an error are gone. Another one as it is."""
+    executed.cells = [cell for cell in executed.cells if not any(tag.startswith("papermill-error-cell") for tag in cell.metadata.get("tags", []))]
+    for cell in executed.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [nbformat.v4.new_output("stream", text=o.evalue + "\n") if o.output_type == "error" else o for o in cell.outputs]
+    return executed
+
+
 def execute(notebook, output, parameters=None, html=True, again=False):
     """Run `notebook` with `parameters` and write `output` (ipynb) and, with `html`, a page of the same name beside it.
 
-    Both appear whole, when every cell has run. Until then, and after a failure, the notebook is `<output>.unfinished.ipynb`, and
-    an earlier `output` is left as it was. An `output` of the same cells and parameters is not made again, unless `again`.
+    Both appear whole, when every cell has run, or those before a `Stop`. Until then, and after a failure, the notebook is `<output>.unfinished.ipynb`,
+    and an earlier `output` is left as it was. An `output` of the same cells and parameters is not made again, unless `again`.
     Returns whether the notebook was run. Raises as `check_parameters` does, and RuntimeError that names the cell to look at,
     or the process that is running the same notebook into the same place."""
     from mu.report import notebook_page  # here, because these two import pandas and torch, and a refusal should come at once
@@ -120,11 +136,12 @@ def execute(notebook, output, parameters=None, html=True, again=False):
         except BlockingIOError:
             raise RuntimeError(f"{unfinished} is being written by another process: wait for it, or stop it") from None
         except (PapermillExecutionError, DeadKernelError) as error:
-            cell = [c for c in nbformat.read(unfinished, 4).cells if c.cell_type == "code" and c.metadata.papermill.start_time][-1]
-            why = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else "its kernel died, most often of too little memory"
-            raise RuntimeError(f"{notebook} stopped in cell [{cell.execution_count or '*'}] `{cell.source.strip().splitlines()[0]}`\n"
-                               f"  {why}\n  open {unfinished}") from None
-        executed = nbformat.read(unfinished, 4)
+            if getattr(error, "ename", "") != Stop.__name__:
+                cell = [c for c in nbformat.read(unfinished, 4).cells if c.cell_type == "code" and c.metadata.papermill.start_time][-1]
+                why = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else "its kernel died, most often of too little memory"
+                raise RuntimeError(f"{notebook} stopped in cell [{cell.execution_count or '*'}] `{cell.source.strip().splitlines()[0]}`\n"
+                                   f"  {why}\n  open {unfinished}") from None
+        executed = without_error(nbformat.read(unfinished, 4))
         executed.metadata.setdefault("mu", {})["origin"] = made_from
         if html:
             with atomic(page) as temporary:

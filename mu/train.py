@@ -28,9 +28,10 @@ class State:
     safetensors by `tensors()`.
 
     subset, rank: see `mu.models.trainable`. optimizer: adamw, adam, sgd, or adamw8bit (bitsandbytes). ema: decay of a running average
-    of the trained weights, which is then the result (SDD's teacher); 0: none. seed: of everything drawn at random, new adapters included."""
+    of the trained weights, which is then the result (SDD's teacher); 0: none. seed: of everything drawn at random, new adapters included.
+    named: name → tensor of what is trained instead of weights of the UNet, such as the vector of a word (textual inversion)."""
 
-    def __init__(self, unet, subset="f", lr=1e-5, optimizer="adamw", weight_decay=1e-4, seed=0, rank=16, ema=0.0):
+    def __init__(self, unet, subset="f", lr=1e-5, optimizer="adamw", weight_decay=1e-4, seed=0, rank=16, ema=0.0, named=None):
         kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay, fused=True),
                  "adam": lambda p: torch.optim.Adam(p, lr=lr, fused=True), "sgd": lambda p: torch.optim.SGD(p, lr=lr, fused=True),
                  "adamw8bit": lambda p: eight_bit("AdamW8bit")(p, lr=lr, weight_decay=weight_decay)}
@@ -39,7 +40,7 @@ class State:
         self.unet, self.step = unet, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.named = trainable(unet, subset, rank)
+            self.named = named or trainable(unet, subset, rank)
         self.parameters = list(self.named.values())
         self.optimizer = kinds[optimizer](self.parameters)
         self.ema = EMAModel(self.parameters, decay=ema, min_decay=ema) if ema else None
@@ -109,21 +110,25 @@ def _finite(losses, step, scale=1.0):
                                  + (f"; in float16 numbers over 65504 are infinite: lower loss_scale ({scale:g}), or choose precision bf16 or no" if scale != 1 else ""))
 
 
-def finetune(state, noise_scheduler, concept_set, *, steps, batch_size=8, accumulation=1, loss_scale=1.0):
+def finetune(state, noise_scheduler, concept_set, *, steps, batch_size=8, others=None, others_weight=1.0, accumulation=1, loss_scale=1.0):
     """Fine-tuning on a concept set by the denoising loss: the attack (on the concept), CLEAN (on others). Yields `Record`s.
 
+    Minimises L(θ; concept_set) + others_weight · L(θ; others). others: a set, or None: pictures of its class that the model itself has drawn (DreamBooth's
+    prior preservation), or benign ones mixed in by an attacker who would keep the rest of the model whole; its batch is as large as the first.
+    concept_set may be a function of the steps done, called before each: for phases, or where what is trained is read by the text encoder.
     Optimiser, learning rate and subset are those of `state`; a state that has done k steps does the other steps − k.
     accumulation: micro-batches of a pass, see `squared_errors`; loss_scale: see `gradients`. Raises FloatingPointError as `unlearn` does."""
     g = state.generators["finetune"]
     while state.step < steps:
         began = time.perf_counter()
-        part = own(denoising(draw_minibatch(concept_set, noise_scheduler, batch_size, g)))
-        loss = squared_errors(state.unet, part, accumulation=accumulation)[0]
-        _finite({"finetune": loss.item()}, state.step, loss_scale)
+        sets = [concept_set(state.step) if callable(concept_set) else concept_set, *([others] if others is not None and others_weight else [])]
+        found = squared_errors(state.unet, *(own(denoising(draw_minibatch(s, noise_scheduler, batch_size, g))) for s in sets), accumulation=accumulation)
+        losses, loss = dict(zip(("finetune", "others"), (x.item() for x in found))), found[0] + sum(others_weight * x for x in found[1:])
+        _finite(losses, state.step, loss_scale)
         overflow = lambda gradient: _finite({"gradient norm": torch.nn.utils.get_total_norm(gradient).item()}, state.step, loss_scale)
         inner_step(state.parameters, loss, state.optimizer, loss_scale, check=overflow if loss_scale != 1 else None)
         state.step += 1
-        yield Record(state.step, {"finetune": loss.item()}, 1 if accumulation == 1 else 2 * accumulation, time.perf_counter() - began)
+        yield Record(state.step, losses, 1 if accumulation == 1 else 2 * accumulation, time.perf_counter() - began)
 
 
 def _draw(value, generator, log=False):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,9 +14,9 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mu.concepts import encode_folder
-from mu.evaluate import Probe, evaluate, make_probe, score
+from mu.evaluate import evaluate, join, make_probe, score
 from mu.formats import load_weights
-from mu.models import MODELS, stack, without_lora
+from mu.models import MODELS, without_lora
 from mu.plots import from_grid, panel, save_grid, veil
 from mu.runs import digest, finish, protocol, read_json, resume, run_loop, save_json
 from mu.statistics import steps_to_revival
@@ -71,9 +72,8 @@ def load_probe(pipe, folder, seeds, unveiled=False):
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
         raise ValueError(f"seeds must be {len(groups)} whole numbers from 1, with commas ({', '.join(groups)}), as in \"8,2,1\"; got {seeds!r}")
-    probes = [make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)]
-    return Probe([item for p in probes for item in p.items], stack(*(p.conditioning for p in probes)), probes[0].unconditional,
-                 is_harmful(folder), unveiled)
+    probe = join(*(make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)))
+    return replace(probe, harmful=is_harmful(folder), unveiled=unveiled)
 
 
 def table(folder):

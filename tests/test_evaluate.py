@@ -1,4 +1,4 @@
-"""Judging, scoring, and the attack that is looked at on the way."""
+"""Judging and scoring."""
 
 import json
 from types import SimpleNamespace
@@ -8,8 +8,6 @@ import pytest
 import tiny
 import torch
 
-import mu.attack
-from mu.attack import attack_run
 from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score
 from mu.models import draw_images, encode_prompts
 
@@ -124,74 +122,3 @@ def test_scores_of_means_of_nothing_and_of_nan():
             score(bad)
     with pytest.raises(ValueError, match="means=True"):
         score([0, 0.5])
-
-
-# --- the attack ----------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def attacked(pipe, judge, sets):
-    probe = make_probe(pipe, {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}, seeds=(0, 1))
-    options = dict(at=(0, 2, 3), lr=1e-2, seed=5, guidance=2.0, sampling_steps=2)
-    return lambda folder, **other: attack_run(folder, pipe, judge, probe, sets[0], **options | other)
-
-
-def test_an_attack_is_plain_fine_tuning_and_gives_the_weights_back(pipe, judge, sets, attacked, tmp_path, monkeypatch):
-    before, seen = tiny.weights(pipe.unet), []
-    real = mu.attack.evaluate
-    monkeypatch.setattr(mu.attack, "evaluate", lambda pipe, *a: seen.append(tiny.weights(pipe.unet)) or real(pipe, *a))
-    rows = attacked(tmp_path / "run")
-    assert torch.equal(tiny.weights(pipe.unet), before) and torch.equal(seen[0], before)
-    assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [3] * 4 and {"group", "hit", "seen", "seed"} <= rows[0].keys()
-
-    from mu.train import State, finetune
-    unet = tiny.frozen(pipe.unet)
-    state = State(unet, "f", lr=1e-2, optimizer="adam", seed=5)
-    for record in finetune(state, pipe.scheduler, sets[0], steps=3):
-        if record.step in (2, 3):
-            assert torch.equal(tiny.weights(unet), seen[record.step - 1])
-    assert not torch.equal(seen[1], seen[2]) and len(seen) == 3
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["records.json"] + [f"step-000{i}.{end}" for i in (0, 2, 3) for end in ("json", "png")]
-
-    monkeypatch.setattr(mu.attack, "finetune", lambda *_, **__: pytest.fail("a finished attack was run again"))
-    assert attacked(tmp_path / "run") == rows
-
-
-def test_what_was_judged_at_the_start_is_not_drawn_again(attacked, tmp_path, monkeypatch):
-    whole = attacked(tmp_path / "whole")
-    real, calls = mu.attack.evaluate, []
-    monkeypatch.setattr(mu.attack, "evaluate", lambda *a: calls.append(1) or real(*a))
-    known = [{key: value for key, value in row.items() if key != "step"} for row in whole if row["step"] == 0]
-    assert attacked(tmp_path / "again", before=(known, tmp_path / "whole" / "step-0000.png")) == whole and len(calls) == 2
-    for step in (0, 2, 3):
-        assert (tmp_path / "again" / f"step-000{step}.png").read_bytes() == (tmp_path / "whole" / f"step-000{step}.png").read_bytes()
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_killed_attack_goes_on_with_the_same_numbers(pipe, attacked, tmp_path, monkeypatch, stop):
-    """Killed at the first, second or third evaluation, or before it."""
-    expected, before = attacked(tmp_path / "whole"), tiny.weights(pipe.unet)
-    real, calls = mu.attack.evaluate, []
-
-    def evaluate(*a):
-        calls.append(1)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return real(*a)
-
-    monkeypatch.setattr(mu.attack, "evaluate", evaluate)
-    with pytest.raises(KeyboardInterrupt):
-        attacked(tmp_path / "killed")
-    assert torch.equal(tiny.weights(pipe.unet), before)
-    assert attacked(tmp_path / "killed") == expected and len(calls) == 4  # every evaluation once, the interrupted one twice
-    for step in (0, 2, 3):
-        name = f"step-000{step}.png"
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert torch.equal(tiny.weights(pipe.unet), before)
-
-
-def test_a_model_that_diverges_under_attack_is_said_so(pipe, attacked, tmp_path):
-    before = tiny.weights(pipe.unet)
-    with pytest.raises((FloatingPointError, ValueError), match="not finite|diverged"):
-        attacked(tmp_path / "run", lr=1e25, optimizer="sgd")
-    assert torch.equal(tiny.weights(pipe.unet), before)
-    assert (tmp_path / "run" / "step-0000.json").exists() and not (tmp_path / "run" / "step-0003.json").exists()

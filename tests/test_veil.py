@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import mu.attack
 import mu.walk
-from mu.attack import attack_run
+from mu.attack import attack_run, fine_tuning
 from mu.concepts import read_image, read_metadata
 from mu.evaluate import judge_images, load_judge, make_probe
 from mu.plots import to_grid, veil
@@ -73,7 +74,7 @@ def drawn(pipe, judge, sets, monkeypatch):
 
         monkeypatch.setattr("mu.evaluate.draw_images", draw)
         rows = measure(folder / "before", pipe, judge, probe, 2.0, 2, {"model": "tiny"})
-        attack_run(folder / "attack", pipe, judge, probe, sets[0], at=(0, 1, 2), before=(rows, folder / "before" / "samples.png"), sampling_steps=2)
+        attack_run(folder / "attack", pipe, judge, partial(fine_tuning, pipe, sets[0], probe), at=(0, 1, 2), before=(rows, folder / "before" / "samples.png"), sampling_steps=2)
         before, one, two = (to_grid(images) for images in made)
         return {"before/samples.png": before, "attack/step-0000.png": before, "attack/step-0001.png": one, "attack/step-0002.png": two}
 

@@ -1,0 +1,155 @@
+"""Attacks by prompts: words that are read as they were meant, gradients through the choice of words, searches that find what is there."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from mu.concepts import encode_images
+from mu.evaluate import make_probe
+from mu.models import encode_prompts, load_pipeline, text_encoders
+from mu.objectives import draw_minibatch
+from mu.prompts import (
+    _simplex, embeddings, p4d, prompt_run, random_words, ring_a_bell, stand_in, tokenizers, unlearn_diff_atk, words)
+from mu.runs import read_json
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def either(request, sd_folder, sdxl_folder):
+    return load_pipeline(str(sd_folder if request.param == "sd" else sdxl_folder))
+
+
+@pytest.fixture(scope="module")
+def images(sd_folder):
+    pipe = load_pipeline(str(sd_folder))
+    return encode_images(pipe, torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, ["a cat"] * 4)
+
+
+def test_a_prompt_of_words_is_read_word_by_word(either):
+    known = words(either, without=["a Tiger, a cup"])
+    assert "cat" in known and not {"tiger", "cup", "a"} & set(known) and known == sorted(known)
+    for tokenizer in tokenizers(either):
+        ids = tokenizer(" ".join(known[:8])).input_ids[1:-1]
+        assert ids == [tokenizer(word).input_ids[1] for word in known[:8]]
+
+
+def test_a_vector_stands_in_for_a_word(either):
+    """With the vector of another word in its place, a word is read as the other one, in every encoder; afterwards as itself."""
+    before = encode_prompts(either, ["a cat", "a banana", "a photo of a cat"])
+    with stand_in(either, ["cat"], [table for table in embeddings(either, ["banana"])]):
+        inside = encode_prompts(either, ["a cat", "a banana", "a photo of a cat"])
+    after, expected = encode_prompts(either, ["a cat", "a banana", "a photo of a cat"]), encode_prompts(either, ["a banana", "a banana", "a photo of a banana"])
+    for name in before:
+        assert torch.equal(after[name], before[name])
+        torch.testing.assert_close(inside[name], expected[name])
+
+
+def test_gradients_reach_the_vectors_and_are_right(either):
+    vectors = [table.clone().requires_grad_(True) for table in embeddings(either, ["cat"])]
+
+    def value():
+        with stand_in(either, ["cat"], vectors):
+            return sum(v.float().pow(2).sum() for v in encode_prompts(either, ["a photo of a cat"]).values())
+
+    for vector, gradient in zip(vectors, torch.autograd.grad(value(), vectors)):
+        direction, eps = torch.nn.functional.normalize(gradient, dim=-1), 1e-2
+        with torch.no_grad():
+            vector += eps * direction
+            high = value()
+            vector -= 2 * eps * direction
+            low = value()
+            vector += eps * direction
+        assert ((high - low) / (2 * eps)).item() == pytest.approx((gradient * direction).sum().item(), rel=0.05)
+
+
+def test_the_simplex_projection_is_the_nearest_probability():
+    u = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * 2
+    p = _simplex(u)
+    assert (p >= 0).all() and torch.allclose(p.sum(-1), torch.ones(6), atol=1e-5)
+    others = torch.distributions.Dirichlet(torch.full((9,), 0.3)).sample((4000,))
+    assert ((u[:, None] - others).pow(2).sum(-1).min(1).values >= (u - p).pow(2).sum(-1) - 1e-5).all()
+    assert torch.allclose(_simplex(p), p, atol=1e-6)
+
+
+def test_the_first_loss_is_that_of_the_prompt_it_names(pipe, images):
+    """UnlearnDiffAtk: E ‖ε − ε_θ(z_t, t, c)‖², P4D: E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(words, prompt))‖², at the words that are reported."""
+    original = tiny.frozen(tiny.make_unet(seed=1))
+    for search, wanted in ((unlearn_diff_atk, None), (lambda pipe, *a, **k: p4d(pipe, original, *a, **k), original)):
+        first = next(search(pipe, images, "a cat", count=2, seed=4, batch_size=4))
+        assert first.prompt.endswith(" a cat") and len(first.prompt.split()) == 4
+        g = torch.Generator().manual_seed(4)
+        torch.randint(len(words(pipe)), (2,), generator=g)
+        batch = draw_minibatch(images, pipe.scheduler, 4, g)
+        ask = lambda unet, text: unet(batch.noisy_latents, batch.timesteps, encode_prompts(pipe, [text])["encoder_hidden_states"].expand(4, -1, -1)).sample
+        target = batch.noise if wanted is None else ask(wanted, "a cat")
+        assert first.loss == pytest.approx((ask(pipe.unet, first.prompt) - target).pow(2).mean().item(), rel=1e-4) and first.passes == 1 + (wanted is not None)
+
+
+@pytest.mark.parametrize("name", ["unlearn_diff_atk", "p4d"])
+def test_a_search_by_gradient_moves_through_prompts_and_changes_nothing(either, name):
+    original = copy.deepcopy(either.unet)
+    with torch.no_grad():
+        for p in original.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    images = encode_images(either, torch.rand(4, 3, 16, 16) * 2 - 1, ["a cat"] * 4)
+    parts = [either.unet, original, *text_encoders(either)]
+    before = [tiny.weights(part) for part in parts]
+    search = unlearn_diff_atk(either, images, "a cat", steps=12, batch_size=4, seed=1) if name == "unlearn_diff_atk" else p4d(either, original, images, "a cat", steps=12, batch_size=4, seed=1)
+    found = list(search)
+    assert [f.step for f in found] == list(range(1, 13)) and len({f.prompt for f in found}) > 1
+    assert all(torch.equal(tiny.weights(part), old) for part, old in zip(parts, before))
+
+
+def test_p4d_finds_the_word_that_the_original_was_asked(pipe, images):
+    """Where the model is the original itself, but called by a prompt without the word, the search has to find something that is read as that word."""
+    losses = [f.loss for f in p4d(pipe, pipe.unet, images, "a cat", count=1, steps=30, lr=0.3, batch_size=4, seed=0)]
+    assert min(losses[15:]) < losses[0]
+
+
+def test_ring_a_bell_finds_words_that_are_read_like_the_target(either):
+    """With strength 0 the target is the encoding of a prompt of such words: nothing is as near as they are, and generations never get worse."""
+    target = " ".join(words(either)[3:5])
+    found = list(ring_a_bell(either, target, [("a cat", "a cup")], strength=0.0, count=2, steps=40, population=80, seed=0))
+    assert found[-1].loss < found[0].loss and all(b.loss <= a.loss + 1e-6 for a, b in zip(found, found[1:]))
+    states = lambda text: encode_prompts(either, [text])["encoder_hidden_states"]
+    assert found[-1].loss == pytest.approx((states(found[-1].prompt) - states(target)).pow(2).mean().item(), rel=1e-3, abs=1e-6)
+    moved = next(iter(ring_a_bell(either, target, [("a cat", "a cup")], strength=2.0, count=2, population=8)))
+    wanted = states(target) + 2 * (states("a cat") - states("a cup"))
+    assert moved.loss == pytest.approx((states(moved.prompt) - wanted).pow(2).mean().item(), rel=1e-3)
+
+
+def test_random_words_are_new_each_step_and_the_same_for_a_seed(pipe):
+    said = lambda seed: [f.prompt for f in random_words(pipe, "a cat", count=2, steps=5, without=["a tiger"], seed=seed)]
+    assert said(0) == said(0) != said(1) and len(set(said(0))) > 1 and not any("tiger" in text for text in said(0))
+    assert all(text.endswith(" a cat") and len(text.split()) == 4 for text in said(0))
+
+
+def test_more_words_than_there_are_is_refused(pipe, images):
+    for search in (unlearn_diff_atk(pipe, images, "a cat", count=500), ring_a_bell(pipe, "a cat", [("a", "b")], count=500), random_words(pipe, "a cat", count=500)):
+        with pytest.raises(ValueError, match="500 words before 'a cat': the vocabulary has only"):
+            next(search)
+
+
+def test_a_search_that_diverges_says_so(pipe, images):
+    with torch.no_grad():
+        next(pipe.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite: the loss of the prompt is nan at step 1"):
+        next(unlearn_diff_atk(pipe, images, "a cat"))
+
+
+def test_what_is_found_is_drawn_with_the_seeds_of_the_probe(pipe, judge, tmp_path, monkeypatch):
+    probe = make_probe(pipe, {"forget": {"a cat": "concept:cat", "a photo of a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}, seeds=(3, 5))
+    seek = lambda prompt: random_words(pipe, prompt, count=1, steps=4)
+    options = dict(at=(0, 2, 4), images=7, guidance=2.0, sampling_steps=2)
+    rows = prompt_run(tmp_path / "run", pipe, judge, probe, seek, **options)
+    found = read_json(tmp_path / "run" / "found.json")
+    assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [4] * 4 and {row["group"] for row in rows} == {"forget"}
+    for row in rows:
+        assert row["prompt"] == (found[row["asked"]][row["step"] - 1]["prompt"] if row["step"] else row["asked"])
+    assert [(row["asked"], row["seed"]) for row in rows[:4]] == [("a cat", 3), ("a cat", 5), ("a photo of a cat", 3), ("a photo of a cat", 5)]
+    assert [b["images"] for b in read_json(tmp_path / "run" / "budget.json")] == [0, 7, 7]
+    never = lambda prompt: pytest.fail("a finished search was made again")
+    assert prompt_run(tmp_path / "run", pipe, judge, probe, never, **options) == rows
+    (tmp_path / "run" / "step-0004.json").unlink()
+    assert prompt_run(tmp_path / "run", pipe, judge, probe, never, **options) == rows  # what was found is kept
