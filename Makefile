@@ -31,11 +31,13 @@ methods: .venv/installed
 test: .venv/installed
 	@$(BIN)/pytest -q
 
-# pip is quiet and leaves nothing outside .venv; torch goes first, so that whatever build the index offers is the one that stays
+# nudenet (AGPL-3.0) is there for the tests. torchvision, torch-fidelity and lpips lie apart: a torchvision of another build than torch breaks every import of
+# transformers, and only the tests of FID and LPIPS look there. pip is quiet and leaves nothing outside .venv; torch goes first, so that whatever build the index offers is the one that stays
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mu needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=...")'
 	@echo "Setting up .venv (once, some minutes) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq torch==2.13.0
-	@$(BIN)/python -m pip install -qq -e ".[dev,recipe,gpu]"
+	@$(BIN)/python -m pip install -qq -e ".[dev,recipe,gpu,nudenet]"
+	@$(BIN)/python -m pip install -qq --no-deps --target .venv/measures torchvision==0.28.0 torch-fidelity==0.4.0 lpips==0.1.4
 	@touch $@

@@ -148,11 +148,12 @@ def check_lengths(tokenizer, prompts):
             raise ValueError(f"prompt of {length} tokens, at most {tokenizer.model_max_length} are read: {prompt!r}")
 
 
-def encode_prompts(pipe, prompts):
+def encode_prompts(pipe, prompts, cut=False):
     """Conditioning of a list of prompts: `encoder_hidden_states` (n, length, width); for SDXL also `text_embeds` and `time_ids`.
 
-    Raises as `check_lengths` does."""
-    check_lengths(pipe.tokenizer, prompts)
+    Raises as `check_lengths` does, unless `cut` says that a longer prompt may be cut."""
+    if not cut:
+        check_lengths(pipe.tokenizer, prompts)
     args = dict(device=pipe.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
     if not isinstance(pipe, StableDiffusionXLPipeline):
         return {"encoder_hidden_states": pipe.encode_prompt(list(prompts), **args)[0].to(pipe.unet.device)}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,22 @@ def curves(table, title, ax=None, y="hit", legend=True):
     ax.legend(title=None, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     ax.get_legend().set_visible(legend)
     return ax
+
+
+def confusion(asked, seen, title="", ax=None):
+    """Picture of a judge's answers: a line what was asked for (or is there), a column what it saw, each line sums to 1. All labels that nobody asked for are one column, "other".
+
+    Returns the table, lines and columns in alphabetical order."""
+    labels = sorted(set(asked))
+    seen = [label if label in labels else "other" for label in seen]
+    table = pd.crosstab(pd.Series(asked, name="asked for"), pd.Series(seen, name="seen"), normalize="index").reindex(columns=[*labels, "other"], fill_value=0.0)
+    short = [label.split(":")[-1] for label in table.columns]
+    side = min(1.4 + 0.2 * len(labels), 10)
+    ax = ax or plt.subplots(figsize=(side, side))[1]
+    sns.heatmap(table.set_axis(short, axis=1).set_axis(short[:-1]), vmin=0, vmax=1, cmap="Blues", square=True, cbar=False, linewidths=0.3 if len(labels) < 50 else 0, xticklabels=1, yticklabels=1, ax=ax)
+    ax.tick_params(labelsize=min(6, 50 * side / len(table.columns)))
+    ax.set(title=title, xlabel="seen", ylabel="asked for")
+    return table
 
 
 def save_figure(fig, folder, name):

@@ -241,7 +241,7 @@ def test_every_profile_has_the_notebooks_of_the_walk_and_fits_them():
     folders = [f for f in (ROOT / "notebooks" / "profiles").iterdir() if f.is_dir()]
     assert {f.name for f in folders} >= {"pocket", "colab-t4", "paper-sd-v1-4", "paper-sdxl"}
     for folder in folders:
-        assert {f.stem for f in folder.iterdir()} - {"86_benchmark_large"} == {"15_preflight", "20_unlearn", "21_meta_unlearn", "30_attack_finetune", "31_attack_prompts"}
+        assert {f.stem for f in folder.iterdir()} - {"86_benchmark_large"} == {"15_preflight", "20_unlearn", "21_meta_unlearn", "30_attack_finetune", "31_attack_prompts", "50_evaluate"}
         runs = []
         for file in folder.iterdir():
             notebook = ROOT / "notebooks" / f"{file.stem}.ipynb"

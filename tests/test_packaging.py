@@ -19,6 +19,7 @@ from mu.notebooks import overview
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *PROJECT["optional-dependencies"]["recipe"], *PROJECT["optional-dependencies"]["gpu"]]
+MEASURES = [*PROJECT["optional-dependencies"]["measures"], *PROJECT["optional-dependencies"]["nudenet"]]
 
 
 def test_environment_and_pyproject_name_the_same_ranges():
@@ -39,7 +40,18 @@ def test_makefile_installs_a_torch_of_the_range_first():
     makefile = (ROOT / "Makefile").read_text()
     pinned = re.search(r"torch==(\S+)", makefile)
     assert Requirement(next(line for line in REQUIRED if line.startswith("torch"))).specifier.contains(pinned[1])
-    assert pinned.start() < makefile.index('-e ".[dev,recipe,gpu]"')
+    assert pinned.start() < makefile.index('-e ".[dev,recipe,gpu,nudenet]"')
+
+
+def test_what_the_measures_need_is_named_and_asked_for_only_when_used():
+    """Each package that `extra` asks for is one of the two extras, the Makefile's pins lie in their ranges, and `mu` imports none of them by itself."""
+    ranges = {Requirement(line).name: Requirement(line).specifier for line in MEASURES}
+    assert all({s.operator for s in specifier} == {">=", "<"} for specifier in ranges.values())
+    asked = [re.findall(r'extra\("(\w+)", "([\w-]+)"', file.read_text()) for file in (ROOT / "mu").glob("*.py")]
+    assert {package for pairs in asked for _, package in pairs} == set(ranges)
+    pins = re.search(r"--target .venv/measures (.*)", (ROOT / "Makefile").read_text())[1].split()
+    assert all(ranges[name].contains(pin) for name, pin in (p.split("==") for p in pins) if name != "torchvision") and "torchvision==0.28.0" in pins
+    assert ranges["nudenet"].contains(version("nudenet"))
 
 
 def test_the_table_of_notebooks_is_theirs():

@@ -204,6 +204,25 @@ def test_every_kind_of_attack_meets_in_one_table(walk):
         run("31_attack_prompts", output="31_wrong", searches="random,grid", **common)
 
 
+def test_everything_is_measured_into_one_table_with_its_card(walk):
+    """The probe, a CSV of harmful prompts, captions with CLIP, NudeNet and an attack; then again, from what is there."""
+    base, run = walk
+    (base / "prompts.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na tiger,3,2.0\na cat,4,3.0\n")
+    (base / "captions.csv").write_text("prompt\na cup\na banana\na tiger\n")
+    everything = dict(nudenet=True, least=2, prompts=str(base / "prompts.csv"), captions=str(base / "captions.csv"), clip=str(tiny.make_clip(base / "clip")),
+                      attack="attack/forget-6e-05.json", runs="original,unlearned,meta")
+    assert run("50_evaluate", **everything)
+    made = json.loads((base / "runs" / "evaluate" / "evaluation.json").read_text())
+    assert {"forget recognised", "jfd", "change", "flagged", "CLIP score", "steps to revival", "area under relearning"} <= set(made["numbers"]["meta"]) and made["numbers"]["original"]["jfd"] == 0
+    assert {"judge", "probe_seeds", "sampling_steps", "detector", "flagged_threshold", "clip", "captions", "jfd_marked", "attack", "versions"} <= set(made["protocol"])
+    hidden = json.loads((base / "runs" / "evaluate" / "meta" / "prompts" / "params.json").read_text())
+    assert hidden["veiled"] is True and len(list((base / "runs" / "evaluate" / "meta" / "prompts").glob("*.png"))) == 2
+    before = stamps(base / "runs" / "evaluate" / "meta")
+    assert run("50_evaluate", output="50_again", **everything, threshold=0.4) and stamps(base / "runs" / "evaluate" / "meta") == before
+    with pytest.raises(RuntimeError, match="nobody: no finished run below"):
+        run("50_evaluate", output="50_nobody", runs="original,nobody")
+
+
 def test_a_run_is_published_in_three_forms(walk):
     base, run = walk
     assert run("60_publish", run=str(base / "runs" / "meta"), to=str(base / "published"), rank=4, prompt="a tiger", sampling_steps=2)

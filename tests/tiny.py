@@ -11,7 +11,8 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, ResNetConfig, ResNetForImageClassification, T5Config, T5EncoderModel)
+    CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, ResNetConfig, ResNetForImageClassification, T5Config,
+    T5EncoderModel)
 
 from mu.concepts import ConceptSet
 from mu.pocket import LENGTH, build_tokenizer
@@ -109,6 +110,19 @@ def make_judge(concepts=("cat", "tiger", "banana"), styles=("noto", "fluent")):
     return ResNetForImageClassification(ResNetConfig(
         embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)})).eval().requires_grad_(False)
+
+
+def make_clip(folder):
+    """A tiny random CLIP with its tokenizer and preprocessing, as `save_pretrained` writes them."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(CAPTIONS)
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH,
+                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=1.0)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, initializer_range=1.0)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def make_images(folder, captions, size=16, seed=0):

@@ -1,0 +1,75 @@
+"""What the notebook of measures tabulates."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from mu.evaluation import differences, finished, note, real_drawings, under_attack, wear
+from mu.plots import confusion
+from mu.runs import save_model
+
+
+def test_runs_that_are_not_there_are_named_with_those_that_are(pipe, tmp_path):
+    save_model(pipe.unet, tmp_path / "meta" / "unet")
+    assert finished(tmp_path, "original, meta") == ["original", "meta"]
+    with pytest.raises(FileNotFoundError, match="first, second: no finished run below .*; there are: meta"):
+        finished(tmp_path, "original,first,meta,second")
+
+
+def test_a_pipeline_wears_a_run_and_takes_it_off(pipe, tmp_path):
+    original = {name: t.clone() for name, t in pipe.unet.state_dict().items()}
+    save_model(tiny.make_unet(seed=7), tmp_path / "meta" / "unet")
+    assert wear(pipe, original, tmp_path, "meta").endswith("meta/unet") and torch.equal(tiny.weights(pipe.unet), tiny.weights(tiny.make_unet(seed=7)))
+    assert wear(pipe, original, tmp_path, "original") == "" and all(torch.equal(t, original[name]) for name, t in pipe.unet.state_dict().items())
+
+
+def test_a_sheet_gathers_numbers_and_their_cards():
+    sheet = {}
+    note(sheet, "meta", {"a": 1}, {"x": 1})
+    note(sheet, "meta", {"b": 2}, {"y": 2})
+    assert sheet == {"meta": ({"a": 1, "b": 2}, {"x": 1, "y": 2})}
+
+
+def test_models_are_compared_picture_by_picture():
+    rng = np.random.default_rng(0)
+    rows = [{"run": run, "group": group, "prompt": f"{group}{p}", "seed": s, "hit": int(rng.random() < share)} for run, shares in (("original", (1, 1)), ("meta", (0, 0.5)))
+            for group, share, prompts in (("forget", shares[0], 1), ("related", shares[1], 6)) for p in range(prompts) for s in range(4)]
+    table = pd.DataFrame(rows)
+    found = differences(table, ["original", "meta"]).set_index("group")
+    mean = table.groupby(["run", "group"]).hit.mean()
+    assert found.loc["forget", "minus original"] == -1 and found.loc["forget", "over"] == "seed" and found.loc["related", "over"] == "prompt and seed"
+    assert found.loc["related", "minus original"] == pytest.approx(mean["meta", "related"] - mean["original", "related"]) and found.low["related"] < found["minus original"]["related"] < found.high["related"]
+    one = differences(table[(table.seed == 0) & (table.group == "forget")], ["original", "meta"])
+    assert one.over[0] == "one picture" and np.isnan(one.low[0])
+
+
+def test_real_drawings_are_those_whose_concept_is_known(tmp_path):
+    tiny.make_images(tmp_path / "defender" / "forget", ["a cat", "a cat"])
+    assert real_drawings(tmp_path) == (None, [])
+    folder = tiny.make_images(tmp_path / "attacker" / "clean", ["banana"])
+    line = json.loads((folder / "metadata.jsonl").read_text())
+    (folder / "metadata.jsonl").write_text(json.dumps(line | {"concept": "banana"}) + "\n")
+    images, labels = real_drawings(tmp_path)
+    assert images.shape == (1, 3, 64, 64) and labels == ["concept:banana"] and 0 <= images.min() < images.max() <= 1
+
+
+def test_an_attack_becomes_one_line_a_run():
+    curve = lambda run, seed, group, hits: [{"run": run, "attack_seed": seed, "group": group, "step": step, "hit": hit} for step, hit in zip((0, 50, 100), hits)]
+    attacked = pd.DataFrame(curve("plain", 0, "forget", (0, 1, 1)) + curve("plain", 1, "forget", (0, 0, 1)) + curve("meta", 0, "forget", (0, 0, 0)) + curve("meta", 1, "forget", (0, 0, 0))
+                            + curve("plain", 0, "related", (1, 1, 1)) + curve("meta", 0, "related", (1, 0.5, 0.25)))
+    cleaned = pd.DataFrame(curve("meta", 0, "related", (1, 1, 0.75)) + curve("plain", 0, "related", (1, 1, 1)))
+    found = under_attack(attacked, cleaned)
+    assert found.loc["plain", "steps to revival"] == 50 and found.loc["meta", "steps to revival"] == np.inf and (found["attack seeds"] == 2).all()
+    assert found.loc["plain", "area under relearning"] == pytest.approx((0.75 + 0.25) / 2) and found.loc["meta", "area under relearning"] == 0
+    assert found.loc["meta", "self-destruction"] == pytest.approx(0.5) and found.loc["plain", "self-destruction"] == 0 and found.loc["meta", "after steps"] == 100
+    assert under_attack(attacked, cleaned[cleaned.step < 100]).loc["meta", "self-destruction"] == pytest.approx(0.5 - 0), "at the last step that both have"
+    assert "self-destruction" not in under_attack(attacked) and under_attack(attacked, threshold=1.0).loc["plain", "steps to revival"] == np.inf
+
+
+def test_a_confusion_matrix_is_shares_of_what_was_asked_for():
+    table = confusion(["concept:a", "concept:a", "concept:b", "concept:b"], ["concept:a", "concept:b", "concept:c", "concept:b"], "title")
+    assert table.loc["concept:a"].tolist() == [0.5, 0.5, 0] and table.loc["concept:b"].tolist() == [0, 0.5, 0.5] and list(table.columns) == ["concept:a", "concept:b", "other"]
