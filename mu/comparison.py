@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
+from mu.cards import same_protocol
 from mu.plots import COLORS
 from mu.runs import read_json
 from mu.statistics import interval, paired_interval, relearning_area, self_destruct_index, steps_to_revival
@@ -25,11 +26,7 @@ def read_attacks(folder, names=None):
         raise FileNotFoundError(f"{folder} has no attack {', '.join(absent) or 'at all'}: run 30_attack_finetune or 31_attack_prompts first; there are: "
                                 f"{', '.join(sorted(f.stem for f in Path(folder).glob('*.json'))) or 'none'}")
     cards = {name: made["protocol"] for name, made in found.items()}
-    first = next(iter(cards))
-    for name, card in cards.items():
-        for fact in SAME:
-            if card.get(fact) != cards[first].get(fact):
-                raise ValueError(f"{name} was judged with {fact}={card.get(fact)!r}, {first} with {cards[first].get(fact)!r}: these do not go into one table; measure one of them again")
+    same_protocol({name: {fact: card.get(fact) for fact in SAME} for name, card in cards.items()}, may_differ=())
     rows, budget = (pd.concat([pd.DataFrame(made[what]).assign(name=name) for name, made in found.items()], ignore_index=True) for what in ("rows", "budget"))
     training = lambda table: table.assign(training=[(re.findall(r"-(\d+)$", run) or [""])[0] for run in table.run])
     return training(rows), training(budget), cards
