@@ -1,6 +1,7 @@
 # make demo   the walk on the pocket model, and where its report is
 # make pocket the same with three trainings of each model, controls and more attacks: two hours, into reports/pocket-full
 # make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*; how much a shared trajectory costs
+# make attacks  every attack, by training and by prompts, on the models of make pocket (which it trains if they are not there), into reports/attacks-pocket
 # make test   the tests
 # Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
@@ -13,7 +14,7 @@ export IPYTHONDIR := $(CURDIR)/.venv/ipython
 
 WALK = $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime params input --quiet host progress reason rules
 
-.PHONY: demo pocket methods test
+.PHONY: demo pocket methods attacks test
 
 demo: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket-demo.yaml
@@ -27,6 +28,11 @@ methods: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/methods-pocket.yaml
 	@$(WALK) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
 	@$(WALK) --configfile notebooks/profiles/ablation-trajectory.yaml
+
+attacks: .venv/installed
+	@$(WALK) --configfile notebooks/profiles/pocket.yaml --until 21_meta_unlearn-0 21_meta_unlearn-1 21_meta_unlearn-2
+	@$(WALK) --configfile notebooks/profiles/attacks-pocket.yaml
+	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
 test: .venv/installed
 	@$(BIN)/pytest -q
