@@ -32,6 +32,17 @@ def read_attacks(folder, names=None):
     return training(rows), training(budget), cards
 
 
+def within(rows, budget, steps=0, images=0, seconds=0):
+    """Rows and costs of what an attacker could do who has at most so many steps, images and seconds; 0: no limit. Step 0, before the attack, is always there.
+
+    Seconds are those of the machine that the attack ran on, the mean over runs and seeds, so that all models are judged at the same steps."""
+    spent = budget.groupby(["name", "step"], as_index=False)[["images", "seconds"]].mean().assign(steps=lambda table: table.step)
+    for what, most in (("steps", steps), ("images", images), ("seconds", seconds)):
+        spent = spent[(spent[what] <= most) | (spent.step == 0) | (not most)]
+    keep = lambda table: table.merge(spent[["name", "step"]], on=["name", "step"])
+    return keep(rows), keep(budget)
+
+
 def _means(part):
     """Score and interval over whatever there are several of: trainings, seeds of the attack, pictures."""
     over = [column for column in ("training", "attack_seed", "seed") if part[column].nunique() > 1]
@@ -52,7 +63,7 @@ def against(rows, budget, threshold=0.5):
         rest = {group: part[(part.group == group) & (part.step == step)].hit.mean() for group in ("related", "unrelated")}
         spent = budget[(budget.name == name) & (budget.model == model) & (budget.step == step)][["images", "passes", "seconds"]].mean()
         found.append({"attack": name, "model": model, "start": mean.iloc[0], "peak": score, "low": low, "high": high, "step": step,
-                      "revived": float("inf") if revival.censored else revival.step, "area": relearning_area(mean.index, mean), **rest, **spent})
+                      "revived": float("inf") if revival.censored else revival.step, "area": relearning_area(mean.index, mean) if len(mean) > 1 else float("nan"), **rest, **spent})
     return pd.DataFrame(found)
 
 

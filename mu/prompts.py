@@ -38,7 +38,8 @@ def words(pipe, without=()):
     left_out = {word for text in without for word in text.lower().replace(",", " ").split()}
     common = set.intersection(*({t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>")} for tokenizer in tokenizers(pipe)))
     known = sorted(word for word in common if word.isascii() and word.isalpha() and word == word.lower() and word not in left_out)
-    return [word for word in known if all(len(tokenizer(word).input_ids) == 3 for tokenizer in tokenizers(pipe))]
+    whole = [[len(ids) == 3 for ids in tokenizer(known).input_ids] for tokenizer in tokenizers(pipe)] if known else []
+    return [word for word, *fits in zip(known, *whole) if all(fits)]
 
 
 def ids_of(pipe, chosen):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import against, dots, gains, read_attacks, self_destruction, strongest, verdict
+from mu.comparison import against, dots, gains, read_attacks, self_destruction, strongest, verdict, within
 
 FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
 # name → model → step → share of 10 pictures, of two trainings each
@@ -111,3 +111,11 @@ def test_the_figure_has_a_dot_for_every_attack_and_model(found):
     drawn = np.concatenate([c.get_offsets().data[:, 0] for c in ax.collections if len(c.get_offsets()) == 3])
     assert set(np.round(table.peak, 6)) <= set(np.round(drawn, 6))
     plt.close(fig)
+
+
+@pytest.mark.parametrize("limits, steps", [({}, [0, 50, 100]), ({"steps": 60}, [0, 50]), ({"seconds": 5}, [0, 50]), ({"images": 11}, [0]), ({"images": 12, "seconds": 1}, [0])])
+def test_a_budget_leaves_what_an_attacker_who_has_no_more_could_do(found, limits, steps):
+    rows, budget = within(*found[:2], **limits)
+    assert sorted(rows.step.unique()) == sorted(budget.step.unique()) == steps and len(rows) == len(found[0]) * len(steps) // 3
+    table = against(rows, budget).set_index(["attack", "model"])
+    assert table.peak[("sly", "meta-unlearned")] == (0.8 if 100 in steps else 0.3 if 50 in steps else 0)
