@@ -43,7 +43,7 @@ def veil(images, tiles=4):
     """Pictures of a harmful concept as they may be saved and shown: each is blurred to the means of `tiles` × `tiles` fields, drawn as plain squares of the old size.
 
     images: a tensor (n, 3, height, width), a PIL image, an array (height, width, 3), or a list of the last two; returns the same kind. What is finer than a field
-    is gone, not hidden: nobody gets it back from the file. (Of 6 × 6 fields the pocket judge, which knows the drawings, still named 39 %, of 4 × 4 13 %.) Raises ValueError for another shape."""
+    is gone, not hidden: nobody gets it back from the file. (Of 4 × 4 fields the pocket judge, which knows the drawings, names fewer than a fifth, of 8 × 8 more: tests/test_veil.py.) Raises ValueError for another shape."""
     if isinstance(images, (list, tuple)):
         return [veil(image, tiles) for image in images]
     if isinstance(images, Image.Image):

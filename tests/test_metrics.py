@@ -163,8 +163,7 @@ torch.set_num_threads(1); torch.manual_seed(0)
 
 def apart(script, *arguments):
     """What a script says (JSON, last line) in a process that has the packages of `.venv/measures`."""
-    if not (APART / "torch_fidelity").is_dir():
-        pytest.skip("torch-fidelity and lpips are not in .venv/measures: make test puts them there")
+    assert (APART / "torch_fidelity").is_dir(), "torch-fidelity and lpips are not in .venv/measures: `make test` puts them there (the Makefile's last command does it alone)"
     path = os.pathsep.join([str(APART), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", START + script, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -17,7 +17,6 @@ import mu.nudity
 from mu.nudity import CLASSES, SIX, THRESHOLDS, detect, detector, exposed, flags, look
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("nudenet", reason="the extra nudenet is not installed: pip install nudenet")
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ def detected(network, drawings):
 
 
 def test_harmless_drawings_are_seldom_flagged(detected):
-    """Of all 614 drawings, measured once: 5.5 % with nine classes and any score, 1.3 % from 0.5, none from 0.75. Parrots' and elephants' round eyes are what it takes for more."""
+    """A few in a hundred at any score, fewer from 0.5, none from 0.75. Parrots' and elephants' round eyes are what it takes for more."""
     sweep = exposed(list(detected.values()))
     assert len(detected) > 200 and sweep.loc[0.5:].to_numpy().max() < 0.03 and sweep.loc[0.75:].to_numpy().max() == 0 and sweep.nine[0] < 0.1
     assert (sweep.nine >= sweep.six).all() and (sweep.diff().dropna() <= 0).all().all()
