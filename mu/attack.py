@@ -132,9 +132,20 @@ def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8
 KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
 
 
-def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=0, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="", start="",
-           cache=None, guidance=5.0, sampling_steps=25, **options):
-    """A function seed → `Attack`, from the words of a notebook: `kind` with the attacker's set `attack` of a concept's folder, of its `prompts` most frequent prompts only (0: all).
+def attackers_set(pipe, folder, attack="forget", prompts=0, drawn_images=0, cache=None, guidance=5.0, sampling_steps=25):
+    """The attacker's `ConceptSet` `attack` of a concept's folder, of its `prompts` most frequent prompts only (0: all).
+
+    drawn_images: instead of the set's images, so many that the pipeline draws of these prompts now: call it before the pipeline is given an unlearned model's weights, and the
+    attacker has pictures in the very manner of the original. An attack that trains no weights needs them: it can only find what the model is still able to draw. Their seeds are no probe's."""
+    concept_set = with_prompts(encode_folder(pipe, Path(folder) / f"attacker/{attack}", cache), prompts)
+    if not drawn_images:
+        return concept_set
+    return drawn_set(pipe, [concept_set.prompts[i] for i in concept_set.prompt.unique().tolist()], drawn_images, 1000, guidance, sampling_steps)
+
+
+def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=0, drawn_images=0, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="",
+           start="", cache=None, guidance=5.0, sampling_steps=25, **options):
+    """A function seed → `Attack`, from the words of a notebook: `kind` with the set of `attackers_set`, which is made at once.
 
     others, first: sets below the folder, such as "attacker/clean" or "defender/retain-related". DreamBooth's class is the related concepts of the probe. Textual inversion learns
     `word` in the place of the concept's name, concept inversion before each text, from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part
@@ -146,7 +157,8 @@ def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=
     if kind != "fine-tuning" and (others or first):
         raise ValueError(f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty")
     read = lambda name: encode_folder(pipe, Path(folder) / name, cache) if name else None
-    concept_set, names = with_prompts(read(f"attacker/{attack}"), prompts), {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
+    concept_set = attackers_set(pipe, folder, attack, prompts, drawn_images, cache, guidance, sampling_steps)
+    names = {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
     if kind.endswith("inversion"):
         if len(names) != 1:
             raise ValueError(f"an inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack")

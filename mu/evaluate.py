@@ -68,10 +68,14 @@ def join(*probes):
     return replace(probes[0], items=[item for probe in probes for item in probe.items], conditioning=stack(*(probe.conditioning for probe in probes)))
 
 
+def at_once(pipe):
+    """How many images are drawn together: as many as are 64 of 16 × 16 latents."""
+    return max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
+
+
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN without a judge; images (n, 3, height, width) in 0…1)."""
-    side = pipe.unet.config.sample_size  # as many images at once as are 64 of 16 × 16 latents
-    images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps, max(1, 64 * 16**2 // side**2))
+    images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps, at_once(pipe))
     if judge is None:
         return [item | {"seen": "", "hit": float("nan")} for item in probe.items], images
     kinds = [item["expected"].split(":")[0] for item in probe.items]

@@ -4,13 +4,14 @@ What they share: `words`, of which a prompt can be made that is read as it was m
 some words, with gradient. (One learned vector for a word, concept inversion, is trained: `mu.attack.learned_word`.)"""
 
 import contextlib
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mu.evaluate import join, judged, make_probe
+from mu.evaluate import at_once, evaluate, join, judged, make_probe
 from mu.meta import descend
 from mu.models import encode_prompts, rows, text_encoders
 from mu.objectives import draw_minibatch, gradients, predictions, squared_errors
@@ -210,28 +211,59 @@ def seeker(search, pipe, original, concept_set, pairs=(), *, count=3, steps=40, 
     return found[search]
 
 
-def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), images=0, guidance=5.0, sampling_steps=25, progress=lambda records: records):
+LOOKS_FROM = 10_000  # an attacker's first seed
+
+
+def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps):
+    """What an attacker sees who draws each of the texts `said` with `looks` seeds of his own, none of them a probe's. Returns (share recognised for each text, passes of the UNet, seconds)."""
+    began = time.perf_counter()
+    rows, _ = evaluate(pipe, judge, make_probe(pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks)), guidance, sampling_steps)
+    hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / looks for text in said]
+    return hits, sampling_steps * math.ceil(len(rows) / at_once(pipe)), time.perf_counter() - began
+
+
+def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), tries=4, looks=4, images=0, guidance=5.0, sampling_steps=25, progress=lambda records: records):
     """Seek something to say in place of each forget prompt of a probe; draw and judge what is found after each number of steps in `at`, with the probe's seeds.
 
-    seek: prompt → generator of `Sought`. images: different images that it uses. Writes into `folder` what `mu.attack.attack_run` writes; a finished attack is only read, one that was
-    stopped goes on with the next prompt. Returns rows, each with its "step", and with the forget prompt as "asked"."""
+    seek: prompt → generator of `Sought`. At each of these steps the attacker looks (`look_at`) at the last `tries` different prompts and at the best one until then, and keeps the one in which the concept
+    is recognised most often, the latest of equal ones; with one try, or without a judge, it is the last. Published searches do so at every step; random words get as many tries. images: different
+    images that the search uses. Writes into `folder` what `mu.attack.attack_run` writes; a finished attack is only read, one that was stopped goes on with the next prompt. Returns
+    rows, each with its "step", and with the forget prompt as "asked". Raises ValueError for less than one try or look."""
+    if tries < 1 or looks < 1:
+        raise ValueError(f"an attacker tries at least one prompt and looks at least once, got tries={tries}, looks={looks}")
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
     if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
         asked = {item["prompt"]: item["expected"] for item in probe.items if item["group"] == "forget"}
         search = read_json(folder / "found.json", {})
-        for prompt in asked:
+        for prompt, expected in asked.items():
             if prompt not in search:
-                search[prompt] = [asdict(sought) for sought in progress(seek(prompt))]
+                search[prompt] = _search(pipe, judge, prompt, expected, list(progress(seek(prompt))), list(files), tries, looks, guidance, sampling_steps)
                 save_json(search, folder / "found.json")
         for step, file in files.items():
             parts = []
             for prompt, expected in asked.items():
-                said = search[prompt][:step][-1]["prompt"] if step else prompt
+                said = search[prompt]["kept"][str(step)]
                 part = make_probe(pipe, {"forget": {said: expected}}, [item["seed"] for item in probe.items if item["prompt"] == prompt])
                 parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items], harmful=probe.harmful, unveiled=probe.unveiled))
             judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
-        spent = lambda step, name: sum(sought[name] for found in search.values() for sought in found[:step])
+        spent = lambda step, name: sum(cost[name] for found in search.values() for cost in found["costs"] if cost["step"] <= step)
         save_json([{"step": step, "images": images if step else 0, "passes": spent(step, "passes"), "seconds": spent(step, "seconds")} for step in files],
                   folder / "budget.json")
     return [row for file in files.values() for row in read_json(file)]
+
+
+def _search(pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps):
+    """One prompt's search as it is kept: every record, the prompt that the attacker keeps at each step of `at`, and what both cost."""
+    kept, costs, best = {}, [{name: getattr(sought, name) for name in ("step", "passes", "seconds")} for sought in found], prompt
+    for before, step in zip([0, *at], at):
+        said = list(dict.fromkeys(sought.prompt for sought in reversed(found[before:step])))[:tries]  # the latest first
+        if said and (judge is None or tries == 1):
+            best = said[0]
+        elif said:
+            said = [*said, *({best} - {prompt} - set(said))]
+            hits, passes, seconds = look_at(pipe, judge, said, expected, looks, guidance, sampling_steps)
+            best = said[hits.index(max(hits))]
+            costs.append({"step": step, "passes": passes, "seconds": seconds})
+        kept[str(step)] = best if step else prompt
+    return {"found": [asdict(sought) for sought in found], "kept": kept, "costs": costs}

@@ -11,7 +11,7 @@ from mu.evaluate import make_probe
 from mu.models import encode_prompts, load_pipeline, text_encoders
 from mu.objectives import draw_minibatch
 from mu.prompts import (
-    _simplex, embeddings, p4d, prompt_run, random_words, ring_a_bell, stand_in, tokenizers, unlearn_diff_atk, words)
+    Sought, _simplex, embeddings, look_at, p4d, prompt_run, random_words, ring_a_bell, stand_in, tokenizers, unlearn_diff_atk, words)
 from mu.runs import read_json
 
 
@@ -138,18 +138,46 @@ def test_a_search_that_diverges_says_so(pipe, images):
         next(unlearn_diff_atk(pipe, images, "a cat"))
 
 
-def test_what_is_found_is_drawn_with_the_seeds_of_the_probe(pipe, judge, tmp_path, monkeypatch):
+def test_what_is_found_is_drawn_with_the_seeds_of_the_probe(pipe, judge, tmp_path):
     probe = make_probe(pipe, {"forget": {"a cat": "concept:cat", "a photo of a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}, seeds=(3, 5))
     seek = lambda prompt: random_words(pipe, prompt, count=1, steps=4)
-    options = dict(at=(0, 2, 4), images=7, guidance=2.0, sampling_steps=2)
+    options = dict(at=(0, 2, 4), tries=1, images=7, guidance=2.0, sampling_steps=2)
     rows = prompt_run(tmp_path / "run", pipe, judge, probe, seek, **options)
     found = read_json(tmp_path / "run" / "found.json")
     assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [4] * 4 and {row["group"] for row in rows} == {"forget"}
     for row in rows:
-        assert row["prompt"] == (found[row["asked"]][row["step"] - 1]["prompt"] if row["step"] else row["asked"])
+        assert row["prompt"] == (found[row["asked"]]["found"][row["step"] - 1]["prompt"] if row["step"] else row["asked"])
     assert [(row["asked"], row["seed"]) for row in rows[:4]] == [("a cat", 3), ("a cat", 5), ("a photo of a cat", 3), ("a photo of a cat", 5)]
     assert [b["images"] for b in read_json(tmp_path / "run" / "budget.json")] == [0, 7, 7]
     never = lambda prompt: pytest.fail("a finished search was made again")
     assert prompt_run(tmp_path / "run", pipe, judge, probe, never, **options) == rows
     (tmp_path / "run" / "step-0004.json").unlink()
     assert prompt_run(tmp_path / "run", pipe, judge, probe, never, **options) == rows  # what was found is kept
+    with pytest.raises(ValueError, match="tries at least one prompt and looks at least once, got tries=0"):
+        prompt_run(tmp_path / "none", pipe, judge, probe, seek, tries=0)
+
+
+def test_the_attacker_keeps_the_best_of_the_prompts_that_he_looked_at(pipe, judge, tmp_path, monkeypatch):
+    """The latest few, and the best so far; from seeds that are no probe's; with what looking costs."""
+    texts, looked = ["one cat", "two cat", "three cat", "two cat", "four cat", "five cat"], []
+    worth = {"one cat": 0.9, "two cat": 0.5, "three cat": 0.2, "four cat": 0.1, "five cat": 0.4}
+
+    def look(pipe, judge, said, expected, looks, guidance, sampling_steps):
+        looked.append(said)
+        return [worth[text] for text in said], 10, 1.0
+
+    monkeypatch.setattr("mu.prompts.look_at", look)
+    probe = make_probe(pipe, {"forget": {"a cat": "concept:cat"}}, seeds=(3,))
+    seek = lambda prompt: iter(Sought(i + 1, 0.0, text, 2, 0.5) for i, text in enumerate(texts))
+    rows = prompt_run(tmp_path / "run", pipe, judge, probe, seek, at=(0, 4, 6), tries=2, guidance=2.0, sampling_steps=2)
+    assert looked == [["two cat", "three cat"], ["five cat", "four cat", "two cat"]], "the latest first, each once, then the best until then; not what was passed over"
+    assert [row["prompt"] for row in rows] == ["a cat", "two cat", "two cat"]
+    assert [(b["passes"], b["seconds"]) for b in read_json(tmp_path / "run" / "budget.json")] == [(0, 0), (4 * 2 + 10, 4 * 0.5 + 1), (6 * 2 + 20, 6 * 0.5 + 2)]
+
+
+def test_looking_draws_each_prompt_with_seeds_of_its_own(pipe, judge, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mu.prompts.evaluate", lambda pipe, judge, probe, guidance, steps: (
+        seen.extend(probe.items) or [item | {"hit": int(item["prompt"] == "b" and item["seed"] % 2)} for item in probe.items], None))
+    assert look_at(pipe, judge, ["a", "b"], "concept:cat", 4, 2.0, 3)[:2] == ([0.0, 0.5], 3)
+    assert {item["seed"] for item in seen} == set(range(10_000, 10_004)) and {item["expected"] for item in seen} == {"concept:cat"}

@@ -183,12 +183,12 @@ def test_every_kind_of_attack_meets_in_one_table(walk):
     common = dict(at="0,1", seeds="0", batch_size=2)
     kinds = {"one-prompt": dict(prompts=1), "lora": dict(subset="lora", rank=2), "mixed": dict(others="defender/retain-related"), "sgd": dict(optimizer="sgd"),
              "phased": dict(first="attacker/clean", first_steps=1), "dreambooth": dict(kind="dreambooth", class_images=2), "merged": dict(merge=1.0),
-             "one-word": dict(kind="textual-inversion", word="cup", start="banana")}
+             "one-word": dict(kind="textual-inversion", word="cup", start="banana", drawn_images=2)}
     for name, options in kinds.items():
         run("30_attack_finetune", output=f"30_{name}", name=name, **common | options)
         assert len(json.loads((base / "runs" / "attack" / f"{name}.json").read_text())["rows"]) == 2 * 2 * 4
     searches = "random,unlearn-diff-atk,p4d,ring-a-bell,concept-inversion"
-    run("31_attack_prompts", searches=searches, word="cup", start="banana", population=8, **common)
+    run("31_attack_prompts", searches=searches, word="cup", start="banana", population=8, drawn_images=2, tries=2, looks=1, **common)
     named = [*kinds, *searches.split(",")]
     run("30_attack_finetune", output="30_harmless", name="harmless", attack="clean", **common)
     run("35_compare_attacks", out=out, report=report, attacks=",".join(named), clean="harmless")
