@@ -89,7 +89,7 @@ def strongest(table):
 
 def dots(table, threshold=0.5):
     """Figure: a line an attack, the strongest against the defended model on top; a dot a model at its peak, with its interval, and a tick where it began."""
-    models = [m for m in COLORS if m in set(table.model)] + sorted(set(table.model) - set(COLORS))
+    models = sorted(set(table.model) - set(COLORS)) + [m for m in COLORS if m in set(table.model)]  # the defended one is the last
     order = table[table.model == models[-1]].sort_values(["peak", "area"]).attack.tolist()
     order = [*(a for a in dict.fromkeys(table.attack) if a not in order), *order]
     fig, ax = plt.subplots(figsize=(6.4, 0.34 * len(order) + 1))
@@ -106,6 +106,13 @@ def dots(table, threshold=0.5):
     return fig
 
 
+def working(table):
+    """Attack → {model: peak} of the models of a table on which it brings the concept back: the lower end of its peak's interval is above the model's floor, what it draws of the concept
+    unattacked (the median of the attacks' starts: some change the model before their first step). An attack that does so on none shows nothing of any defence."""
+    floor = table.groupby("model").start.median()
+    return {attack: {row.model: row.peak for row in part.itertuples() if row.low > floor[row.model]} for attack, part in table.groupby("attack", sort=False)}
+
+
 def verdict(table, gain, defended="meta-unlearned", plain="unlearned", threshold=0.5):
     """What the table says of the defended model, in sentences: first where it fails. An attack defeats it if the concept is recognised in more than `threshold` of the pictures."""
     mine = table[table.model == defended].sort_values("peak", ascending=False)
@@ -120,9 +127,12 @@ def verdict(table, gain, defended="meta-unlearned", plain="unlearned", threshold
     if theirs.empty:
         return [first]
     worst = theirs.sort_values("peak").iloc[-1]
-    idle = theirs[theirs.peak <= theirs.start].attack.tolist()
     second = f"Against the plainly unlearned model the strongest is {words(worst)}; {(theirs.peak > threshold).sum()} of {len(theirs)} attacks bring more than {threshold:.0%} back."
-    second += f" These do not rise above where they began there, so that they show nothing of the defence: {', '.join(idle)}." if idle else ""
+    works = working(table)
+    elsewhere = {a: ", ".join(f"{m} ({peak:.0%})" for m, peak in works[a].items() if m not in (plain, defended)) for a in theirs.attack if plain not in works[a]}
+    second += f" These do not clearly bring it back there, so that they show nothing of the defence: {', '.join(elsewhere)}." if elsewhere else ""
+    other = [f"{attack} on {models}" for attack, models in elsewhere.items() if models]
+    second += f" That they can is seen on other models: {'; '.join(other)}." if other else ""
     clear = gain[gain.low > 0].attack.tolist()
     worse = gain[gain.high < 0].attack.tolist()
     third = f"The meta-unlearned model gives back less than the plain one, with a 95 % interval above 0, under {len(clear)} of {len(gain)} attacks: {', '.join(clear) or 'none'}."

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import against, dots, gains, read_attacks, self_destruction, strongest, verdict, within
+from mu.comparison import against, dots, gains, read_attacks, self_destruction, strongest, verdict, within, working
 
 FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
 # name → model → step → share of 10 pictures, of two trainings each
 SCORES = {"full": {"unlearned": {0: 0.0, 50: 0.9, 100: 0.6}, "meta-unlearned": {0: 0.0, 50: 0.1, 100: 0.2}},
           "sly": {"unlearned": {0: 0.1, 50: 0.4, 100: 0.7}, "meta-unlearned": {0: 0.0, 50: 0.3, 100: 0.8}},
           "words": {"unlearned": {0: 0.2, 50: 0.1, 100: 0.0}, "meta-unlearned": {0: 0.0, 50: 0.0, 100: 0.0}}}
-RELATED = {"unlearned": 0.9, "meta-unlearned": 0.4}
+RELATED = {"unlearned": 0.9, "meta-unlearned": 0.4, "edited": 1.0}
 
 
 def write(folder, scores=SCORES, attack="forget", **facts):
@@ -77,6 +77,18 @@ def test_the_first_sentence_says_where_the_defence_fails(found):
         verdict(against(plain, budget), gains(plain))
 
 
+def test_an_attack_works_where_its_interval_lies_above_what_the_model_draws_unattacked(tmp_path):
+    """Nothing below it, nothing within the noise; what fails on the plain model may still work on another."""
+    edited = {"words": {"edited": {0: 0.0, 50: 0.7}}, "full": {"edited": {0: 0.0, 50: 0.1}}, "merged": {"edited": {0: 1.0, 50: 1.0}, "unlearned": {0: 0.1, 50: 0.2}}}
+    both = {name: SCORES.get(name, {}) | edited.get(name, {}) for name in {**SCORES, **edited}}
+    rows, budget, _ = read_attacks(write(tmp_path, both))
+    table = against(rows, budget)
+    works = working(table)
+    assert "unlearned" in works["full"] and "edited" not in works["full"] and works["words"] == {"edited": 0.7} and works["merged"] == {"edited": 1.0}, "the floor is what others start from, not a merged model's"
+    second = verdict(table, gains(rows))[1]
+    assert "show nothing of the defence: merged, words." in second and "merged on edited (100%); words on edited (70%)" in second
+
+
 @pytest.mark.parametrize("fact, other", [("sampling_steps", 25), ("judge", "another"), ("probe_seeds", "1,1")])
 def test_numbers_of_two_protocols_do_not_meet_in_one_table(tmp_path, fact, other):
     write(tmp_path)
@@ -95,7 +107,7 @@ def test_a_missing_attack_is_named_with_those_that_are_there(tmp_path):
 
 
 def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
-    clean = read_attacks(write(tmp_path / "clean", {"clean": {m: {0: 0.0, 100: 0.0} for m in RELATED}}, attack="clean"))[0]
+    clean = read_attacks(write(tmp_path / "clean", {"clean": {m: {0: 0.0, 100: 0.0} for m in ("unlearned", "meta-unlearned")}}, attack="clean"))[0]
     clean.loc[(clean.group == "related") & (clean.step == 100), "hit"] = 1
     found = self_destruction(found[0], clean).set_index(["attack", "model"])
     assert found["self-destruct index"][("full", "meta-unlearned")] == pytest.approx(0.6) and found["self-destruct index"][("full", "unlearned")] == pytest.approx(0.1)
