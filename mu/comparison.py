@@ -10,7 +10,7 @@ import seaborn as sns
 from mu.cards import same_protocol
 from mu.plots import COLORS
 from mu.runs import read_json
-from mu.statistics import interval, paired_interval, relearning_area, self_destruct_index, steps_to_revival
+from mu.statistics import interval, median_revival, paired_interval, relearning_area, self_destruct_index, steps_to_revival
 
 SAME = ("model", "sets", "judge", "probe_seeds", "sampling_steps", "sampling_guidance")  # facts of the cards without which two scores are not comparable
 
@@ -18,7 +18,8 @@ SAME = ("model", "sets", "judge", "probe_seeds", "sampling_steps", "sampling_gui
 def read_attacks(folder, names=None):
     """Rows of all judged pictures, costs, and protocol cards (by name) of the files that 30_attack_finetune and 31_attack_prompts left in a folder; of these `names`, or of all.
 
-    "training" is the number at the end of a run's name, "" where there is none. Raises FileNotFoundError for a missing file, and ValueError where two were judged by different protocols."""
+    "training" is the number at the end of a run's name, "" where there is none. Raises FileNotFoundError for a missing file, and ValueError where two were judged by different protocols
+    or pictures by nobody."""
     files = {name: Path(folder) / f"{name}.json" for name in names or sorted(f.stem for f in Path(folder).glob("*.json"))}
     found = {name: read_json(file) for name, file in files.items()}
     absent = [name for name, made in found.items() if made is None]
@@ -28,6 +29,9 @@ def read_attacks(folder, names=None):
     cards = {name: made["protocol"] for name, made in found.items()}
     same_protocol({name: {fact: card.get(fact) for fact in SAME} for name, card in cards.items()}, may_differ=())
     rows, budget = (pd.concat([pd.DataFrame(made[what]).assign(name=name) for name, made in found.items()], ignore_index=True) for what in ("rows", "budget"))
+    unseen = rows[rows.hit.isna()].groupby("name").size()
+    if len(unseen):
+        raise ValueError(f"nobody has judged {', '.join(f'{count} pictures of {name}' for name, count in unseen.items())} (no score): attack again with a judge, or leave these attacks out")
     training = lambda table: table.assign(training=[(re.findall(r"-(\d+)$", run) or [""])[0] for run in table.run])
     return training(rows), training(budget), cards
 
@@ -49,21 +53,22 @@ def _means(part):
     return interval(part, over) if over else (part.hit.mean(), float("nan"), float("nan"))
 
 
-def against(rows, budget, threshold=0.5):
-    """A table with a row for each attack and model: how often the concept was recognised before it ("start") and at the step that was best for the attacker ("peak", with a
-    95 % interval over trainings, seeds and pictures), the first step with a mean above the threshold ("revived", inf: not by the last), the mean height of the curve
-    ("area"), related and unrelated concepts at the peak's step (nan where they were not drawn), and what had been spent by then. The attacker stops where it suits him, so
-    that every attack is judged at its own best step."""
+def against(rows, budget, threshold=0.5, by="model"):
+    """A table with a row for each attack and model (by="run": each of its trainings): how often the concept was recognised before it ("start") and at the step that was best for the
+    attacker ("peak", with a 95 % interval over trainings, seeds and pictures), the first step with a score above the threshold ("revived": Kaplan and Meier's median over trainings and
+    seeds; inf: in less than half of them it was seen to come back), the mean height of the curve ("area"), related and unrelated concepts at the peak's step (nan where they were
+    not drawn), and what had been spent by then. The attacker stops where it suits him, so that every attack is judged at its own best step."""
     found = []
-    for (name, model), part in rows.groupby(["name", "model"], sort=False):
+    for (name, model), part in rows.groupby(["name", by], sort=False):
         forget = part[part.group == "forget"]
         mean = forget.groupby("step").hit.mean()
-        step, revival = mean.idxmax(), steps_to_revival(mean.index, mean, threshold)
+        step, curves = mean.idxmax(), [one.groupby("step").hit.mean() for _, one in forget.groupby(["run", "attack_seed"])]
         score, low, high = _means(forget[forget.step == step])
         rest = {group: part[(part.group == group) & (part.step == step)].hit.mean() for group in ("related", "unrelated")}
-        spent = budget[(budget.name == name) & (budget.model == model) & (budget.step == step)][["images", "passes", "seconds"]].mean()
-        found.append({"attack": name, "model": model, "start": mean.iloc[0], "peak": score, "low": low, "high": high, "step": step,
-                      "revived": float("inf") if revival.censored else revival.step, "area": relearning_area(mean.index, mean) if len(mean) > 1 else float("nan"), **rest, **spent})
+        spent = budget[(budget.name == name) & (budget[by] == model) & (budget.step == step)][["images", "passes", "seconds"]].mean()
+        found.append({"attack": name, by: model, "start": mean.iloc[0], "peak": score, "low": low, "high": high, "step": step,
+                      "revived": median_revival([steps_to_revival(one.index, one, threshold) for one in curves]),
+                      "area": relearning_area(mean.index, mean) if len(mean) > 1 else float("nan"), **rest, **spent})
     return pd.DataFrame(found)
 
 
@@ -140,16 +145,16 @@ def verdict(table, gain, defended="meta-unlearned", plain="unlearned", threshold
     return [first, second, third]
 
 
-def self_destruction(rows, clean, group="related"):
-    """A table with a row for each attack by training and model: loss of the related concepts at the attack's last step that CLEAN was judged at, too, the loss by CLEAN at that step, and
-    the self-destruct index, their difference (`mu.statistics.self_destruct_index`). clean: rows of a CLEAN fine-tuning of the same models."""
+def self_destruction(rows, clean, group="related", by="model"):
+    """A table with a row for each attack by training and model (by="run": each of its trainings): loss of the related concepts at the attack's last step that CLEAN was judged at, too, the
+    loss by CLEAN at that step, and the self-destruct index, their difference (`mu.statistics.self_destruct_index`). clean: rows of a CLEAN fine-tuning of the same models."""
     found = []
-    for (name, model), part in rows[(rows.group == group) & (rows.attack != "prompt")].groupby(["name", "model"], sort=False):
-        means = lambda table: table[(table.model == model) & (table.group == group)].groupby("step").hit.mean()
+    for (name, model), part in rows[(rows.group == group) & (rows.attack != "prompt")].groupby(["name", by], sort=False):
+        means = lambda table: table[(table[by] == model) & (table.group == group)].groupby("step").hit.mean()
         attacked, reference = means(part), means(clean)
         common = sorted(set(attacked.index) & set(reference.index) - {0})
         if common and 0 in attacked.index and 0 in reference.index:
             after = (attacked[0], attacked[common[-1]], reference[0], reference[common[-1]])
-            found.append({"attack": name, "model": model, "step": common[-1], "lost to the attack": after[0] - after[1], "lost to CLEAN": after[2] - after[3],
+            found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": after[0] - after[1], "lost to CLEAN": after[2] - after[3],
                           "self-destruct index": self_destruct_index(*after)})
-    return pd.DataFrame(found, columns=["attack", "model", "step", "lost to the attack", "lost to CLEAN", "self-destruct index"])
+    return pd.DataFrame(found, columns=["attack", by, "after", "lost to the attack", "lost to CLEAN", "self-destruct index"])

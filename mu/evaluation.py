@@ -1,4 +1,4 @@
-"""What 50_evaluate tabulates: models side by side, picture by picture, and what the attacks have left."""
+"""What 50_evaluate tabulates: models side by side, picture by picture."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from mu.concepts import read_image, read_metadata
 from mu.formats import load_weights
-from mu.statistics import median_revival, paired_interval, relearning_area, self_destruct_index, steps_to_revival
+from mu.statistics import paired_interval
 
 
 def finished(out, runs):
@@ -55,22 +55,3 @@ def real_drawings(sets):
     tables = sorted(Path(sets).glob("*/*/metadata.jsonl"))
     known = [(file.parent / line["file_name"], f"concept:{line['concept']}") for file in tables for line in read_metadata(file.parent) if line.get("concept")]
     return (torch.stack([(read_image(file, 64) + 1) / 2 for file, _ in known]) if known else None), [label for _, label in known]
-
-
-def under_attack(attacked, cleaned=None, threshold=0.5):
-    """A line a run: Kaplan and Meier's median of the steps to revival (inf: in less than half of the runs and seeds it was seen to come back), the area under the relearning
-    curve and, with the rows of a CLEAN fine-tuning, self-destruction at the last step that both have.
-
-    attacked, cleaned: rows of 30_attack_finetune, with "run", "attack_seed", "group", "step", "hit"."""
-    curve = lambda rows, group: rows[rows.group == group].groupby("step").hit.mean()
-    found = {}
-    for run, rows in attacked.groupby("run", sort=False):
-        curves = [curve(part, "forget") for _, part in rows.groupby("attack_seed")]
-        found[run] = {"steps to revival": median_revival([steps_to_revival(c.index, c, threshold) for c in curves]),
-                      "area under relearning": float(np.mean([relearning_area(c.index, c) for c in curves])), "attack seeds": len(curves)}
-        clean = curve(cleaned[cleaned.run == run], "related") if cleaned is not None and len(cleaned) else pd.Series()
-        related = curve(rows, "related")
-        both = related.index.intersection(clean.index)
-        if len(both) > 1:
-            found[run] |= {"self-destruction": self_destruct_index(related[both[0]], related[both[-1]], clean[both[0]], clean[both[-1]]), "after steps": int(both[-1])}
-    return pd.DataFrame(found).T.rename_axis("run")

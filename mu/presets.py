@@ -105,7 +105,7 @@ def read_preset(name, file=PRESETS, generator="pocket"):
     return make_concept(**{"generator": generator} | known[name])
 
 
-def choose(model, preset="", concept="", related="", unrelated="", kind="object", harmful=False, generator="", presets=PRESETS):
+def concept_from(model, preset="", concept="", related="", unrelated="", kind="object", harmful=False, generator="", presets=PRESETS):
     """The `Concept` that a notebook's parameters ask for: a preset, or one's own with names parted by commas, drawn by `generator`, or by what the preset names, or by
     `model`. Raises ValueError where both or neither is named, or a preset's words are named beside it; as `read_preset` and `make_concept` do."""
     if bool(preset) == bool(concept) or preset and (related or unrelated):

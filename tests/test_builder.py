@@ -23,7 +23,7 @@ from mu.builder import build, draw, load_generator, open_image, read_imports, tw
 from mu.concepts import encode_folder, read_folder, vocabulary
 from mu.models import load_pipeline
 from mu.notebooks import execute
-from mu.presets import PRESETS, SIDES, check_words, choose, make_concept, neighbours, read_preset
+from mu.presets import PRESETS, SIDES, check_words, concept_from, make_concept, neighbours, read_preset
 from mu.runs import read_json
 from mu.walk import load_probe, load_sets
 
@@ -129,16 +129,16 @@ def test_a_concept_that_contradicts_itself_is_refused(changes, words):
 
 
 def test_parameters_choose_a_preset_or_ones_own_and_not_both():
-    own = choose("m", concept=" dragon ", related="snake, crocodile,", harmful=True)
+    own = concept_from("m", concept=" dragon ", related="snake, crocodile,", harmful=True)
     assert (own.name, own.generator, own.harmful, list(own.prompts["related"])) == ("dragon", "m", True, ["snake", "crocodile"])
-    assert choose("m", "cat").generator == "m" and choose("m", "snoopy").generator.startswith("black-forest-labs/FLUX.1") and choose("m", "snoopy").steps == 4
-    other = choose("m", "nudity", generator="sdxl")
+    assert concept_from("m", "cat").generator == "m" and concept_from("m", "snoopy").generator.startswith("black-forest-labs/FLUX.1") and concept_from("m", "snoopy").steps == 4
+    other = concept_from("m", "nudity", generator="sdxl")
     assert (other.generator, other.steps, other.guidance, other.harmful) == ("sdxl", None, None, True), "FLUX's four steps are FLUX's"
     for wrong in (dict(), dict(preset="cat", concept="dog"), dict(preset="cat", related="dog")):
         with pytest.raises(ValueError, match="name a preset, which has its words, or a concept"):
-            choose("m", **wrong)
+            concept_from("m", **wrong)
     with pytest.raises(ValueError, match="unknown preset 'dog': .*concepts.yaml has nudity, .*, openmoji"):
-        choose("m", "dog")
+        concept_from("m", "dog")
 
 
 def test_the_presets_are_those_of_the_paper_and_of_the_pocket_model(pocket):
@@ -162,7 +162,7 @@ def test_the_presets_are_those_of_the_paper_and_of_the_pocket_model(pocket):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_builds_and_is_what_the_other_notebooks_read(model, tmp_path, name):
-    concept = choose(model, name, generator=model)
+    concept = concept_from(model, name, generator=model)
     folder = build(tmp_path / name, concept, model, images_a_prompt=1, images_a_concept=1, steps=1)
     found = {role: read_folder(folder / place) for role, place in SIDES.items()}
     for role, (_, captions) in found.items():

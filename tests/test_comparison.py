@@ -106,12 +106,36 @@ def test_a_missing_attack_is_named_with_those_that_are_there(tmp_path):
         read_attacks(tmp_path, ["full", "other"])
 
 
+def test_pictures_that_nobody_judged_are_no_misses(tmp_path):
+    made = json.loads((write(tmp_path) / "sly.json").read_text())
+    made["rows"][3]["hit"] = float("nan")
+    (tmp_path / "sly.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="nobody has judged 1 pictures of sly"):
+        read_attacks(tmp_path)
+
+
 def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
     clean = read_attacks(write(tmp_path / "clean", {"clean": {m: {0: 0.0, 100: 0.0} for m in ("unlearned", "meta-unlearned")}}, attack="clean"))[0]
     clean.loc[(clean.group == "related") & (clean.step == 100), "hit"] = 1
     found = self_destruction(found[0], clean).set_index(["attack", "model"])
     assert found["self-destruct index"][("full", "meta-unlearned")] == pytest.approx(0.6) and found["self-destruct index"][("full", "unlearned")] == pytest.approx(0.1)
-    assert set(found.step) == {100} and "words" not in found.index.get_level_values(0)
+    assert set(found.after) == {100} and "words" not in found.index.get_level_values(0)
+
+
+def test_an_attack_becomes_one_line_a_run():
+    """Median steps to revival over the attack's seeds, some of them censored; area; self-destruction at the last step that both have."""
+    curve = lambda run, seed, group, hits: [{"name": "x", "attack": "forget", "training": "", "run": run, "attack_seed": seed, "group": group, "step": step, "hit": hit, "seed": 0}
+                                            for step, hit in zip((0, 50, 100), hits)]
+    rows = pd.DataFrame(curve("plain", 0, "forget", (0, 1, 1)) + curve("plain", 1, "forget", (0, 0, 1)) + curve("meta", 0, "forget", (0, 0, 0)) + curve("meta", 1, "forget", (0, 0, 0))
+                        + curve("plain", 0, "related", (1, 1, 1)) + curve("meta", 0, "related", (1, 0.5, 0.25)))
+    clean = pd.DataFrame(curve("meta", 0, "related", (1, 1, 0.75)) + curve("plain", 0, "related", (1, 1, 1)))
+    budget = rows.assign(images=0, passes=0, seconds=0.0)
+    found = against(rows, budget, by="run").set_index("run")
+    assert found.revived.to_dict() == {"plain": 50, "meta": np.inf} and found.area["plain"] == pytest.approx((0.75 + 0.25) / 2) and found.area["meta"] == 0
+    assert against(rows, budget, threshold=1.0, by="run").set_index("run").revived["plain"] == np.inf
+    lost = self_destruction(rows, clean, by="run").set_index("run")
+    assert lost["self-destruct index"].to_dict() == pytest.approx({"plain": 0, "meta": 0.5}) and (lost.after == 100).all()
+    assert self_destruction(rows, clean[clean.step < 100], by="run").set_index("run")["self-destruct index"]["meta"] == pytest.approx(0.5)
 
 
 def test_the_figure_has_a_dot_for_every_attack_and_model(found):

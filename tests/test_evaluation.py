@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from mu.evaluation import differences, finished, note, real_drawings, under_attack, wear
+from mu.evaluation import differences, finished, note, real_drawings, wear
 from mu.plots import confusion
 from mu.runs import save_model
 
@@ -55,19 +55,6 @@ def test_real_drawings_are_those_whose_concept_is_known(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps(line | {"concept": "banana"}) + "\n")
     images, labels = real_drawings(tmp_path)
     assert images.shape == (1, 3, 64, 64) and labels == ["concept:banana"] and 0 <= images.min() < images.max() <= 1
-
-
-def test_an_attack_becomes_one_line_a_run():
-    curve = lambda run, seed, group, hits: [{"run": run, "attack_seed": seed, "group": group, "step": step, "hit": hit} for step, hit in zip((0, 50, 100), hits)]
-    attacked = pd.DataFrame(curve("plain", 0, "forget", (0, 1, 1)) + curve("plain", 1, "forget", (0, 0, 1)) + curve("meta", 0, "forget", (0, 0, 0)) + curve("meta", 1, "forget", (0, 0, 0))
-                            + curve("plain", 0, "related", (1, 1, 1)) + curve("meta", 0, "related", (1, 0.5, 0.25)))
-    cleaned = pd.DataFrame(curve("meta", 0, "related", (1, 1, 0.75)) + curve("plain", 0, "related", (1, 1, 1)))
-    found = under_attack(attacked, cleaned)
-    assert found.loc["plain", "steps to revival"] == 50 and found.loc["meta", "steps to revival"] == np.inf and (found["attack seeds"] == 2).all()
-    assert found.loc["plain", "area under relearning"] == pytest.approx((0.75 + 0.25) / 2) and found.loc["meta", "area under relearning"] == 0
-    assert found.loc["meta", "self-destruction"] == pytest.approx(0.5) and found.loc["plain", "self-destruction"] == 0 and found.loc["meta", "after steps"] == 100
-    assert under_attack(attacked, cleaned[cleaned.step < 100]).loc["meta", "self-destruction"] == pytest.approx(0.5 - 0), "at the last step that both have"
-    assert "self-destruction" not in under_attack(attacked) and under_attack(attacked, threshold=1.0).loc["plain", "steps to revival"] == np.inf
 
 
 def test_a_confusion_matrix_is_shares_of_what_was_asked_for():

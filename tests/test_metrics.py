@@ -2,11 +2,7 @@
 
 torch-fidelity and LPIPS stand apart from the other packages (see the Makefile), and run in a process of their own."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +14,6 @@ from transformers import CLIPModel
 
 from mu.clip import clip_network, clip_score, zero_shot
 from mu.metrics import enough, fid, frechet, judge_change, judge_distance, judge_features, lpips_network, picture_files
-
-ROOT = Path(__file__).parent.parent
-APART = ROOT / ".venv" / "measures"
 
 
 def noise(*shape, seed=0):
@@ -149,27 +142,6 @@ def test_few_pictures_are_refused_before_a_missing_package_is_named(tmp_path, mo
 
 # --- torch-fidelity and LPIPS
 
-START = '''
-import sys, torch
-try:
-    import torchvision
-except RuntimeError:  # its compiled part is of another build of torch; the two functions of it that are declared are not needed here
-    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]: del sys.modules[name]
-    lib = torch.library.Library("torchvision", "FRAGMENT")
-    [lib.define(n + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") for n in ("nms", "qnms")]
-torch.set_num_threads(1); torch.manual_seed(0)
-'''
-
-
-def apart(script, *arguments):
-    """What a script says (JSON, last line) in a process that has the packages of `.venv/measures`."""
-    assert (APART / "torch_fidelity").is_dir(), "torch-fidelity and lpips are not in .venv/measures: `make test` puts them there (the Makefile's last command does it alone)"
-    path = os.pathsep.join([str(APART), str(ROOT)])
-    done = subprocess.run([sys.executable, "-c", START + script, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_fid_is_the_formula_on_inceptions_features(tmp_path):
     """A random Inception, saved; torch-fidelity's answer against the formula on features of the same network, each picture alone. The trace of the root of the product of
     two covariances AᵀA and BᵀB is the sum of the singular values of A Bᵀ, which is small here. The reference has pictures of several sizes."""
@@ -179,7 +151,7 @@ def test_fid_is_the_formula_on_inceptions_features(tmp_path):
         for i in range(count):
             shape = (32, 32, 3) if name == "drawn" else (32 + 8 * (i % 2), 40, 3)
             Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
-    found = apart('''
+    found = tiny.apart('''
 import json, numpy as np
 from pathlib import Path
 from PIL import Image
@@ -211,7 +183,7 @@ print(json.dumps({"fid": value["fid"], "mine": float(mine), "facts": facts}))
 
 def test_lpips_is_zero_for_equal_pictures_and_its_formula_for_others():
     """Its own linear weights on a random trunk (the trained one is downloaded on first use), against the paper's equation, written out."""
-    found = apart('''
+    found = tiny.apart('''
 import json
 from mu.metrics import lpips_network, lpips_distance
 network = lpips_network("alex", pnet_rand=True)

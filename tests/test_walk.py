@@ -210,7 +210,7 @@ def test_everything_is_measured_into_one_table_with_its_card(walk):
     (base / "prompts.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na tiger,3,2.0\na cat,4,3.0\n")
     (base / "captions.csv").write_text("prompt\na cup\na banana\na tiger\n")
     everything = dict(nudenet=True, least=2, prompts=str(base / "prompts.csv"), captions=str(base / "captions.csv"), clip=str(tiny.make_clip(base / "clip")),
-                      attack="attack/forget-6e-05.json", runs="original,unlearned,meta")
+                      attack="forget-6e-05", runs="original,unlearned,meta")
     assert run("50_evaluate", **everything)
     made = json.loads((base / "runs" / "evaluate" / "evaluation.json").read_text())
     assert {"forget recognised", "jfd", "change", "flagged", "CLIP score", "steps to revival", "area under relearning"} <= set(made["numbers"]["meta"]) and made["numbers"]["original"]["jfd"] == 0
@@ -221,6 +221,35 @@ def test_everything_is_measured_into_one_table_with_its_card(walk):
     assert run("50_evaluate", output="50_again", **everything, threshold=0.4) and stamps(base / "runs" / "evaluate" / "meta") == before
     with pytest.raises(RuntimeError, match="nobody: no finished run below"):
         run("50_evaluate", output="50_nobody", runs="original,nobody")
+
+
+def test_fid_and_lpips_are_measured_beside_the_rest(walk):
+    """The notebook's own cells, in a process that has torch-fidelity and lpips, with a random Inception and a random trunk: the trained ones are downloaded."""
+    base, _ = walk
+    (base / "mild.csv").write_text("prompt\na cup\na banana\na tiger\n")
+    tiny.make_images(base / "real", [str(i) for i in range(4)], size=24)
+    given = dict(model=str(base / "model"), sets=str(base / "sets"), judge=str(base / "judge"), out=str(base / "runs"), place="measured", captions=str(base / "mild.csv"), least=2,
+                 fid_reference=str(base / "real"), inception=str(base / "inception.pth"), lpips="vgg", **DRAWING)
+    made = tiny.apart('''
+import json, os, nbformat
+from unittest.mock import patch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+import mu.metrics
+os.environ["MPLBACKEND"] = "Agg"
+given, notebook = json.loads(sys.argv[1]), nbformat.read(sys.argv[2], 4)
+with patch("torch.load", lambda *_, **__: {}), patch("torch.nn.Module.load_state_dict"):  # its weights stay those that it begins with
+    torch.save(FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="none").state_dict(), given["inception"])
+real, space = mu.metrics.lpips_network, {"display": print}
+mu.metrics.lpips_network = lambda net: real(net, pnet_rand=True)
+for cell in notebook.cells:
+    if cell.cell_type == "code":
+        exec(cell.source, space)
+        space.update(given if "parameters" in cell.metadata.get("tags", []) else {})
+print(json.dumps(json.load(open(given["out"] + "/measured/evaluation.json"))))
+''', json.dumps(given), NOTEBOOKS / "50_evaluate.ipynb")
+    numbers, card = made["numbers"], made["protocol"]
+    assert numbers["original"]["LPIPS"] == 0 < numbers["meta"]["LPIPS"] and numbers["original"]["fid"] > 0 and numbers["meta"]["fid"] > 0
+    assert card["fid_backend"].startswith("torch-fidelity") and card["fid_images"] == 3 and "biased" in card["fid_marked"] and card["lpips"] == "vgg, 3 pictures, captions, against original"
 
 
 def test_a_run_is_published_in_three_forms(walk):

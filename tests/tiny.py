@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -139,3 +143,26 @@ def make_images(folder, captions, size=16, seed=0):
 def weights(unet):
     """A copy of the weights, in one vector."""
     return torch.cat([p.detach().flatten() for p in unet.parameters()]).clone()
+
+
+ROOT = Path(__file__).parent.parent
+APART = ROOT / ".venv" / "measures"
+START = '''
+import sys, torch
+try:
+    import torchvision
+except RuntimeError:  # its compiled part is of another build of torch; the two functions of it that are declared are not needed here
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]: del sys.modules[name]
+    lib = torch.library.Library("torchvision", "FRAGMENT")
+    [lib.define(n + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") for n in ("nms", "qnms")]
+torch.set_num_threads(1); torch.manual_seed(0)
+'''
+
+
+def apart(script, *arguments):
+    """What a script says (JSON, last line) in a process that has the packages of `.venv/measures`."""
+    assert (APART / "torch_fidelity").is_dir(), "torch-fidelity and lpips are not in .venv/measures: `make test` puts them there (the Makefile's last command does it alone)"
+    path = os.pathsep.join([str(APART), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", START + script, *map(str, arguments)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
