@@ -55,15 +55,18 @@ def as_table(table):
             "rows": [[text(value) for value in row] for row in data.itertuples(index=False)]}
 
 
-def write_report(folder, *, title, claim, headline=None, cards=(), tables=None, protocol=None, notebooks=(), language="en"):
+def write_report(folder, *, title, claim, headline=None, courses=(), cards=(), tables=None, protocol=None, notebooks=(), language="en"):
     """Write `folder`/index.html, whole or not at all, and return its path.
 
     title: one line. claim: sentences, each a paragraph, with the measured figures.
+    courses: what `mu.explorer.save_sheet` returned, for a slider over the steps of attacks.
     headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
     tables: {caption: DataFrame or CSV path}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words).
     Everything is text and is escaped; nothing is loaded from elsewhere. Raises FileNotFoundError or ValueError that names the figure,
     the notebook or the card that is missing, outside the folder or without words."""
     folder = Path(folder)
+    for course in courses:
+        inside(course["sheet"], folder, f"pictures of {course['name']}")
     links = []
     for entry in notebooks:
         file, words = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
@@ -72,7 +75,7 @@ def write_report(folder, *, title, claim, headline=None, cards=(), tables=None, 
     page = environment.get_template(TEMPLATE.name).render(
         title=title, claim=[claim] if isinstance(claim, str) else claim, language=language,
         headline=picture(headline, folder, "headline") if headline else None,
-        cards=[picture(card, folder, f"card {number} ({card.get('question', 'no question')})") for number, card in enumerate(cards, 1)],
+        courses=list(courses), cards=[picture(card, folder, f"card {number} ({card.get('question', 'no question')})") for number, card in enumerate(cards, 1)],
         tables=[as_table(table) for table in (tables or {}).items()], protocol=protocol or {}, notebooks=links)
     with atomic(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
