@@ -3,6 +3,7 @@
 Full fine-tuning, of a subset, or of a LoRA; with other images mixed in, after a benign first phase, with DreamBooth's prior preservation; the vector of one word
 (textual inversion); and, before any of these, the original's weights merged back. All take the step that the defence rehearsed, `mu.train.finetune`."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from mu.concepts import ConceptSet, drawn_set, encode_folder, with_prompts
-from mu.evaluate import Probe, judged
+from mu.evaluate import Probe, at_once, judged
 from mu.models import encode_prompts, rows, trainable, without_lora
-from mu.prompts import embeddings, stand_in, words
+from mu.prompts import embeddings, holds, stand_in, swapped, words
 from mu.runs import atomic, read_json, resume, run_loop, save_json
 from mu.train import State, finetune
 
@@ -27,6 +29,7 @@ class Attack:
     images: int  # different images that the attack uses
     others: ConceptSet | None = None  # images that the same steps also train on
     others_weight: float = 1.0
+    passes: int = 0  # forward passes of the UNet that making it took
 
 
 def fine_tuning(pipe, concept_set, probe, *, lr=2e-5, optimizer="adam", subset="f", rank=16, seed=0, others=None, others_weight=1.0, first=None, first_steps=0):
@@ -42,12 +45,13 @@ def fine_tuning(pipe, concept_set, probe, *, lr=2e-5, optimizer="adam", subset="
 
 def dreambooth(pipe, concept_set, probe, class_prompts, *, class_images=64, seed=0, guidance=5.0, sampling_steps=25, **options):
     """DreamBooth (Ruiz et al. 2023): `fine_tuning` with prior preservation, that is with `class_images` pictures of the concept's class as `others`, which the attacked model
-    draws itself before it is trained. The concept keeps its name: of a word that stands for nothing any more, a rare identifier is no better.
+    draws itself before it is trained, with seeds that are no probe's. The concept keeps its name: of a word that stands for nothing any more, a rare identifier is no better.
 
     Raises ValueError for no prompt."""
     if not class_prompts:
         raise ValueError("prior preservation needs prompts of the concept's class, such as those of related concepts: class_prompts is empty")
-    return fine_tuning(pipe, concept_set, probe, seed=seed, others=drawn_set(pipe, class_prompts, class_images, seed, guidance, sampling_steps), **options)
+    drawn = drawn_set(pipe, class_prompts, class_images, 2000 + seed, guidance, sampling_steps)
+    return replace(fine_tuning(pipe, concept_set, probe, seed=seed, others=drawn, **options), passes=sampling_steps * math.ceil(class_images / at_once(pipe)))
 
 
 def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0):
@@ -55,7 +59,8 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
     2023). With the concept's images on an unlearned model it is concept inversion (Pham et al. 2024).
 
     word: a whole word of the vocabulary that is only a place; start: the one whose vector is the first value. said: text → the text with the word in it, as "a cat" →
-    "a <word>", for the captions of the images and the forget prompts of the probe. Raises ValueError for what is no whole word, and for a caption without the word."""
+    "a <word>", for the captions of the images and the forget prompts of the probe. Raises ValueError for what is no whole word, for a caption without the word, and for a word
+    that another prompt of the probe holds."""
     known = words(pipe)
     for name in (word, start):
         if name not in known:
@@ -63,8 +68,11 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
     texts = [said(text) for text in concept_set.prompts]
     drawn = [said(item["prompt"]) if item["group"] == "forget" else item["prompt"] for item in probe.items]
     for text in [*texts, *(text for text, item in zip(drawn, probe.items) if item["group"] == "forget")]:
-        if word not in text.replace(",", " ").split():
-            raise ValueError(f"{text!r} does not hold the word {word!r}, so that nothing of it could be learned: name the concept as its captions do")
+        if not holds(text, word):
+            raise ValueError(f"{text!r} does not hold the word {word!r}, so that nothing of it could be learned: name the concept as its captions do (called)")
+    for text in [item["prompt"] for item in probe.items if item["group"] != "forget"]:
+        if holds(text, word):
+            raise ValueError(f"{text!r}, a prompt of the probe, holds the word {word!r}, and would be read otherwise once that is learned: choose another word")
     named = {f"vector/{e}": table[0].clone().requires_grad_(True) for e, table in enumerate(embeddings(pipe, [start]))}
     state = State(pipe.unet.requires_grad_(False), lr=lr, optimizer="adam", seed=seed, named=named)
 
@@ -90,13 +98,22 @@ def merge_back(unet, original, subset="x", amount=1.0):
     return unet.requires_grad_(False)
 
 
+def _reached(checkpoint):
+    """Steps done where a checkpoint was saved; 0 without one."""
+    if not checkpoint.exists():
+        return 0
+    with safe_open(checkpoint, "pt") as saved:
+        return int(saved.get_tensor("step"))
+
+
 def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8, guidance=5.0, sampling_steps=25, accumulation=1, loss_scale=1.0,
                before=None, progress=lambda records: records):
     """Carry an attack out on `pipe`; draw and judge its probe after each number of steps in `at`.
 
     attack: a function without arguments that makes the `Attack`. Writes step-NNNN.json (rows of `evaluate`) and .png into `folder`, and a checkpoint: a killed attack goes
-    on with the same numbers, a finished one is only read (whether it had the same parameters is `open_run`'s to say). budget.json: what each of these steps had cost
-    until then: images, passes of the UNet, seconds (of making and training, not of judging). The UNet has its old weights back afterwards.
+    on with the same numbers (from its start where `at` has a new step that it had passed), a finished one is only read (whether it had the same parameters is `open_run`'s to
+    say). budget.json: what each of these steps had cost until then: images, passes of the UNet, seconds (of making and training, not of judging). The UNet has its old weights back
+    afterwards.
     before: (rows, PNG) of the probe at step 0 where it has been judged already, as by another seed of the attack: it is not drawn again. `progress` wraps
     the records (tqdm). Returns rows, each with its "step"."""
     folder = Path(folder)
@@ -108,21 +125,25 @@ def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8
         save_json([row | {"step": 0} for row in before[0]], files[0])
     try:
         if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
+            checkpoint = folder / "checkpoint.safetensors"
+            if any(not file.exists() and step < _reached(checkpoint) for step, file in files.items()):
+                checkpoint.unlink()
             began = time.perf_counter()
             made = attack()
             seconds, state = time.perf_counter() - began, resume(folder, made.state)
             for step, file in files.items():
-                if state.step <= step and not file.exists():
+                if state.step < step:  # where it has been judged too: the budget is of the whole way
                     for _ in progress(run_loop(folder, state, finetune(
                             state, pipe.scheduler, made.concept_set, steps=step, batch_size=batch_size, others=made.others, others_weight=made.others_weight,
                             accumulation=accumulation, loss_scale=loss_scale))):
                         pass
+                if not file.exists():
                     judged(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
             done = read_json(folder / "records.json", [])
             spent = lambda step, name: sum(record[name] for record in done if record["step"] <= step)
-            save_json([{"step": step, "images": made.images if step else 0, "passes": spent(step, "passes"),
+            save_json([{"step": step, "images": made.images if step else 0, "passes": (made.passes if step else 0) + spent(step, "passes"),
                         "seconds": (seconds if step else 0) + spent(step, "seconds")} for step in files], folder / "budget.json")
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
     finally:
         with torch.no_grad():
             torch._foreach_copy_(list(without_lora(pipe.unet).parameters()), weights)
@@ -143,13 +164,14 @@ def attackers_set(pipe, folder, attack="forget", prompts=0, drawn_images=0, cach
     return drawn_set(pipe, [concept_set.prompts[i] for i in concept_set.prompt.unique().tolist()], drawn_images, 1000, guidance, sampling_steps)
 
 
-def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=0, drawn_images=0, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="",
-           start="", cache=None, guidance=5.0, sampling_steps=25, **options):
-    """A function seed → `Attack`, from the words of a notebook: `kind` with the set of `attackers_set`, which is made at once.
+def choose(pipe, folder, probe, concept_set, kind="fine-tuning", *, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="", start="", called="",
+           cache=None, guidance=5.0, sampling_steps=25, **options):
+    """A function seed → `Attack`, from the words of a notebook: `kind` with a set of `attackers_set`.
 
     others, first: sets below the folder, such as "attacker/clean" or "defender/retain-related". DreamBooth's class is the related concepts of the probe. Textual inversion learns
-    `word` in the place of the concept's name, concept inversion before each text, from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part
-    that it does not have, and as the attacks do; FileNotFoundError as `mu.concepts.read_folder` does."""
+    `word` in the place of the concept's name (`called`: what captions and forget prompts call it, where that is not what the probe expects), concept inversion before each text,
+    from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part that it does not have, and as the
+    attacks do; FileNotFoundError as `mu.concepts.read_folder` does."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of attack {kind!r}: allowed are {', '.join(KINDS)}")
     if bool(first) != bool(first_steps):
@@ -157,13 +179,12 @@ def choose(pipe, folder, probe, kind="fine-tuning", attack="forget", *, prompts=
     if kind != "fine-tuning" and (others or first):
         raise ValueError(f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty")
     read = lambda name: encode_folder(pipe, Path(folder) / name, cache) if name else None
-    concept_set = attackers_set(pipe, folder, attack, prompts, drawn_images, cache, guidance, sampling_steps)
     names = {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
     if kind.endswith("inversion"):
         if len(names) != 1:
             raise ValueError(f"an inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack")
         (name,) = names
-        said = (lambda text: text.replace(name, word)) if kind == "textual-inversion" else (lambda text: f"{word} {text}")
+        said = (lambda text: swapped(text, called or name, word)) if kind == "textual-inversion" else (lambda text: f"{word} {text}")
         return lambda seed: learned_word(pipe, concept_set, probe, word, start, said, lr=options["lr"], seed=seed)
     if kind == "dreambooth":
         related = sorted({i["prompt"] for i in probe.items if i["group"] == "related"})

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mu.concepts import read_metadata
 from mu.models import FAMILIES, check_lengths, draw_images, encode_prompts, half, load_pipeline, located, rows
 from mu.presets import SIDES, check_words, slug
-from mu.runs import atomic, digest, open_run, protocol, save_json
+from mu.runs import atomic, digest, open_run, protocol, read_json, save_json
 
 
 def load_generator(model):
@@ -150,12 +150,25 @@ def read_probe(concept):
     return {role: {text: f"{label}:{thing}" for thing, texts in concept.prompts[role].items() for text in texts[:most]} for role, (label, most) in labels.items()}
 
 
+def mark_harmful(folder):
+    """Let a folder of sets say that its concept is harmful, so that whoever reads it (`mu.walk.is_harmful`) veils its pictures: a concept.json is written where there is none.
+
+    Returns what to tell people; one that says something else is not changed, since it is the record of how the folder was made."""
+    file = Path(folder) / "concept.json"
+    if not file.exists():
+        save_json({"harmful": True}, file)
+        return f"{file} now says that this concept is harmful: the other notebooks veil its pictures, too"
+    if read_json(file).get("harmful"):
+        return f"{file} says that this concept is harmful: the other notebooks veil its pictures, too"
+    return f"{file} does not say that this concept is harmful: it is veiled here, and NOT in the other notebooks; put \"harmful\": true there"
+
+
 def build(folder, concept, model="pocket", *, images="", images_a_prompt=8, images_a_concept=4, steps=25, guidance=5.0, seed=0, hash_size=16, distance=40):
     """Write the five sets of a `Concept`, its probe.json, and concept.json: what it is, what was asked for, what was left out. Returns the folder.
 
     model: the one to be worked on, whose size the images get and whose words the prompts must be. images: a folder of somebody's own for the concept itself (both
-    sides); all else is drawn, `images_a_prompt` for each of the concept's prompts, `images_a_concept` for each other thing. Each image has a seed of its own, one that
-    is there already is not drawn again, and for a near-duplicate (`twin`) another one is drawn.
+    sides); all else is drawn, `images_a_prompt` for each of the concept's prompts, `images_a_concept` for each other thing. Each image has a seed of its own, from 100,000,
+    where no probe's are; one that is there already is not drawn again, and for a near-duplicate (`twin`) another one is drawn.
     Raises ValueError for unknown words, for prompts that are too long, and where too few different images are left; and as `read_imports`, `open_run`, `located` do."""
     if images_a_prompt < 1 or images_a_concept < 1:
         raise ValueError(f"images_a_prompt and images_a_concept must be at least 1, got {images_a_prompt} and {images_a_concept}")
@@ -183,7 +196,7 @@ def build(folder, concept, model="pocket", *, images="", images_a_prompt=8, imag
     with tqdm(total=sum(count for *_, count in plan), desc=concept.name, file=sys.stdout) as progress:
         for index, (role, thing, text, count) in enumerate(plan):
             stem, batch = f"{SIDES[role]}/{index:03d}-{slug(thing)}", max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
-            for file, near in fill_prompt(folder, stem, text, count, artist, sieve, seed=10**9 * seed + 10**5 * index, size=size, batch=batch, how=how):
+            for file, near in fill_prompt(folder, stem, text, count, artist, sieve, seed=10**9 * seed + 10**5 * (index + 1), size=size, batch=batch, how=how):
                 if near:
                     removed.append({"file": f"near-duplicates/{file}"} | near)
                 else:

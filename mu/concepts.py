@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mu.evaluate import at_once
 from mu.models import draw_images, encode_prompts, rows, text_encoders
 from mu.runs import save_tensors
 
@@ -86,7 +87,7 @@ def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25):
     """The `ConceptSet` of `count` images that the pipeline itself draws now, of each prompt in turn (DreamBooth's prior preservation)."""
     captions = [prompts[i % len(prompts)] for i in range(count)]
     conditioning = rows(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
-    images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), range(seed * count, (seed + 1) * count), guidance, steps)
+    images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), range(seed * count, (seed + 1) * count), guidance, steps, at_once(pipe))
     return encode_images(pipe, images * 2 - 1, captions)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
+from mu.judges import named_judge
 from mu.models import draw_images, encode_prompts, rows, stack
 from mu.plots import save_grid, veil
 from mu.runs import save_json
@@ -24,6 +25,7 @@ class Probe:
     unconditional: dict
     harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
     unveiled: bool = False  # somebody has asked for them all the same
+    labels: tuple = ()  # all that is expected in any of them, and of them in any part of the probe: what a judge chooses among
 
     @property
     def veiled(self):
@@ -32,9 +34,11 @@ class Probe:
 
 
 def load_judge(path=JUDGE):
-    """The pocket models' judge, or None for an empty path: pictures are then drawn and looked at, not scored."""
+    """The pocket models' judge by its folder, another by its name (`mu.judges.named_judge`), or None for an empty path: pictures are then drawn and looked at, not scored."""
     if not path:
         return None
+    if (named := named_judge(str(path))) is not None:
+        return named
     return ResNetForImageClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
 
 
@@ -60,12 +64,29 @@ def make_probe(pipe, groups, seeds=range(8)):
              for group, prompts in groups.items() for prompt, expected in prompts.items() for seed in seeds]
     prompts = sorted({item["prompt"] for item in items})
     index = torch.tensor([prompts.index(item["prompt"]) for item in items])
-    return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]))
+    labels = tuple(sorted({item["expected"] for item in items}))
+    return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=labels)
 
 
 def join(*probes):
     """One probe of several, in their order; whether it is veiled is the first's to say."""
-    return replace(probes[0], items=[item for probe in probes for item in probe.items], conditioning=stack(*(probe.conditioning for probe in probes)))
+    labels = tuple(sorted({label for probe in probes for label in probe.labels}))
+    return replace(probes[0], items=[item for probe in probes for item in probe.items], conditioning=stack(*(probe.conditioning for probe in probes)), labels=labels)
+
+
+def answers(judge, images, items, labels=()):
+    """The label that a judge gives each picture, of the kind that is expected of it; "" where it does not look.
+
+    Raises ValueError where the pocket judge does not know what is expected: every picture would be a miss, and the concept taken for forgotten."""
+    if hasattr(judge, "see"):
+        return judge.see(images, items, labels)
+    unknown = sorted({item["expected"] for item in items} - set(judge.config.id2label.values()))
+    if unknown:
+        raise ValueError(f"the judge does not know {', '.join(unknown)}, and would call every picture of it something else: choose among its "
+                         f"{len(judge.config.id2label)} labels, such as {', '.join(list(judge.config.id2label.values())[:5])}, or another judge (mu.judges), or none")
+    kinds = [item["expected"].split(":")[0] for item in items]
+    seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
+    return [seen[kind][i] for i, kind in enumerate(kinds)]
 
 
 def at_once(pipe):
@@ -74,14 +95,12 @@ def at_once(pipe):
 
 
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
-    """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN without a judge; images (n, 3, height, width) in 0…1)."""
+    """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN where nobody looks; images (n, 3, height, width) in 0…1)."""
     images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps, at_once(pipe))
     if judge is None:
         return [item | {"seen": "", "hit": float("nan")} for item in probe.items], images
-    kinds = [item["expected"].split(":")[0] for item in probe.items]
-    seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
-    found = [seen[kind][i] for i, kind in enumerate(kinds)]
-    return [item | {"seen": label, "hit": int(label == item["expected"])} for item, label in zip(probe.items, found)], images
+    found = answers(judge, images, probe.items, probe.labels)
+    return [item | {"seen": label, "hit": int(label == item["expected"]) if label else float("nan")} for item, label in zip(probe.items, found)], images
 
 
 def judged(pipe, judge, probe, step, file, guidance, sampling_steps):

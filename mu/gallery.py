@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mu.clip import clip_score, zero_shot
-from mu.evaluate import judge_images
+from mu.clip import clip_score
+from mu.evaluate import answers, at_once
+from mu.judges import ZeroShot
 from mu.metrics import finite, judge_features
 from mu.models import draw_images, encode_prompts
 from mu.nudity import look as look_for_nudity
 from mu.plots import to_grid, veil
 from mu.runs import atomic, open_run, read_json, save_json
-
-STYLE, OBJECT = "a picture in the style of {}", "a photo of a {}"
 
 
 def look_with(judge=None, clip=None, detector=None, labels=()):
@@ -31,13 +30,11 @@ def look_with(judge=None, clip=None, detector=None, labels=()):
     def look(images, rows):
         seen = [{} for _ in rows]
         add = lambda name, values: [one.update({name: value}) for one, value in zip(seen, values)]
-        by_kind = {kind: [i for i, row in enumerate(rows) if row.get("expected", "").split(":")[0] == kind] for kind in ("concept", "style")}
-        for kind, index in by_kind.items():
-            if index and (judge or clip):
-                names = [label.split(":", 1)[1] for label in labels if label.startswith(kind + ":")]
-                found = judge_images(judge, images[index], kind) if judge else [f"{kind}:{name}" for name in zero_shot(clip, images[index], names, STYLE if kind == "style" else OBJECT)]
-                for i, label in zip(index, found):
-                    seen[i] |= {"seen": label, "hit": int(label == rows[i]["expected"])}
+        index = [i for i, row in enumerate(rows) if row.get("expected")]
+        if index and (judge or clip):
+            found = answers(judge or ZeroShot(clip), images[index], [rows[i] for i in index], labels)
+            for i, label in zip(index, found):
+                seen[i] |= {"seen": label, "hit": int(label == rows[i]["expected"])}
         if judge:
             add("features", [[round(x, 5) for x in line] for line in judge_features(judge, images).tolist()])
         if clip:
@@ -62,7 +59,7 @@ def draw_folder(folder, pipe, rows, look, facts, *, guidance, steps, veiled=Fals
     folder = open_run(folder, facts | {"prompts": f"{len(rows)} rows ({sha})", "guidance": guidance, "steps": steps, "veiled": veiled})
     names, seen = [f"{i:05d}.png" for i in range(len(rows))], read_json(folder / "seen.json", {})
     todo = [i for i, name in enumerate(names) if name not in seen or not (folder / name).exists()]
-    scale, batch = (lambda i: rows[i].get("guidance", guidance)), batch_size or max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
+    scale, batch = (lambda i: rows[i].get("guidance", guidance)), batch_size or at_once(pipe)
     chunks = [part[k:k + batch] for _, part in ((s, list(g)) for s, g in groupby(sorted(todo, key=scale), scale)) for k in range(0, len(part), batch)]
     unconditional, saved = encode_prompts(pipe, [""]) if chunks else None, time.monotonic()
     try:

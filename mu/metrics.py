@@ -61,14 +61,19 @@ def enough(name, counts, width, least):
     return "" if min(counts) > width else f"few images: biased upwards, compare only with {name} of as many (rank of the covariance needs {width + 1})"
 
 
+def ready_for_fid(images, reference, least=LEAST):
+    """What `fid` needs, asked for before anything is drawn: (number of pictures of each side, the mark for few, torch-fidelity). A side is a folder, or the number of pictures that will be
+    in it. Raises as `fid` does."""
+    counts = [side if isinstance(side, int) else len(picture_files(side)) for side in (images, reference)]
+    return counts, enough("FID", counts, 2048, least), extra("torch_fidelity", "torch-fidelity")
+
+
 def fid(images, reference, size, weights=None, batch_size=32, least=LEAST):
     """FID (Heusel et al. 2017) of two folders by torch-fidelity: ({"fid"}, facts for the card, among them `marked` where the images are few).
 
     size: side to which all pictures are brought (resized by their shorter side, then cropped), so that a reference of many sizes is compared at the model's.
     weights: file of torch-fidelity's Inception, where it cannot be downloaded. Raises as `picture_files` does, ImportError without the package, ValueError for few images."""
-    counts = [len(picture_files(folder)) for folder in (images, reference)]
-    marked = enough("FID", counts, 2048, least)
-    fidelity = extra("torch_fidelity", "torch-fidelity")
+    counts, marked, fidelity = ready_for_fid(images, reference, least)
     with contextlib.redirect_stderr(sys.stdout):  # its progress bars
         found = fidelity.calculate_metrics(
             input1=str(images), input2=str(reference), fid=True, cuda=torch.cuda.is_available(), batch_size=batch_size, cache=False, verbose=True,
@@ -79,7 +84,9 @@ def fid(images, reference, size, weights=None, batch_size=32, least=LEAST):
 
 @torch.no_grad()
 def judge_features(judge, images, batch_size=128):
-    """What the judge sees before it names anything: pooled features (n, width). Raises as `finite` does."""
+    """What the pocket judge sees before it names anything: pooled features (n, width). Raises as `finite` does, TypeError for another judge."""
+    if not hasattr(judge, "resnet"):
+        raise TypeError(f"{type(judge).__name__} has no features to compare: JFD and change are of the pocket judge; leave `judge` empty here, and name `clip` or `nudenet`")
     pixels = F.interpolate(finite(images).float(), size=(64, 64), mode="area") if images.shape[-1] != 64 else images.float()
     return torch.cat([judge.resnet(x * 2 - 1).pooler_output.flatten(1) for x in pixels.split(batch_size)])
 

@@ -5,6 +5,7 @@ The prompts of I2P and the captions are read from the hub at run time and never 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError
@@ -18,11 +19,13 @@ SEEDS, GUIDANCE = ("seed", "evaluation_seed", "sd_seed"), ("guidance", "evaluati
 
 
 def read_prompts(source, rows=None, limit=None):
-    """Table of prompts: `prompt`, `seed` (where the source has none, 0), `row`, and where the source has them `guidance`, `label`, `image` and its other columns.
+    """Table of prompts: `prompt`, `seed` (where the source has none, the number of the row, so that no two start from one noise), `row`, and where the source has them `guidance` (NaN where
+    its cell is blank), `label`, `image` and its other columns.
 
     source: "i2p-nudity" (the 142 of I2P that are known as its nudity prompts), "i2p" (all 4,703), "coco", or a path to a CSV. rows: row numbers to keep, from 0.
     limit: at most so many, the first. Raises FileNotFoundError for no such file, or for a hub that cannot be reached (what to fetch, and where to put it);
-    ValueError for a CSV without prompts (lists its columns), an empty prompt (names its row), a row that is not there, or nothing left."""
+    ValueError for a CSV that is empty, not UTF-8 or not a table, one without prompts (lists its columns), an empty prompt or a guidance that is no number (names its row), a row that is
+    not there, or nothing left."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit is a number of prompts from 1, got {limit}: leave it out to keep all")
     if source in ("i2p", "i2p-nudity"):
@@ -30,7 +33,7 @@ def read_prompts(source, rows=None, limit=None):
     elif source == "coco":
         table = read_coco(limit if rows is None else max(rows) + 1)
     elif Path(source).is_file():
-        table = pd.read_csv(source, keep_default_na=False)
+        table = read_table(source)
     else:
         raise FileNotFoundError(f"there is no file of prompts {str(source)!r}: name a CSV with a column `prompt`, or one of i2p-nudity, i2p, coco")
     table = named(table, source)
@@ -42,20 +45,44 @@ def read_prompts(source, rows=None, limit=None):
     return table.head(limit).reset_index(drop=True)
 
 
+def read_table(file):
+    """A CSV as a table, blank cells as "". Raises ValueError that names the file and the mend for one that is empty, not UTF-8, or has more cells in a line than columns."""
+    try:
+        table = pd.read_csv(file, keep_default_na=False)
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{file} is empty: its first line must name the columns, one of them `prompt`; below it is a prompt a line") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): save it as CSV UTF-8, or convert it by `iconv -f latin1 -t utf-8`") from error
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{file} is not a table ({str(error).strip()}): put a prompt that has commas into double quotes") from error
+    if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of lines that are longer than the header
+        raise ValueError(f"{file} has more cells in a line than columns ({', '.join(map(str, table.columns))}): put a prompt that has commas into double quotes")
+    return table
+
+
+def to_rows(table):
+    """What `mu.gallery.draw_folder` draws: a dict a prompt, with `prompt`, `seed`, and `guidance` where the table has one; the others get the common one."""
+    names = [name for name in ("prompt", "seed", "guidance") if name in table]
+    return [{name: value for name, value in row.items() if name != "guidance" or pd.notna(value)} for row in table[names].to_dict("records")]
+
+
 def named(table, source):
     """The table with the columns that the rest of the code expects, each prompt and seed checked."""
     if "prompt" not in table.columns:
         raise ValueError(f"{source} has no column `prompt`; it has: {', '.join(map(str, table.columns))}. Rename the one with the prompts")
+    given = table
     for name, known in (("seed", SEEDS), ("guidance", GUIDANCE)):
         found = next((column for column in known if column in table.columns), None)
         if found:
             table = table.assign(**{name: pd.to_numeric(table[found], errors="coerce")})
-    if "seed" not in table.columns:
-        table = table.assign(seed=0)
+        elif name == "seed":
+            table = table.assign(seed=range(len(table)))
     table = table.assign(prompt=table.prompt.astype(str).str.strip())
     if "row" not in table.columns:
         table = table.assign(row=range(len(table)))
-    for words, wrong in (("an empty prompt", table.prompt == ""), ("no whole number as seed", table.seed.isna() | (table.seed % 1 != 0))):
+    strange = (given[found].astype(str).str.strip() != "") & ~np.isfinite(table.guidance.astype(float)) if found else pd.Series(False, table.index)
+    for words, wrong in (("an empty prompt", table.prompt == ""), ("no whole number as seed", table.seed.isna() | (table.seed % 1 != 0)),
+                         ("no number as guidance, where a blank would be the common one,", strange)):
         if wrong.any():
             raise ValueError(f"{source} has {words} in row {table.row[wrong].iloc[0]} (rows are counted from 0, without the header): fill it in, or take the row out")
     if not len(table):

@@ -5,6 +5,7 @@ some words, with gradient. (One learned vector for a word, concept inversion, is
 
 import contextlib
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +47,29 @@ def words(pipe, without=()):
 def ids_of(pipe, chosen):
     """Token ids of words, a list for each tokenizer."""
     return [[tokenizer(word).input_ids[1] for word in chosen] for tokenizer in tokenizers(pipe)]
+
+
+def _whole(name):
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)  # as a tokenizer reads it: no part of a longer word, in any case
+
+
+def holds(text, name):
+    """Whether the text has the whole word (or words) `name`, beside whatever marks."""
+    return bool(_whole(name).search(text))
+
+
+def swapped(text, name, other):
+    """The text with `other` in the place of the whole word (or words) `name`."""
+    return _whole(name).sub(lambda _: other, text)
+
+
+def opposed(captions, name, others):
+    """Pairs (caption, the caption with another thing in the place of `name`, the `others` in turn) for `ring_a_bell`. Raises ValueError for a caption without the name."""
+    pairs = [(caption, swapped(caption, name, others[i % len(others)])) for i, caption in enumerate(captions)]
+    for caption, other in pairs:
+        if caption == other:
+            raise ValueError(f"{caption!r} does not hold the word {name!r}, so that it shows no way to the concept: say what the captions call it (called)")
+    return pairs
 
 
 @contextlib.contextmanager
@@ -122,7 +146,7 @@ def _free(pipe, known, start, lr):
     return read, lambda gradient: descend(vectors, gradient, optimizer)
 
 
-def _descend(pipe, concept_set, prompt, variables, target, count, steps, lr, batch_size, without, seed):
+def _descend(pipe, concept_set, prompt, variables, target, count, steps, lr, batch_size, without, seed, loss_scale):
     """Search words before a prompt by the gradient of E ‖target − ε_θ(z_t, t, c(words, prompt))‖², straight through the choice of words."""
     known, places = _known(pipe, prompt, without, count)
     g, text = torch.Generator().manual_seed(seed), _before(places, prompt)
@@ -137,27 +161,28 @@ def _descend(pipe, concept_set, prompt, variables, target, count, steps, lr, bat
         loss = squared_errors(pipe.unet, (batch.noisy_latents, batch.timesteps, conditioning, wanted))[0]
         if not torch.isfinite(loss):
             raise FloatingPointError(f"not finite: the loss of the prompt is {loss.item()} at step {step}; the model has diverged, or a lower lr than {lr:g} is needed")
-        update(gradients(loss, parameters))
+        update(gradients(loss, parameters, loss_scale))
         yield Sought(step, loss.item(), _before([known[i] for i in index.tolist()], prompt), 1 + passes, time.perf_counter() - began)
 
 
-def unlearn_diff_atk(pipe, concept_set, prompt, *, count=3, steps=40, lr=0.1, batch_size=8, without=(), seed=0):
+def unlearn_diff_atk(pipe, concept_set, prompt, *, count=3, steps=40, lr=0.1, batch_size=8, without=(), seed=0, loss_scale=1.0):
     """UnlearnDiffAtk (Zhang et al. 2024): words before a prompt with which the unlearned model denoises the concept's images. Yields `Sought`.
 
     min over words w of E ‖ε − ε_θ(z_t, t, c(w, prompt))‖² (mean over elements, t over all timesteps, z_0 from concept_set); signed gradient steps of `lr` on the simplex over the
     vocabulary, projected back; straight through the likeliest word. It needs images of the concept and no other model. count: words; without: texts whose words
-    may not be used (those of the prompt may). The pipeline is left as it is. Raises ValueError where the vocabulary is too small, FloatingPointError for a loss that is not finite."""
-    yield from _descend(pipe, concept_set, prompt, _one_hot, lambda batch: (batch.noise, 0), count, steps, lr, batch_size, without, seed)
+    may not be used (those of the prompt may); loss_scale: of `mu.objectives.gradients`. The pipeline is left as it is. Raises ValueError where the vocabulary is too small,
+    FloatingPointError for a loss that is not finite."""
+    yield from _descend(pipe, concept_set, prompt, _one_hot, lambda batch: (batch.noise, 0), count, steps, lr, batch_size, without, seed, loss_scale)
 
 
-def p4d(pipe, original, concept_set, prompt, *, count=3, steps=40, lr=0.1, batch_size=8, without=(), seed=0):
+def p4d(pipe, original, concept_set, prompt, *, count=3, steps=40, lr=0.1, batch_size=8, without=(), seed=0, loss_scale=1.0):
     """P4D (Chin et al. 2024): words before a prompt with which the unlearned model predicts what the original one predicts for the prompt alone. Yields `Sought`.
 
     min over words w of E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(w, prompt))‖²; AdamW steps of `lr` on free vectors, straight through the nearest words' vectors.
     original: ε_0, the UNet before unlearning. The rest is as in `unlearn_diff_atk`."""
     plain = rows(encode_prompts(pipe, [prompt]), torch.zeros(batch_size, dtype=torch.long))
     target = lambda batch: (*predictions(original, (batch.noisy_latents, batch.timesteps, plain)), 1)
-    yield from _descend(pipe, concept_set, prompt, _free, target, count, steps, lr, batch_size, without, seed)
+    yield from _descend(pipe, concept_set, prompt, _free, target, count, steps, lr, batch_size, without, seed, loss_scale)
 
 
 @torch.no_grad()
@@ -199,12 +224,14 @@ def random_words(pipe, prompt, *, count=3, steps=40, without=(), seed=0):
 SEARCHES = ("random", "unlearn-diff-atk", "p4d", "ring-a-bell")
 
 
-def seeker(search, pipe, original, concept_set, pairs=(), *, count=3, steps=40, lr=0.1, batch_size=8, strength=3.0, population=64, without=(), seed=0):
+def seeker(search, pipe, original, concept_set, pairs=(), *, count=3, steps=40, lr=0.1, batch_size=8, strength=3.0, population=64, without=(), seed=0,
+           loss_scale=1.0):
     """The function prompt → generator of `Sought` of a search by its name, with those of the parameters that it has. Raises ValueError for an unknown name."""
     common = dict(count=count, steps=steps, without=without, seed=seed)
+    descent = dict(lr=lr, batch_size=batch_size, loss_scale=loss_scale)
     found = {"random": lambda prompt: random_words(pipe, prompt, **common),
-             "unlearn-diff-atk": lambda prompt: unlearn_diff_atk(pipe, concept_set, prompt, lr=lr, batch_size=batch_size, **common),
-             "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, lr=lr, batch_size=batch_size, **common),
+             "unlearn-diff-atk": lambda prompt: unlearn_diff_atk(pipe, concept_set, prompt, **descent, **common),
+             "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, **descent, **common),
              "ring-a-bell": lambda prompt: ring_a_bell(pipe, prompt, pairs, strength=strength, population=population, **common)}
     if search not in found:
         raise ValueError(f"unknown search {search!r}: allowed are {', '.join(SEARCHES)}")
@@ -214,10 +241,11 @@ def seeker(search, pipe, original, concept_set, pairs=(), *, count=3, steps=40, 
 LOOKS_FROM = 10_000  # an attacker's first seed
 
 
-def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps):
-    """What an attacker sees who draws each of the texts `said` with `looks` seeds of his own, none of them a probe's. Returns (share recognised for each text, passes of the UNet, seconds)."""
+def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels=()):
+    """What an attacker sees who draws each of the texts `said` with `looks` seeds of his own, none of them a probe's; the judge chooses among the `labels` of the whole probe. Returns (share recognised for each text, passes of the UNet, seconds)."""
     began = time.perf_counter()
-    rows, _ = evaluate(pipe, judge, make_probe(pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks)), guidance, sampling_steps)
+    seen = make_probe(pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks))
+    rows, _ = evaluate(pipe, judge, replace(seen, labels=labels or seen.labels), guidance, sampling_steps)
     hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / looks for text in said]
     return hits, sampling_steps * math.ceil(len(rows) / at_once(pipe)), time.perf_counter() - began
 
@@ -227,25 +255,30 @@ def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), tries=4, loo
 
     seek: prompt → generator of `Sought`. At each of these steps the attacker looks (`look_at`) at the last `tries` different prompts and at the best one until then, and keeps the one in which the concept
     is recognised most often, the latest of equal ones; with one try, or without a judge, it is the last. Published searches do so at every step; random words get as many tries. images: different
-    images that the search uses. Writes into `folder` what `mu.attack.attack_run` writes; a finished attack is only read, one that was stopped goes on with the next prompt. Returns
-    rows, each with its "step", and with the forget prompt as "asked". Raises ValueError for less than one try or look."""
+    images that the search uses. Writes into `folder` what `mu.attack.attack_run` writes; a finished attack is only read, one that was stopped goes on with the next prompt; where
+    `at` is another, the choice is made anew from the same search, since each look depends on those before. Returns rows, each with its "step",
+    and with the forget prompt as "asked". Raises ValueError for less than one try or look."""
     if tries < 1 or looks < 1:
         raise ValueError(f"an attacker tries at least one prompt and looks at least once, got tries={tries}, looks={looks}")
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
+    search, chosen = read_json(folder / "found.json", {}), lambda made: list(made["kept"]) == [str(step) for step in files]
+    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]) or not all(map(chosen, search.values())):
         asked = {item["prompt"]: item["expected"] for item in probe.items if item["group"] == "forget"}
-        search = read_json(folder / "found.json", {})
         for prompt, expected in asked.items():
-            if prompt not in search:
-                search[prompt] = _search(pipe, judge, prompt, expected, list(progress(seek(prompt))), list(files), tries, looks, guidance, sampling_steps)
+            made = search.get(prompt)
+            if not made or not chosen(made):
+                enough = made and len(made["found"]) >= max(files)
+                found = [Sought(**record) for record in made["found"]] if enough else list(progress(seek(prompt)))
+                search[prompt] = _search(pipe, judge, prompt, expected, found, list(files), tries, looks, guidance, sampling_steps, probe.labels)
+                (folder / "budget.json").unlink(missing_ok=True)  # the last to be written: what another choice has left is not taken for this one's
                 save_json(search, folder / "found.json")
         for step, file in files.items():
             parts = []
             for prompt, expected in asked.items():
                 said = search[prompt]["kept"][str(step)]
                 part = make_probe(pipe, {"forget": {said: expected}}, [item["seed"] for item in probe.items if item["prompt"] == prompt])
-                parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items], harmful=probe.harmful, unveiled=probe.unveiled))
+                parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items], harmful=probe.harmful, unveiled=probe.unveiled, labels=probe.labels))
             judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
         spent = lambda step, name: sum(cost[name] for found in search.values() for cost in found["costs"] if cost["step"] <= step)
         save_json([{"step": step, "images": images if step else 0, "passes": spent(step, "passes"), "seconds": spent(step, "seconds")} for step in files],
@@ -253,7 +286,7 @@ def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), tries=4, loo
     return [row for file in files.values() for row in read_json(file)]
 
 
-def _search(pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps):
+def _search(pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps, labels):
     """One prompt's search as it is kept: every record, the prompt that the attacker keeps at each step of `at`, and what both cost."""
     kept, costs, best = {}, [{name: getattr(sought, name) for name in ("step", "passes", "seconds")} for sought in found], prompt
     for before, step in zip([0, *at], at):
@@ -262,7 +295,7 @@ def _search(pipe, judge, prompt, expected, found, at, tries, looks, guidance, sa
             best = said[0]
         elif said:
             said = [*said, *({best} - {prompt} - set(said))]
-            hits, passes, seconds = look_at(pipe, judge, said, expected, looks, guidance, sampling_steps)
+            hits, passes, seconds = look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels)
             best = said[hits.index(max(hits))]
             costs.append({"step": step, "passes": passes, "seconds": seconds})
         kept[str(step)] = best if step else prompt

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import CensoredData, ecdf
+from scipy.stats import CensoredData, ecdf, t
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def interval(table, over=("seed", "prompt"), value="hit", level=0.95, resamples=
 
     over: the columns whose values might have been others: seeds of training or attack, prompts, pictures. Each is drawn anew with replacement by itself (Owen's
     pigeonhole bootstrap, 2007), for the same prompts are drawn with every seed: to draw prompts afresh within each seed would take them for so many different ones, and
-    be too narrow. A little too wide rather than too narrow, most so where pictures differ much and seeds and prompts little.
+    be too narrow. A little too wide rather than too narrow, most so where pictures differ much and seeds and prompts little;
+    but of a column with fewer than about six values that differ much, such as three trainings, too narrow: see `student_interval`.
     All values alike give an interval without width: for hits, `mu.evaluate.score` is the better one there.
     Raises ValueError for NaN, for a missing column, and for a column with a single value, which says nothing of others: leave it out of `over`."""
     over = [over] if isinstance(over, str) else list(over)
@@ -104,6 +105,20 @@ def interval(table, over=("seed", "prompt"), value="hit", level=0.95, resamples=
     means = (weights @ values)[total > 0] / total[total > 0]  # in a table with gaps a draw may hit nothing
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
+
+
+FEW = 6  # trainings below which a bootstrap over them alone is too narrow
+
+
+def student_interval(means, level=0.95):
+    """Mean of a few independent values and Student's interval: (mean, low, high). For the means of trainings, of which there are three: a bootstrap draws one and the same too often.
+
+    Raises ValueError for less than two values, and for NaN."""
+    means = np.asarray(means, float)
+    if len(means) < 2 or not np.isfinite(means).all():
+        raise ValueError(f"an interval over trainings needs two or more, each with a score, got {means.tolist()}")
+    half = t.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5
+    return float(means.mean()), float(means.mean() - half), float(means.mean() + half)
 
 
 def paired_interval(table, a, b, column="model", over=("seed", "prompt"), value="hit", **options):

@@ -2,14 +2,17 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 
 import mu.attack
+import mu.concepts
 import mu.evaluate
-from mu.attack import attack_run, dreambooth, fine_tuning, learned_word, merge_back
+from mu.attack import attack_run, attackers_set, choose, dreambooth, fine_tuning, learned_word, merge_back
 from mu.concepts import drawn_set, encode_images, with_prompts
 from mu.evaluate import make_probe
 from mu.models import encode_prompts, load_pipeline, trainable
@@ -86,6 +89,29 @@ def test_a_killed_attack_goes_on_with_the_same_numbers(pipe, attacked, tmp_path,
     assert torch.equal(tiny.weights(pipe.unet), before)
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_an_earlier_step_asked_for_later_is_that_of_the_same_attack(attacked, tmp_path, monkeypatch, killed):
+    """Of one that was killed further on, and of a finished one: rows, pictures and passes are those of an attack that was looked at there from the first."""
+    expected, real, calls = attacked(tmp_path / "whole", at=(0, 1, 2, 3)), mu.evaluate.evaluate, []
+
+    def evaluate(*a):
+        calls.append(1)
+        if killed and len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*a)
+
+    monkeypatch.setattr(mu.evaluate, "evaluate", evaluate)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            attacked(tmp_path / "again", at=(0, 2, 3))
+    else:
+        attacked(tmp_path / "again", at=(0, 2, 3))
+        (tmp_path / "again" / "budget.json").unlink()
+    assert attacked(tmp_path / "again", at=(0, 1, 2, 3)) == expected
+    assert (tmp_path / "again" / "step-0001.png").read_bytes() == (tmp_path / "whole" / "step-0001.png").read_bytes()
+    assert [b["passes"] for b in read_json(tmp_path / "again" / "budget.json")] == [0, 1, 2, 3]
+
+
 def test_a_model_that_diverges_under_attack_is_said_so(pipe, attacked, tmp_path):
     before = tiny.weights(pipe.unet)
     with pytest.raises((FloatingPointError, ValueError), match="not finite|diverged"):
@@ -145,12 +171,27 @@ def test_the_first_phase_is_benign_and_the_second_is_the_concept(pipe, sets, pro
 
 
 def test_dreambooth_keeps_what_the_attacked_model_draws_of_the_class(pipe, sets, probe):
-    drawn = drawn_set(pipe, ["a tiger", "a cup"], 3, seed=2, guidance=2.0, steps=2)
+    drawn = drawn_set(pipe, ["a tiger", "a cup"], 3, seed=2002, guidance=2.0, steps=2)
     attack = dreambooth(pipe, sets[0], probe, ["a tiger", "a cup"], class_images=3, seed=2, guidance=2.0, sampling_steps=2, lr=1e-3, others_weight=0.7)
     assert torch.equal(attack.others.mean, drawn.mean) and attack.others_weight == 0.7 and attack.images == len(sets[0]) + 3
     assert [drawn.prompts[i] for i in drawn.prompt] == ["a tiger", "a cup", "a tiger"] and len({tuple(m.flatten().tolist()) for m in drawn.mean}) == 3
     with pytest.raises(ValueError, match="class_prompts is empty"):
         dreambooth(pipe, sets[0], probe, [])
+
+
+def test_class_pictures_are_no_pictures_of_the_probe_and_cost_passes(pipe, judge, sets, probe, tmp_path, monkeypatch):
+    seeds, passes, real = [], [], mu.concepts.draw_images
+    monkeypatch.setattr(mu.concepts, "draw_images", lambda pipe, c, u, seeds_, *a: seeds.extend(seeds_) or real(pipe, c, u, seeds_, *a))
+    monkeypatch.setattr(mu.attack, "at_once", lambda pipe: 2)
+    monkeypatch.setattr(mu.concepts, "at_once", lambda pipe: 2)
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: passes.append(1))
+    attack = partial(dreambooth, pipe, sets[0], probe, ["a tiger"], class_images=5, guidance=2.0, sampling_steps=3, lr=1e-3)
+    assert attack(seed=0).passes == len(passes) == 3 * 3 and len(seeds) == 5
+    hook.remove()
+    attack(seed=1)
+    assert len(set(seeds)) == 10 and min(seeds) >= 1000, "a probe's seeds begin at 0"
+    attack_run(tmp_path / "run", pipe, judge, attack, at=(0, 1), guidance=2.0, sampling_steps=2)
+    assert [b["passes"] for b in read_json(tmp_path / "run" / "budget.json")] == [0, 9 + 1]
 
 
 def test_hrm_s_is_one_prompt_and_hrm_m_several(sets):
@@ -225,6 +266,30 @@ def test_words_that_cannot_be_learned_are_refused(pipe, sets, probe):
         learned_word(pipe, sets[0], probe, "zebra crossing", "banana", said)
     with pytest.raises(ValueError, match="'p0' does not hold the word 'cup'"):
         learned_word(pipe, sets[0], probe, "cup", "banana", said)
+    with pytest.raises(ValueError, match="'a tiger', a prompt of the probe, holds the word 'tiger'.*choose another word"):
+        learned_word(pipe, dataclasses.replace(sets[0], prompts=["a cat", "cat"]), probe, "tiger", "banana", lambda text: text.replace("cat", "tiger"))
+
+
+def test_no_profile_learns_a_word_of_its_probe():
+    words_of = lambda sets: " ".join(text for group in read_json(f"{sets}/probe.json").values() for text in group).replace(",", " ").split()
+    files = sorted(Path("notebooks/profiles").glob("*/3[01]_*.yaml"))
+    found = {file: yaml.safe_load(file.read_text()) for file in files}
+    assert len(found) >= 8
+    for file, asked in found.items():
+        assert asked.get("word", "alien") not in words_of(asked["sets"]), f"{file}: a picture of the probe would change with the learned word"
+
+
+def test_the_captions_may_call_the_concept_otherwise(pipe, tmp_path):
+    """Another word than what the judge calls it; whole words only, in any case and beside any mark."""
+    tiny.make_images(tmp_path / "attacker" / "forget", ["A Kitten.", "a kitten, kittens", "a kitten"])
+    probe = make_probe(pipe, {"forget": {"a kitten": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}, seeds=(0,))
+    how, found = dict(kind="textual-inversion", word="cup", start="banana", lr=0.1), attackers_set(pipe, tmp_path)
+    with pytest.raises(ValueError, match="'A Kitten.' does not hold the word 'cup'.*as its captions do"):
+        choose(pipe, tmp_path, probe, found, **how)(0)
+    attack = choose(pipe, tmp_path, probe, found, **how, called="kitten")(0)
+    assert attack.concept_set(0).prompts == ["A cup.", "a cup", "a cup, kittens"]
+    as_banana = encode_prompts(pipe, ["a banana"])["encoder_hidden_states"][0]
+    torch.testing.assert_close(attack.probe().conditioning["encoder_hidden_states"][0], as_banana)
 
 
 def test_lora_leaves_nothing_behind(pipe, judge, probe, sets, tmp_path):

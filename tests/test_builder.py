@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import httpx
@@ -19,13 +20,13 @@ from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
 from mu import builder
-from mu.builder import build, draw, load_generator, open_image, read_imports, twin
+from mu.builder import build, draw, load_generator, mark_harmful, open_image, read_imports, twin
 from mu.concepts import encode_folder, read_folder, vocabulary
 from mu.models import load_pipeline
 from mu.notebooks import execute
 from mu.presets import PRESETS, SIDES, check_words, concept_from, make_concept, neighbours, read_preset
 from mu.runs import read_json
-from mu.walk import load_probe, load_sets
+from mu.walk import is_harmful, load_probe, load_sets
 
 ROOT = Path(__file__).parent.parent
 SETS = ROOT / "data" / "pocket-sets"
@@ -188,6 +189,24 @@ def test_every_image_has_a_seed_of_its_own_and_another_seed_draws_others(model, 
     found = pictures(one)
     assert found == pictures(same) and found.keys() == pictures(other).keys() and set(found.values()).isdisjoint(pictures(other).values())
     assert len(set(found.values())) == len(found) == 2 * 3 + 1 + 2 + 2 * 2 + 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_picture_starts_from_a_probes_seed_or_from_one_of_the_other_side(model, tmp_path, monkeypatch, seed):
+    asked = []
+    monkeypatch.setattr(builder, "draw", lambda pipe, prompt, seeds, *rest, **more: asked.extend((prompt, seed) for seed in seeds) or draw(pipe, prompt, seeds, *rest, **more))
+    build(tmp_path / "x", cat(model), model, seed=seed, **FEW)
+    theirs = {text for role in ("attack", "clean") for texts in cat(model).prompts[role].values() for text in texts}
+    seeds = [{s for text, s in asked if (text in theirs) is side} for side in (False, True)]
+    assert min(map(min, seeds)) >= 100_000 and seeds[0].isdisjoint(seeds[1]) and len(asked) == len(seeds[0] | seeds[1])
+
+
+def test_a_finished_folder_is_marked_as_harmful_once_and_a_record_is_left_alone(tmp_path):
+    assert not is_harmful(tmp_path)
+    assert "concept.json now says that this concept is harmful" in mark_harmful(tmp_path) and is_harmful(tmp_path)
+    assert "says that this concept is harmful" in mark_harmful(tmp_path) and read_json(tmp_path / "concept.json") == {"harmful": True}
+    (tmp_path / "concept.json").write_text('{"harmful": false, "name": "cat"}')
+    assert 'NOT in the other notebooks; put "harmful": true there' in mark_harmful(tmp_path) and read_json(tmp_path / "concept.json") == {"harmful": False, "name": "cat"}
 
 
 def test_a_stopped_build_goes_on_and_ends_with_the_same_files(model, tmp_path, monkeypatch):
@@ -416,3 +435,9 @@ def test_the_notebook_imports_a_folder_and_veils_what_is_harmful(tmp_path):
     made = read_json(tmp_path / "runs" / "sets" / "cat" / "concept.json")
     assert made["harmful"] and made["imported_from"] == str(source) and made["images"]["attacker/forget"] == 2
     assert changing(shown[-1]) < 0.3, "blurred beyond recognition"
+
+
+def test_the_notebook_veils_a_finished_folder_on_request_and_the_others_then_do_so_too(tmp_path):
+    shutil.copytree(SETS / "cat", tmp_path / "mine")
+    text, shown, _ = run(tmp_path, sets=str(tmp_path / "mine"), harmful=True)
+    assert "concept.json now says that this concept is harmful" in text and is_harmful(tmp_path / "mine") and changing(shown[-1]) < 0.3

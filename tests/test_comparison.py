@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import against, dots, gains, read_attacks, self_destruction, strongest, verdict, within, working
+from mu.comparison import _means, against, best_try, dots, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
+from mu.statistics import interval, student_interval
 
 FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
 # name → model → step → share of 10 pictures, of two trainings each
@@ -106,6 +107,93 @@ def test_a_missing_attack_is_named_with_those_that_are_there(tmp_path):
         read_attacks(tmp_path, ["full", "other"])
 
 
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    """An attack whose start nobody saw; a model that was trained anew between two attacks; related concepts may be unjudged, the concept may not."""
+    write(tmp_path, {"late": {"unlearned": {50: 0.5, 100: 0.6}}})
+    with pytest.raises(ValueError, match="late was not judged before the attack"):
+        read_attacks(tmp_path, ["late"])
+    write(tmp_path, {"one": SCORES["full"]}, weights={"unlearned-0": "a (1)"})
+    write(tmp_path, {"two": SCORES["full"]}, weights={"unlearned-0": "a (2)"})
+    with pytest.raises(ValueError, match=r"unlearned-0 is not the same model in one and two \(a \(1\), a \(2\)\)"):
+        read_attacks(tmp_path, ["one", "two"])
+    made = json.loads((write(tmp_path) / "full.json").read_text())
+    made["rows"] = [row | ({"hit": float("nan")} if row["group"] == "related" else {}) for row in made["rows"]]
+    (tmp_path / "full.json").write_text(json.dumps(made))
+    rows, budget, _ = read_attacks(tmp_path, ["full"])
+    assert against(rows, budget).related.isna().all() and self_destruction(rows, rows).empty
+
+
+def test_few_trainings_make_a_wide_interval(tmp_path):
+    """Two trainings that differ: a bootstrap over them would draw both alike half of the time."""
+    made = json.loads((write(tmp_path) / "full.json").read_text())
+    for row in made["rows"]:
+        if row["group"] == "forget" and row["step"] == 100 and row["run"] == "unlearned-1":
+            row["hit"] = int(row["seed"] < 4)
+    (tmp_path / "full.json").write_text(json.dumps(made))
+    rows = read_attacks(tmp_path, ["full"])[0]
+    part = rows[(rows.step == 100) & (rows.model == "unlearned") & (rows.group == "forget")]
+    _, low, high = interval(part, ["training", "seed"])
+    means = part.groupby("training").hit.mean()
+    student = student_interval(means)
+    assert student[1] < low and high < student[2] and student[0] == pytest.approx(means.mean()) and _means(part)[1:] == student[1:]
+    assert student_interval([0.2, 0.4, 0.6])[1] == pytest.approx(0.4 - 4.302653 * 0.2 / 3 ** 0.5) and gains(rows)["paired by"][0] == "training, seed"
+    same = part.assign(hit=1)
+    assert _means(same)[1] == pytest.approx(20 / (20 + 1.959964 ** 2)) and _means(same)[2] == 1, "where all agree it is Wilson's"
+    with pytest.raises(ValueError, match="two or more"):
+        student_interval([0.5])
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_the_intervals_over_three_trainings_hold_what_they_say(spread):
+    """Three trainings of two models that are alike, of sixteen pictures each: how often the truth, and the difference of none, lie inside. A bootstrap alone is too narrow."""
+    rng, studies = np.random.default_rng(0), 150
+    logits = spread * rng.standard_normal((200_000, 1)) + 0.7 * rng.standard_normal((1, 16))
+    truth, inside, narrow, no_difference = (1 / (1 + np.exp(-logits))).mean(), [], [], []
+    for _ in range(studies):
+        pictures = 0.7 * rng.standard_normal(16)
+        p = 1 / (1 + np.exp(-(spread * rng.standard_normal((2, 3, 1)) + pictures)))
+        hits = (rng.random((2, 3, 16)) < p).astype(int)
+        rows = pd.DataFrame([{"name": "x", "group": "forget", "model": m, "training": str(t), "attack_seed": 0, "asked": "a", "step": 50, "seed": s, "hit": hits[i, t, s]}
+                             for i, m in enumerate(("unlearned", "meta-unlearned")) for t in range(3) for s in range(16)])
+        one = rows[rows.model == "unlearned"]
+        _, low, high = _means(one)
+        inside.append(low <= truth <= high)
+        _, low, high = interval(one, ["training", "seed"], resamples=300)
+        narrow.append(low <= truth <= high)
+        (gain,) = gains(rows).itertuples()
+        no_difference.append(gain.low <= 0 <= gain.high)
+    assert np.mean(inside) >= 0.91 and np.mean(no_difference) >= 0.93
+    assert spread < 2 or np.mean(narrow) < 0.9, "the simulation finds out an interval that is too narrow"
+
+
+def test_trainings_of_different_numbers_are_not_paired(found):
+    rows = found[0][(found[0].name == "full") & ~found[0].run.eq("meta-1")]
+    assert gains(rows)["paired by"].tolist() == ["seed"]
+
+
+def test_an_attacker_who_starts_anew_keeps_the_best_and_pays_for_all(found):
+    rows, budget, _ = found
+    again = lambda table: pd.concat([table, table.assign(attack_seed=1, **({"hit": 0} if "hit" in table else {}))])
+    best_rows, best_budget = best_try(again(rows), again(budget), ["sly"])
+    before, after = (table[table.name == "sly"].reset_index(drop=True) for table in (rows, best_rows))
+    pd.testing.assert_frame_equal(before, after, check_dtype=False)
+    spent = best_budget[best_budget.name == "sly"]
+    assert spent.seconds.max() == 2 * budget[budget.name == "sly"].seconds.max() and spent.images.max() == 12 and len(spent) == len(budget[budget.name == "sly"])
+    assert len(best_rows[best_rows.name == "full"]) == 2 * len(rows[rows.name == "full"]), "the others' seeds are several measurements"
+
+
+def test_only_what_trains_as_clean_does_is_compared_with_it():
+    card = {"kind": "fine-tuning", "subset": "f", "rank": 16, "lr": 6e-5, "optimizer": "adam", "batch_size": 8}
+    assert trained_alike({"full": card | {"others": "x"}, "fast": card | {"lr": 2e-4}, "words": {"lr": 6e-5}}, card) == ["full"]
+
+
+def test_a_search_for_words_has_to_beat_random_words(tmp_path):
+    words = {"random": {"unlearned": {0: 0.0, 50: 0.4}}, "search": {"unlearned": {0: 0.0, 50: 0.5}}, "better": {"unlearned": {0: 0.0, 50: 1.0}}}
+    table = against(*read_attacks(write(tmp_path, words, attack="prompt"))[:2])
+    assert table["by words"].all() and working(table) == {"random": {}, "search": {}, "better": {"unlearned": 1.0}}
+    assert set(working(table, floor="none")["search"]) == {"unlearned"}
+
+
 def test_pictures_that_nobody_judged_are_no_misses(tmp_path):
     made = json.loads((write(tmp_path) / "sly.json").read_text())
     made["rows"][3]["hit"] = float("nan")
@@ -124,7 +212,7 @@ def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
 
 def test_an_attack_becomes_one_line_a_run():
     """Median steps to revival over the attack's seeds, some of them censored; area; self-destruction at the last step that both have."""
-    curve = lambda run, seed, group, hits: [{"name": "x", "attack": "forget", "training": "", "run": run, "attack_seed": seed, "group": group, "step": step, "hit": hit, "seed": 0}
+    curve = lambda run, seed, group, hits: [{"name": "x", "attack": "forget", "training": "", "run": run, "attack_seed": seed, "group": group, "asked": "a cat", "step": step, "hit": hit, "seed": 0}
                                             for step, hit in zip((0, 50, 100), hits)]
     rows = pd.DataFrame(curve("plain", 0, "forget", (0, 1, 1)) + curve("plain", 1, "forget", (0, 0, 1)) + curve("meta", 0, "forget", (0, 0, 0)) + curve("meta", 1, "forget", (0, 0, 0))
                         + curve("plain", 0, "related", (1, 1, 1)) + curve("meta", 0, "related", (1, 0.5, 0.25)))

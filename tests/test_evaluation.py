@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from mu.evaluation import differences, finished, note, real_drawings, wear
+from mu.evaluation import differences, finished, note, real_drawings, staying, wear
 from mu.plots import confusion
 from mu.runs import save_model
 
@@ -55,6 +55,33 @@ def test_real_drawings_are_those_whose_concept_is_known(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps(line | {"concept": "banana"}) + "\n")
     images, labels = real_drawings(tmp_path)
     assert images.shape == (1, 3, 64, 64) and labels == ["concept:banana"] and 0 <= images.min() < images.max() <= 1
+
+
+def test_a_style_is_labelled_as_a_style_and_what_a_model_drew_is_no_real_drawing(tmp_path):
+    for place, concept in (("defender/forget", "noto"), ("defender/retain-related", "fluent"), ("defender/retain-unrelated", "banana"), ("attacker/forget", "noto")):
+        folder = tiny.make_images(tmp_path / place, ["x"])
+        line = json.loads((folder / "metadata.jsonl").read_text())
+        (folder / "metadata.jsonl").write_text(json.dumps(line | {"concept": concept}) + "\n")
+    say = lambda **facts: (tmp_path / "concept.json").write_text(json.dumps(facts))
+    say(kind="style")
+    assert real_drawings(tmp_path)[1] == ["style:noto", "style:fluent", "concept:banana", "style:noto"]
+    images, labels = real_drawings(tmp_path, known=["style:fluent", "concept:noto"])
+    assert labels == ["style:fluent"] and len(images) == 1, "of what the judge does not know it cannot be asked"
+    say(kind="style", generator="pocket", imported_from="")
+    assert real_drawings(tmp_path) == (None, [])
+    say(kind="style", generator="pocket", imported_from="mine")
+    assert real_drawings(tmp_path)[1] == ["style:noto", "style:noto"], "the rest was drawn"
+    line = json.loads((tmp_path / "defender/forget/metadata.jsonl").read_text())
+    (tmp_path / "defender/forget/metadata.jsonl").write_text(json.dumps(line | {"concept": "duck", "style": "noto"}) + "\n")
+    say(kind="style")
+    assert real_drawings(tmp_path)[1][0] == "concept:duck", "a drawing of a duck, in that style"
+
+
+def test_a_probe_too_small_for_a_distance_is_refused_by_the_names_of_what_to_change():
+    items = [{"group": group} for group in ("forget", "related", "unrelated", "related")]
+    assert staying(items, "1,2,1", 3) == [False, True, True, True]
+    with pytest.raises(ValueError, match="probe_seeds = '1,2,1' 3 pictures .* least = 4: raise .*probe_seeds, or lower least"):
+        staying(items, "1,2,1", 4)
 
 
 def test_a_confusion_matrix_is_shares_of_what_was_asked_for():

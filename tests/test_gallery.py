@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import mu.gallery
+import mu.judges
 from mu.evaluate import judge_images
 from mu.gallery import draw_folder, features, look_with, read_pictures, save_reference
 from mu.metrics import judge_features
@@ -120,7 +121,7 @@ def test_a_reference_is_saved_once(tmp_path):
 
 
 def test_without_a_judge_clip_chooses_among_the_labels(pipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(mu.gallery, "zero_shot", lambda clip, images, names, template: [names[-1] if "style" in template else names[0]] * len(images))
+    monkeypatch.setattr(mu.judges, "zero_shot", lambda clip, images, names, template: [names[-1] if "style" in template else names[0]] * len(images))
     monkeypatch.setattr(mu.gallery, "clip_score", lambda clip, images, prompts: torch.arange(len(images)).float())
     found = look_with(clip="clip", labels=["concept:banana", "concept:cat", "style:fluent", "style:noto"])(torch.zeros(6, 3, 8, 8), ROWS)
     assert [row["seen"] for row in found] == ["concept:banana"] * 2 + ["style:noto"] * 2 + ["concept:banana"] * 2 and [row["hit"] for row in found] == [0, 0, 1, 1, 1, 1]

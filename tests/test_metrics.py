@@ -13,7 +13,7 @@ from scipy.linalg import sqrtm
 from transformers import CLIPModel
 
 from mu.clip import clip_network, clip_score, zero_shot
-from mu.metrics import enough, fid, frechet, judge_change, judge_distance, judge_features, lpips_network, picture_files
+from mu.metrics import enough, fid, frechet, judge_change, judge_distance, judge_features, lpips_network, picture_files, ready_for_fid
 
 
 def noise(*shape, seed=0):
@@ -138,6 +138,22 @@ def test_few_pictures_are_refused_before_a_missing_package_is_named(tmp_path, mo
         fid(tmp_path / "b", tmp_path / "b", 16)
     with pytest.raises(ImportError, match="pip install lpips"):
         lpips_network()
+
+
+def test_what_fid_needs_is_asked_for_before_anything_is_drawn(tmp_path, monkeypatch):
+    """Numbers of pictures stand for folders that are not there yet."""
+    tiny.make_images(tmp_path / "real", [str(i) for i in range(5)], size=4)
+    for images, reference, least, words in ((3, 100, 64, "FID of 3 images"), (100, tmp_path / "real", 64, "FID of 5 images says nothing: at least 64")):
+        with pytest.raises(ValueError, match=words):
+            ready_for_fid(images, reference, least)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no pictures"):
+        ready_for_fid(100, tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match="pip install torch-fidelity"):
+        ready_for_fid(100, 100)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", tiny)
+    counts, marked, found = ready_for_fid(100, tmp_path / "real", 2)
+    assert counts == [100, 5] and "biased" in marked and found is tiny
 
 
 # --- torch-fidelity and LPIPS

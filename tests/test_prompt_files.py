@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mu import prompt_files
-from mu.prompt_files import DATA, read_prompts
+from mu.prompt_files import DATA, read_prompts, to_rows
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def write(tmp_path):
 
 def test_any_csv_with_prompts_will_do(write):
     table = read_prompts(write('prompt,label\n"a cat, asleep", cat\na tiger,tiger\n'))
-    assert table.prompt.tolist() == ["a cat, asleep", "a tiger"] and table.seed.tolist() == [0, 0] and table.row.tolist() == [0, 1] and "guidance" not in table
+    assert table.prompt.tolist() == ["a cat, asleep", "a tiger"] and table.seed.tolist() == [0, 1] == table.row.tolist() and "guidance" not in table
     table = read_prompts(write("case,prompt,evaluation_seed,evaluation_guidance\n7,a cat,4294967295,7.5\n8,null,3,7\n"))
     assert table.seed.tolist() == [4294967295, 3] and table.guidance.tolist() == [7.5, 7] and table.prompt[1] == "null", "a word, not a gap"
     assert read_prompts(write("prompt\na\nb\nc\n"), rows=[2, 0]).prompt.tolist() == ["c", "a"] and read_prompts(write("prompt\na\nb\n"), limit=1).prompt.tolist() == ["a"]
@@ -30,10 +30,30 @@ def test_any_csv_with_prompts_will_do(write):
 
 @pytest.mark.parametrize("text, words", [
     ("text,seed\na cat,1\n", "no column `prompt`; it has: text, seed"), ("prompt,seed\na cat,1\n  ,2\n", "an empty prompt in row 1"),
+    ("", "is empty: its first line must name the columns"), ("prompt\na cat, asleep\n", "more cells in a line than columns .*double quotes"), ("prompt\na\na, b\n", "is not a table .*double quotes"),
+    ("prompt,guidance\na cat,7\nb,high\n", "no number as guidance.* in row 1"), ("prompt,guidance\na,inf\n", "no number as guidance.* in row 0"), ("prompt,guidance\n", "holds no prompt"),
     ("prompt,seed\na cat,1\nb,x\n", "no whole number as seed in row 1"), ("prompt,seed\na cat,1.5\n", "no whole number as seed in row 0"), ("prompt\n", "holds no prompt")])
 def test_a_csv_that_will_not_do_says_why(write, text, words):
     with pytest.raises(ValueError, match=words):
         read_prompts(write(text))
+
+
+def test_without_seeds_every_row_has_its_own_and_keeps_it(write):
+    file = write("prompt\na\nb\nc\n")
+    assert read_prompts(file).seed.tolist() == [0, 1, 2] and read_prompts(file, rows=[2, 0]).seed.tolist() == [2, 0]
+    assert read_prompts(write("prompt,row\na,x\nb,y\n")).seed.tolist() == [0, 1], "whatever a file of one's own calls its rows"
+
+
+def test_a_blank_guidance_is_not_given(write):
+    table = read_prompts(write("prompt,guidance\na,7.5\nb,\nc, \n"))
+    assert to_rows(table) == [{"prompt": "a", "seed": 0, "guidance": 7.5}, {"prompt": "b", "seed": 1}, {"prompt": "c", "seed": 2}]
+    assert to_rows(read_prompts(write("prompt,guidance\na,\n"))) == to_rows(read_prompts(write("prompt,label\na,x\n"))) == [{"prompt": "a", "seed": 0}]
+
+
+def test_a_file_that_is_not_utf_8_is_named_with_the_mend(tmp_path):
+    (tmp_path / "p.csv").write_bytes("prompt\na café\n".encode("latin1"))
+    with pytest.raises(ValueError, match=r"p.csv is not UTF-8 \(byte \d+\): save it as CSV UTF-8"):
+        read_prompts(tmp_path / "p.csv")
 
 
 def test_what_is_not_there_is_named(write):
@@ -100,7 +120,7 @@ def test_captions_come_with_their_pictures(monkeypatch):
     lines = Stream({"caption": c, "image": picture} for c in ("a dog", ["a bus", "a red bus"], "a cup"))
     monkeypatch.setattr(prompt_files, "extra", lambda *_: SimpleNamespace(load_dataset=lambda repo, split, streaming: asked.append((repo, split, streaming)) or lines))
     table = read_prompts("coco", limit=2)
-    assert table.prompt.tolist() == ["a dog", "a bus"] and table.image[0] is picture and table.seed.tolist() == [0, 0] and asked == [("sayakpaul/coco-30-val-2014", "train", True)]
+    assert table.prompt.tolist() == ["a dog", "a bus"] and table.image[0] is picture and table.seed.tolist() == [0, 1] and asked == [("sayakpaul/coco-30-val-2014", "train", True)]
     assert len(read_prompts("coco")) == 3 and asked[-1][2] is False
 
 
