@@ -5,11 +5,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from mu.cards import same_protocol
 from mu.evaluate import score
-from mu.plots import COLORS
+from mu.plots import COLORS, OTHER
 from mu.runs import read_json
 from mu.statistics import FEW, interval, median_revival, paired_interval, relearning_area, self_destruct_index, steps_to_revival, student_interval
 
@@ -129,7 +128,8 @@ def gains(rows, a="unlearned", b="meta-unlearned"):
         means = (by_training[a] - by_training[b]).tolist() if paired else []
         peak = peak if paired or not over else peak.groupby([*over, "model"], as_index=False).hit.mean()
         difference = paired_interval(peak, a, b, over=over) if over else (peak[peak.model == a].hit.mean() - peak[peak.model == b].hit.mean(), float("nan"), float("nan"))
-        found.append({"attack": name} | dict(zip(("gain", "low", "high"), _wider(difference, means))) | {"paired by": ", ".join(over)})
+        value, low, high = _wider(difference, means)
+        found.append({"attack": name, "gain": value, "low": max(-1.0, low), "high": min(1.0, high), "paired by": ", ".join(over)})
     return pd.DataFrame(found, columns=["attack", "gain", "low", "high", "paired by"])
 
 
@@ -148,7 +148,7 @@ def dots(table, threshold=0.5):
     for i, model in enumerate(models):
         part = table[table.model == model]
         y = [order.index(a) + 0.16 * (i - (len(models) - 1) / 2) for a in part.attack]
-        color = COLORS.get(model, sns.color_palette()[i])
+        color = COLORS.get(model, OTHER)
         ax.hlines(y, part.low, part.high, color=color, lw=2, alpha=0.5)
         ax.scatter(part.peak, y, color=color, label=model, zorder=3, s=26, marker="os^D"[i % 4])
         ax.scatter(part.start, y, color=color, marker="|", s=40, zorder=2)
@@ -174,9 +174,10 @@ def verdict(table, gain, defended="meta-unlearned", plain="unlearned", threshold
         raise ValueError(f"no attack on a model {defended!r}: the table has {', '.join(sorted(set(table.model)))}")
     lost, top = mine[mine.peak > threshold], mine.iloc[0]
     words = lambda r: f"{r.attack} ({r.peak:.0%} after {r.step:g} steps)"
-    first = (f"Meta-unlearning fails against {len(lost)} of {len(mine)} attacks, after which the concept is recognised in more than {threshold:.0%} of the pictures: {', '.join(words(r) for r in lost.itertuples())}."
-             if len(lost) else f"None of {len(mine)} attacks brings the concept back into more than {threshold:.0%} of the pictures of the meta-unlearned model.")
-    first += f" The strongest against it is {words(top)}, 95 % interval {top.low:.0%} to {top.high:.0%}."
+    between = f"95 % interval {top.low:.0%} to {top.high:.0%}"
+    first = (f"Meta-unlearning fails against {len(lost)} of {len(mine)} attacks, after which the concept is recognised in more than {threshold:.0%} of the pictures: {', '.join(words(r) for r in lost.itertuples())}. "
+             f"The strongest is {top.attack}, {between}." if len(lost) else
+             f"None of {len(mine)} attacks brings the concept back into more than {threshold:.0%} of the pictures of the meta-unlearned model. The strongest against it is {words(top)}, {between}.")
     theirs = table[table.model == plain]
     if theirs.empty:
         return [first]

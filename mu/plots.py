@@ -15,6 +15,7 @@ from mu.runs import atomic
 COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#0072b2", "ascent only": "#cc79a7",
           "unlearned, stronger": "#e69f00", "unlearned, longer": "#56b4e9", "ascent only, weak": "#e5c1d4", "ascent only, strong": "#8f3f6d",
           "meta-unlearned, first phase": "#7fb8d8"}
+OTHER = "#009e73"  # of a model that has no colour of its own
 sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none"})
 
 
@@ -79,7 +80,7 @@ def curves(table, title, ax=None, y="hit", legend=True):
     known = set(by_seed["model"])
     order = [*(m for m in COLORS if m in known), *sorted(known - set(COLORS))]
     sns.lineplot(by_seed, x="step", y=y, hue="model", style="model", hue_order=order, style_order=order, markers=True, dashes=False,
-                 palette={m: COLORS.get(m, "#009e73") for m in order}, errorbar=("ci", 95), seed=0, ax=ax)
+                 palette={m: COLORS.get(m, OTHER) for m in order}, errorbar=("ci", 95), seed=0, ax=ax)
     ax.set(xlabel="steps of fine-tuning", ylabel="recognised", ylim=(-0.03, 1.03), title=title)
     ax.legend(title=None, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     ax.get_legend().set_visible(legend)

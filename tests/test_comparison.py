@@ -66,7 +66,7 @@ def test_gains_are_paired_differences_of_the_peaks(found):
 def test_the_first_sentence_says_where_the_defence_fails(found):
     rows, budget, _ = found
     first, second, third = verdict(against(rows, budget), gains(rows))
-    assert first.startswith("Meta-unlearning fails against 1 of 3 attacks") and "sly (80% after 100 steps)" in first and "full" not in first
+    assert first.startswith("Meta-unlearning fails against 1 of 3 attacks") and "sly (80% after 100 steps). The strongest is sly, 95 % interval" in first and "full" not in first
     assert "full (90% after 50 steps)" in second and "show nothing of the defence: words" in second
     assert "under 1 of 3 attacks: full." in third
     harmless = rows[rows.name != "sly"]
