@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from mu.cards import same_protocol
@@ -107,9 +108,9 @@ def against(rows, budget, threshold=0.5, by="model"):
         area, area_low, area_high = _means(_areas(forget), "area") if len(mean) > 1 else [float("nan")] * 3
         rest = {group: part[(part.group == group) & (part.step == step)].hit.mean() for group in ("related", "unrelated")}
         spent = budget[(budget.name == name) & (budget[by] == model) & (budget.step == step)][["images", "passes", "seconds"]].mean()
-        found.append({"attack": name, by: model, "by words": bool(part.attack.eq("prompt").all()), "start": mean.iloc[0], "peak": peak, "low": max(0.0, low), "high": min(1.0, high), "step": step,
+        found.append({"attack": name, by: model, "by words": bool(part.attack.eq("prompt").all()), "start": mean.iloc[0], "peak": peak, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1), "step": step,
                       "revived": median_revival([steps_to_revival(one.index, one, threshold) for one in curves]),
-                      "area": area, "area low": max(0.0, area_low), "area high": min(1.0, area_high), **rest, **spent})
+                      "area": area, "area low": np.clip(area_low, 0, 1), "area high": np.clip(area_high, 0, 1), **rest, **spent})
     return pd.DataFrame(found)
 
 
@@ -129,7 +130,7 @@ def gains(rows, a="unlearned", b="meta-unlearned"):
         peak = peak if paired or not over else peak.groupby([*over, "model"], as_index=False).hit.mean()
         difference = paired_interval(peak, a, b, over=over) if over else (peak[peak.model == a].hit.mean() - peak[peak.model == b].hit.mean(), float("nan"), float("nan"))
         value, low, high = _wider(difference, means)
-        found.append({"attack": name, "gain": value, "low": max(-1.0, low), "high": min(1.0, high), "paired by": ", ".join(over)})
+        found.append({"attack": name, "gain": value, "low": np.clip(low, -1, 1), "high": np.clip(high, -1, 1), "paired by": ", ".join(over)})
     return pd.DataFrame(found, columns=["attack", "gain", "low", "high", "paired by"])
 
 
