@@ -155,7 +155,7 @@ def execute(notebook, output, parameters=None, html=True, again=False):
 def overview(folder):
     """The README's table of notebooks: question (their headline), GPU and minutes (their metadata, as measured), Colab (their first code cell)."""
     from mu.colab import address, badge
-    lines = ["| notebook | question | GPU | minutes on two cores, as in the demo | Colab |", "|---|---|---|---|---|"]
+    lines = ["| notebook | question | GPU | minutes on two cores, as in the demo or in make attacks | Colab |", "|---|---|---|---|---|"]
     for file in sorted(Path(folder).glob("*.ipynb")):
         read = nbformat.read(file, 4)
         question, facts = read.cells[0].source.splitlines()[0].removeprefix("# "), read.metadata["mu"]
