@@ -9,7 +9,7 @@ import pandas as pd
 
 from mu.cards import same_protocol
 from mu.evaluate import score
-from mu.plots import COLORS, OTHER
+from mu.plots import COLORS, OTHER, curves
 from mu.runs import read_json
 from mu.statistics import FEW, interval, median_revival, paired_interval, relearning_area, self_destruct_index, steps_to_revival, student_interval
 
@@ -156,6 +156,23 @@ def dots(table, threshold=0.5):
     ax.axvline(threshold, color="#999999", lw=0.8, ls=":")
     ax.set(yticks=range(len(order)), yticklabels=order, xlim=(-0.03, 1.03), xlabel="concept recognised at the attack's best step (tick: before it)")
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, 1.0 + 1.1 / len(order)), ncols=len(models), frameon=False)
+    return fig
+
+
+def every_curve(rows, order, columns=5):
+    """Figure: how often the concept is recognised, step by step, a panel an attack in the given order: also of those that do nothing."""
+    lines = -(-len(order) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(2.3 * columns, 1.9 * lines + 0.4), sharey=True, squeeze=False)
+    for ax in axes.flat[len(order):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, order):
+        curves(rows[(rows.name == name) & (rows.group == "forget")], name, ax, legend=False)
+        ax.set(xlabel="")
+        ax.title.set_size(9)
+        ax.tick_params(labelsize=7)
+    handles = {label: line for ax in axes.flat[:len(order)] for line, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0.6 / (1.9 * lines + 0.4) * 0.5, 1, 1))
     return fig
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import _means, against, best_try, dots, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
+from mu.comparison import _means, against, best_try, dots, every_curve, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
 from mu.statistics import interval, student_interval
 
 FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
@@ -234,6 +234,15 @@ def test_the_figure_has_a_dot_for_every_attack_and_model(found):
     assert set(labels) == set(SCORES) and labels[-1] == "sly"  # on top: the strongest against the defended
     drawn = np.concatenate([c.get_offsets().data[:, 0] for c in ax.collections if len(c.get_offsets()) == 3])
     assert set(np.round(table.peak, 6)) <= set(np.round(drawn, 6))
+    plt.close(fig)
+
+
+def test_every_attack_has_its_curves_also_one_that_does_nothing(found):
+    fig = every_curve(found[0], ["full", "sly", "words"], columns=2)
+    titles = [ax.get_title() for ax in fig.axes if ax.axison]
+    assert titles == ["full", "sly", "words"] and len(fig.axes) == 4 and [text.get_text() for text in fig.legends[0].get_texts()] == ["unlearned", "meta-unlearned"]
+    heights = {round(y, 6) for line in fig.axes[0].lines for y in line.get_ydata()}
+    assert {0.9, 0.6, 0.1, 0.2} <= heights
     plt.close(fig)
 
 
