@@ -235,5 +235,16 @@ def self_destruction(rows, clean, group="related", by="model"):
             lost, lost_anyway = (at(table, 0) - at(table, common[-1]) for table in (part, reference))
             index = (lost - lost_anyway).dropna().rename("index").reset_index()
             mean, low, high = _means(index, "index")
-            found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": lost.mean(), "lost to CLEAN": lost_anyway.mean(), "self-destruct index": mean, "low": low, "high": high})
+            found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": lost.mean(), "lost to CLEAN": lost_anyway.mean(), "self-destruct index": mean, "low": np.clip(low, -1, 1), "high": np.clip(high, -1, 1)})
     return pd.DataFrame(found, columns=["attack", by, "after", "lost to the attack", "lost to CLEAN", "self-destruct index", "low", "high"])
+
+
+def destruction_verdict(destroyed, defended="meta-unlearned"):
+    """What a table of `self_destruction` says of the defended model, in a sentence: under which attacks it clearly destroys itself, and under which not. Empty where there is none."""
+    mine = destroyed[destroyed.model == defended].sort_values("self-destruct index", ascending=False)
+    if mine.empty:
+        return ""
+    clear = mine.low > 0
+    words = lambda part: ", ".join(f"{attack} ({index:.0%})" for attack, index in zip(part.attack, part["self-destruct index"])) or "none"
+    return (f"Related concepts of the {defended} model self-destruct, beyond what the same training on other images costs them and with a 95 % interval above 0, under {clear.sum()} of {len(mine)} attacks: "
+            f"{words(mine[clear])}; not clearly, or not at all, under: {words(mine[~clear])}.")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import _means, against, best_try, dots, every_curve, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
+from mu.comparison import _means, against, best_try, destruction_verdict, dots, every_curve, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
 from mu.statistics import interval, student_interval
 
 FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
@@ -207,6 +207,9 @@ def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
     clean.loc[(clean.group == "related") & (clean.step == 100), "hit"] = 1
     found = self_destruction(found[0], clean).set_index(["attack", "model"])
     assert found["self-destruct index"][("full", "meta-unlearned")] == pytest.approx(0.6) and found["self-destruct index"][("full", "unlearned")] == pytest.approx(0.1)
+    said = destruction_verdict(found.reset_index().assign(low=[0.1, 0.2, -0.1, 0.1]))
+    assert said.endswith("under 2 of 2 attacks: full (60%), sly (60%); not clearly, or not at all, under: none.") and destruction_verdict(found.reset_index(), "ascent only") == ""
+    assert "not at all, under: full (60%), sly (60%)." in destruction_verdict(found.reset_index().assign(low=-0.1))
     assert set(found.after) == {100} and "words" not in found.index.get_level_values(0)
 
 
