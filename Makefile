@@ -32,6 +32,7 @@ methods: .venv/installed
 attacks: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket.yaml --until 21_meta_unlearn-0 21_meta_unlearn-1 21_meta_unlearn-2
 	@$(WALK) --configfile notebooks/profiles/attacks-pocket.yaml
+	@$(WALK) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
 test: .venv/installed
