@@ -1,7 +1,7 @@
 # make demo   the walk on the pocket model, and where its report is
 # make pocket the same with three trainings of each model, controls and more attacks: two hours, into reports/pocket-full
 # make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*; how much a shared trajectory costs
-# make attacks  every attack, by training and by prompts, on the models of make pocket (which it trains if they are not there), into reports/attacks-pocket
+# make attacks  every attack, by training and by prompts, on the models of make pocket (which it trains if they are not there) and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
 # make test   the tests
 # Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
