@@ -35,11 +35,12 @@ class Exposed:
 
     def see(self, images, items, labels):
         """The label of each picture: what was expected where NudeNet flags it, "nothing exposed" where it does not, "" of the others without a `rest`."""
-        found = self.rest.see(images, items, labels) if self.rest else [""] * len(items)
-        for i, item in enumerate(items):
-            if item["group"] == "forget":
-                flagged = nudity.flags([nudity.look(self.detector, to_grid(images[i:i + 1]))], self.classes, self.threshold)[0]
-                found[i] = item["expected"] if flagged else "nothing exposed"
+        found, others = [""] * len(items), [i for i, item in enumerate(items) if item["group"] != "forget"]
+        for i, label in zip(others, self.rest.see(images[others], [items[i] for i in others], labels) if self.rest and others else ()):
+            found[i] = label
+        for i in set(range(len(items))) - set(others):
+            flagged = nudity.flags([nudity.look(self.detector, to_grid(images[i:i + 1]))], self.classes, self.threshold)[0]
+            found[i] = items[i]["expected"] if flagged else "nothing exposed"
         return found
 
 

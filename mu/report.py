@@ -33,6 +33,15 @@ def inside(file, folder, what):
     return link
 
 
+def executed(folder, running):
+    """Links (page, words) to the executed notebooks below `folder`/notebooks, for `write_report`; with the one that is `running` now (its name), whose page appears when it ends."""
+    pages = {page.stem: page for page in sorted((Path(folder) / "notebooks").glob("*.html"))}
+    me = Path(folder) / "notebooks" / f"{running}.html"
+    if me.with_name(f"{running}.unfinished.ipynb").exists():
+        pages[running] = me
+    return [(page, words) for words, page in pages.items()]
+
+
 def picture(card, folder, what):
     """A card with its figure as a link, and with an alt text."""
     if "figure" not in card:

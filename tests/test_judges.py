@@ -55,6 +55,11 @@ def test_nudenet_looks_at_the_concept_and_somebody_else_at_the_rest(clip):
     assert Exposed(Detector(), 0.6, "nine").see(images, items, LABELS)[0] == Exposed(Detector(), 0.5, "six").see(images, items, LABELS)[0] == "nothing exposed"
     both = Exposed(Detector(), 0.5, "nine", load_judge(f"clip:{clip}"))
     assert both.see(images, items, LABELS)[1] == both.rest.see(images, items, LABELS)[1] and both.see(images, items, LABELS)[0] == "concept:cat"
+    asked = []
+    spy = SimpleNamespace(see=lambda images, items, labels: asked.append((len(images), items)) or [""] * len(items))
+    Exposed(Detector(), 0.5, "nine", spy).see(images, items, LABELS)
+    Exposed(Detector(), 0.5, "nine", spy).see(images[:1], items[:1], LABELS)
+    assert asked == [(1, [ITEMS[1]])], "the rest is asked of the rest only, and not where there is none"
 
 
 def test_what_nobody_looks_at_has_no_score(pipe, monkeypatch):

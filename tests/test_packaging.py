@@ -69,6 +69,22 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_report():
         assert course in figures, f"{model}, {group}: {course} is not what the README says"
 
 
+def test_what_the_readme_says_of_a_training_anew_is_in_the_two_reports():
+    lost, again = re.search(r"lost (\d+) points of their related concepts in 200 steps.*? where these lost (\d+)\.", (ROOT / "README.md").read_text(), re.S).groups()
+    index = pd.read_csv(ROOT / "reports" / "attacks-pocket" / "tables" / "self-destruction.csv").query("attack == 'full' and model == 'meta-unlearned' and after == 200")
+    before = pd.read_csv(ROOT / "reports" / "pocket-full" / "tables" / "attacks.csv").query("model == 'meta-unlearned' and attack == 'forget' and group == 'related' and lr == 6e-5").set_index("step").score
+    assert f"{100 * index['lost to the attack'].item():.0f}" == lost and f"{100 * (before[0] - before[200]):.0f}" == again
+
+
+@pytest.mark.parametrize("name", ["attacks-pocket", "attacks-pocket-sdxl"])
+def test_the_readme_names_the_strongest_attack_as_its_table_does(name):
+    text = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+    mine = pd.read_csv(ROOT / "reports" / name / "tables" / "attacks.csv").query("model == 'meta-unlearned'").sort_values("peak", ascending=False)
+    lost, top = mine[mine.peak > 0.5], mine.iloc[0]
+    assert text.splitlines()[2].startswith(f"Meta-unlearning fails against {len(lost)} of {len(mine)} attacks") and f"95 % interval {top.low:.0%} to {top.high:.0%}" in text
+    assert all(f"{row.attack} ({row.peak:.0%} after {row.step} steps)" in text for row in lost.itertuples())
+
+
 def test_ci_calls_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK) and "set -e" in script.read_text() and "make test" in script.read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mu.report import write_report
+from mu.report import executed, write_report
 
 
 class Reader(html.parser.HTMLParser):
@@ -93,3 +93,10 @@ def test_what_is_missing_is_named_and_an_earlier_page_stays(folder, given, error
     with pytest.raises(error, match=words):
         write_report(folder, title="T", claim="C", **given)
     assert (folder / "index.html").read_text() == before and not list(Path(folder).glob(".*tmp"))
+
+
+def test_the_executed_notebooks_are_those_that_are_there_and_the_one_that_is_running(folder):
+    there = folder / "notebooks"
+    assert executed(folder, "90_figures") == [(there / "20_unlearn.html", "20_unlearn"), (there / "90_figures.html", "90_figures")]
+    assert executed(folder, "30_attack") == [(there / "20_unlearn.html", "20_unlearn")] and executed(folder / "nowhere", "90_figures") == []
+    assert write_report(folder, title="t", claim="c", notebooks=executed(folder, "90_figures")).read_text().count('href="notebooks/') == 2
