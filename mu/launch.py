@@ -1,4 +1,4 @@
-"""One training, from the params.json of its run folder: called by a notebook, or by `accelerate launch` on several GPUs.
+"""One training, from the params.json of its run folder: called by a notebook, or by `accelerate launch` or torchrun on several GPUs.
 
     accelerate launch --num_processes 2 -m mu.launch runs/mine/meta
 """
@@ -60,6 +60,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
 
     pipe: the pipeline of `params["model"]` where it has been loaded; its UNet holds the result afterwards. On several processes each takes its
     share of every batch. Returns the table of records. Raises ValueError for frozen "none" where the run does not start from the model itself, and as `mu.train.unlearn`, `mu.runs.run_loop` and `mu.formats.load_weights` do."""
+    PartialState(cpu=not torch.accelerator.is_available())  # unless told so, accelerate takes each of several processes on a CPU for the only one
     folder = Path(folder)
     params = read_json(folder / "params.json")
     if params is None:
@@ -100,14 +101,13 @@ def train_run(folder, pipe=None, checkpoint_every=25):
 
 
 def launch(folder, pipe=None, checkpoint_every=25, processes=1):
-    """`train_run` in this process, or in several new ones by `accelerate launch`, one a GPU (on the CPU where there is none); the given pipeline's
+    """`train_run` in this process, or in several new ones by torchrun, one a GPU (on the CPU where there is none; `accelerate launch` knows GPUs only); the given pipeline's
     UNet holds the result afterwards. (`accelerate.notebook_launcher` starts the same function, in a kernel that has not imported `mu` yet, since bitsandbytes must not be there before:
     def train(folder): from mu.launch import train_run; train_run(folder); then notebook_launcher(train, (folder,), num_processes=2).)
 
     Raises RuntimeError where a process failed: what it said is above."""
     if processes > 1:
-        command = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                   *(["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]), "-m", "mu.launch", str(folder), str(checkpoint_every)]
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "mu.launch", str(folder), str(checkpoint_every)]
         if subprocess.run([sys.executable, *command]).returncode:
             raise RuntimeError(f"the training of {folder} on {processes} processes failed; run again, it goes on from its last checkpoint")
     return train_run(folder, pipe, checkpoint_every)

@@ -149,9 +149,9 @@ def test_unknown_methods_and_missing_runs_are_named(tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(sd_folder, folders, tmp_path):
-    """Half of each batch to each, by `accelerate launch`: equal but for the order of sums, and far nearer than another seed's."""
-    for method, changes in (("esd-f", {}), ("sdd", dict(precision="bf16"))):
-        one, two, other = (describe(tmp_path / f"{method}-{name}", sd_folder, folders, method=method, optimizer="sgd", lr=1.0, seed=seed, loop=LOOP | {"order": "first"}, **changes)
+    """Half of each batch to each, by torchrun: equal but for the order of sums, and far nearer than another seed's."""
+    for i, (method, changes) in enumerate((("esd-f", {}), ("sdd", {}), ("sdd", dict(precision="bf16")))):
+        one, two, other = (describe(tmp_path / f"{i}-{name}", sd_folder, folders, method=method, optimizer="sgd", lr=1.0, seed=seed, loop=LOOP | {"order": "first"}, **changes)
                            for name, seed in (("one", 3), ("two", 3), ("other", 4)))
         train_run(one)
         train_run(other)
@@ -162,9 +162,9 @@ def test_two_processes_give_the_numbers_of_one(sd_folder, folders, tmp_path):
             history = launch(two, load_pipeline(str(sd_folder)), processes=2)
         assert history.passes.tolist() == [r["passes"] for r in read_json(one / "records.json")]
         far, near = difference(result(one), result(other)), difference(result(one), result(two))
-        assert near < (1e-4 if method == "esd-f" else 0.1) * far, (method, near, far)
+        assert near < (0.1 if changes else 1e-4) * far, (method, near, far)
         for mine, theirs in zip(read_json(one / "records.json"), read_json(two / "records.json")):
-            assert theirs["losses"] == pytest.approx(mine["losses"], rel=1e-4 if method == "esd-f" else 0.05)
+            assert theirs["losses"] == pytest.approx(mine["losses"], rel=0.15 if changes else 1e-4)  # a small drift in bf16 is half rounding
 
 
 def test_the_notebook_launcher_gives_the_numbers_of_one(sd_folder, folders, tmp_path):
@@ -177,6 +177,8 @@ from accelerate import notebook_launcher
 def train(folder):
     from mu.launch import train_run
     train_run(folder)
+    from accelerate import PartialState
+    print("process", PartialState().process_index, "of", PartialState().num_processes, flush=True)
 
 notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=sys.argv[2])
 """
@@ -186,5 +188,6 @@ notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=sys.argv[2])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, "-c", cell, str(two), port], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
+    assert "process 0 of 2" in done.stdout and "process 1 of 2" in done.stdout  # and not two of one, which would give the same numbers
     for mine, theirs in zip(read_json(one / "records.json"), read_json(two / "records.json"), strict=True):
         assert theirs["losses"] == pytest.approx(mine["losses"], rel=1e-4)
