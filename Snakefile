@@ -8,12 +8,17 @@ only reported: the runs below `runs/` go on where they stopped, so running a not
 import sys
 from pathlib import Path
 
+from mu.grid import expand
 from mu.notebooks import check_parameters, origin, origin_of
 
 if not config:
     sys.exit("say which walk: --configfile notebooks/profiles/pocket-demo.yaml")
-REPORT, WALK = Path(config["report"]), config["walk"]
-DONE = Path(config["runs"]) / "done"
+model = config.get("model", "pocket")
+try:
+    WALK = expand(config, model, config.get("seeds", 0)) if "models" in config else config["walk"]
+except ValueError as error:
+    sys.exit(f"error: {error}")
+REPORT, DONE = Path(config["report"].format(model=model)), Path(config["runs"].format(model=model)) / "done"
 
 for name, step in WALK.items():
     step.setdefault("notebook", name)

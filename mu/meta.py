@@ -24,6 +24,15 @@ def inner_step(parameters, loss, optimizer, scale=1.0, check=None):
     return loss.detach()
 
 
+def angle(parameters, losses, scale=1.0):
+    """(inner product, cosine) of the gradients of two losses, functions without arguments, at the parameters' present values. Below 0, a small step of SGD that lowers the one
+    raises the other; to first order, ζ τ times the inner product is what self-destruction adds to the objective (arXiv 2410.12777, section 3). scale: see `mu.objectives.gradients`."""
+    one, other = (gradients(loss(), parameters, scale) for loss in losses)
+    product = sum(torch.sum(a.float() * b.float()) for a, b in zip(one, other)).item()
+    norms = [torch.nn.utils.get_total_norm(g).item() for g in (one, other)]
+    return product, product / max(norms[0] * norms[1], torch.finfo(torch.float32).tiny)
+
+
 def eight_bit(name):
     """An optimiser of bitsandbytes, whose moments take one byte each. Raises ImportError with the command that installs it."""
     try:

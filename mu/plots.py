@@ -87,6 +87,19 @@ def curves(table, title, ax=None, y="hit", legend=True):
     return ax
 
 
+def trend(records, y, ax=None, legend=True):
+    """`y` ("inner product" or "cosine" of the two gradients) against the step of training, where it was recorded: a point a measurement, and for each model a regression line
+    with its 95 % band (bootstrap over the points). Returns the axes."""
+    ax = ax or plt.subplots(figsize=(4.2, 3))[1]
+    for model, part in records.dropna(subset=[y]).groupby("model", sort=False):
+        sns.regplot(part, x="step", y=y, ax=ax, color=COLORS.get(model, OTHER), label=model, seed=0, scatter_kws={"s": 10, "alpha": 0.5}, line_kws={"lw": 1.8})
+    ax.axhline(0, color="#888888", lw=0.8, ls=":")
+    ax.set(xlabel="step of training", title=y, ylabel="")
+    if legend:
+        ax.legend(fontsize=8)
+    return ax
+
+
 def confusion(asked, seen, title="", ax=None):
     """Picture of a judge's answers: a line what was asked for (or is there), a column what it saw, each line sums to 1. All labels that nobody asked for are one column, "other".
 

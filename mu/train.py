@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 
-from mu.meta import descend, eight_bit, inner_step, make_inner_optimizer, meta_gradient
+from mu.meta import angle, descend, eight_bit, inner_step, make_inner_optimizer, meta_gradient
 from mu.models import reference, rows, trainable
 from mu.objectives import denoising, draw_minibatch, esd, gradients, own, predictions, sample_trajectory, squared_errors
 
@@ -47,7 +47,7 @@ class State:
         if ema:
             self.ema.optimization_step = 1  # no warm-up: the decay is the same from the first step on
         # one stream a purpose: that a term is switched off does not change the draws of the others
-        self.generators = {name: torch.Generator().manual_seed(seed * 1000 + i) for i, name in enumerate(("unlearn", "retain", "meta", "finetune"))}
+        self.generators = {name: torch.Generator().manual_seed(seed * 1000 + i) for i, name in enumerate(("unlearn", "retain", "meta", "finetune", "angle"))}
         self.trajectory = None
 
     def tensors(self):
@@ -147,7 +147,7 @@ def unlearn(
     method="esd", unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_steps=50, trajectory_reuse=1,
     retain=0.0, ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3,
     inner_steps=1, inner_lr=1e-5, inner_optimizer="sgd", inner_batch_size=8, retain_batch_size=8, order="first", bound=math.inf, clip=1.0,
-    accumulation=1, snapshot=None, loss_scale=1.0,
+    angle_every=0, accumulation=1, snapshot=None, loss_scale=1.0,
 ):
     """Unlearning (ESD, SDD) and meta-unlearning in one loop; with all meta weights 0 it is plain unlearning, bit for bit. Yields `Record`s.
 
@@ -175,6 +175,8 @@ def unlearn(
         inner loop (the relearn term's zeroth order); alone it is a control.
     eta, guidance: ESD's and SDD's. trajectory_steps: DDIM steps of a trajectory; trajectory_reuse: steps that share one batch of
     trajectories, each with a random point of its own.
+    angle_every: every so many steps, record inner product and cosine of ∇L(θ; forget) and ∇L(θ; related), before the update (`mu.meta.angle`); 0: never. It has a random
+        stream of its own, so that looking changes nothing; two passes each time.
     accumulation: micro-batches of each pass (`squared_errors`). snapshot: device that keeps θ during a simulated fine-tuning, e.g. "cpu" (`meta_gradient`).
     loss_scale: for float16 (`gradients`). Batch sizes are those of all processes together (`own`); retain_batch_size is halved for ∅ and any.
     Passes a step, first order: 1 at θ, inner_steps + 1 from there to θ_FT, 1 of the frozen UNet, and the trajectories'; SDD has 1 more, for its
@@ -190,7 +192,7 @@ def unlearn(
     unet, parameters = state.unet, state.parameters
     names = inner_optimizer if isinstance(inner_optimizer, list) else [inner_optimizer]
     inner_optimizers = {name: make_inner_optimizer(name, parameters) for name in names}
-    g_unlearn, g_retain, g_meta = (state.generators[name] for name in ("unlearn", "retain", "meta"))
+    g_unlearn, g_retain, g_meta, g_angle = (state.generators[name] for name in ("unlearn", "retain", "meta", "angle"))
     draw = lambda concept_set, g, n=inner_batch_size: denoising(draw_minibatch(concept_set, noise_scheduler, n, g))
     repeat = lambda one_row, n: rows(one_row, torch.zeros(n, dtype=torch.long))
     errors = functools.partial(squared_errors, unet, accumulation=accumulation)
@@ -200,8 +202,11 @@ def unlearn(
     hooks = [net.register_forward_hook(lambda *_: passes.append(1)) for net in (unet, unet_frozen) if net is not None]
     try:
         while state.step < steps:
-            began, after = time.perf_counter(), {}
+            began, after, looked = time.perf_counter(), {}, {}
             passes.clear()
+            if angle_every and state.step % angle_every == 0:
+                pair = [own(draw(forget, g_angle)), own(draw(retain_related, g_angle, retain_batch_size))]
+                looked = dict(zip(("inner product", "cosine"), angle(parameters, [lambda part=part: errors(part)[0] for part in pair], loss_scale)))
             if clean and state.step % clean_every == clean_every - 1:
                 attacked, after = retain_unrelated, {"related": clean / 2, "unrelated": clean / 2}
             elif relearn or self_destruct:
@@ -275,7 +280,7 @@ def unlearn(
             if state.ema is not None:
                 state.ema.step(parameters)
             state.step += 1
-            yield Record(state.step, losses, len(passes), time.perf_counter() - began)
+            yield Record(state.step, losses | looked, len(passes), time.perf_counter() - began)
     finally:
         for hook in hooks:
             hook.remove()
