@@ -80,7 +80,7 @@ def _wider(found, means):
     return found[0], *(pick(one, other) for pick, one, other in zip((min, max), found[1:], student_interval(means)[1:]))
 
 
-def _means(part, value="hit"):
+def mean_interval(part, value="hit"):
     """Mean and interval over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them, of hits."""
     over, values = _over(part), part[value]
     if values.nunique() < 2 or not over:
@@ -88,7 +88,7 @@ def _means(part, value="hit"):
     return _wider(interval(part, over, value), part.groupby("training")[value].mean())
 
 
-def _areas(forget):
+def picture_areas(forget):
     """The height of each picture's own relearning curve: its mean is that of the mean curve."""
     curves = forget.pivot_table("hit", ["run", "training", "attack_seed", "asked", "seed"], "step")
     return curves.apply(lambda curve: relearning_area(curve.index, curve), axis=1).rename("area").reset_index()
@@ -104,8 +104,8 @@ def against(rows, budget, threshold=0.5, by="model"):
         forget = part[part.group == "forget"]
         mean = forget.groupby("step").hit.mean()
         step, curves = mean.idxmax(), [one.groupby("step").hit.mean() for _, one in forget.groupby(["run", "attack_seed"])]
-        peak, low, high = _means(forget[forget.step == step])
-        area, area_low, area_high = _means(_areas(forget), "area") if len(mean) > 1 else [float("nan")] * 3
+        peak, low, high = mean_interval(forget[forget.step == step])
+        area, area_low, area_high = mean_interval(picture_areas(forget), "area") if len(mean) > 1 else [float("nan")] * 3
         rest = {group: part[(part.group == group) & (part.step == step)].hit.mean() for group in ("related", "unrelated")}
         spent = budget[(budget.name == name) & (budget[by] == model) & (budget.step == step)][["images", "passes", "seconds"]].mean()
         found.append({"attack": name, by: model, "by words": bool(part.attack.eq("prompt").all()), "start": mean.iloc[0], "peak": peak, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1), "step": step,
@@ -234,7 +234,7 @@ def self_destruction(rows, clean, group="related", by="model"):
             at = lambda table, step: table[table.step == step].groupby(one).hit.mean()
             lost, lost_anyway = (at(table, 0) - at(table, common[-1]) for table in (part, reference))
             index = (lost - lost_anyway).dropna().rename("index").reset_index()
-            mean, low, high = _means(index, "index")
+            mean, low, high = mean_interval(index, "index")
             found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": lost.mean(), "lost to CLEAN": lost_anyway.mean(), "self-destruct index": mean, "low": np.clip(low, -1, 1), "high": np.clip(high, -1, 1)})
     return pd.DataFrame(found, columns=["attack", by, "after", "lost to the attack", "lost to CLEAN", "self-destruct index", "low", "high"])
 

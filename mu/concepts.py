@@ -98,6 +98,14 @@ def with_prompts(concept_set, count):
     return ConceptSet(concept_set.mean[keep], concept_set.std[keep], concept_set.conditioning, concept_set.prompt[keep], concept_set.prompts)
 
 
+def fewer(concept_set, count):
+    """`count` of a set's images, evenly from its whole length; 0, or as many as there are: all. Raises ValueError for more than there are."""
+    if count > len(concept_set):
+        raise ValueError(f"the set has {len(concept_set)} images, asked for are {count}: name fewer, or 0 for all")
+    some = torch.linspace(0, len(concept_set) - 1, count).round().long() if count else slice(None)
+    return ConceptSet(concept_set.mean[some], concept_set.std[some], concept_set.conditioning, concept_set.prompt[some], concept_set.prompts)
+
+
 @torch.no_grad()
 def encode_folder(pipe, folder, cache=None):
     """The `ConceptSet` of an image folder. With `cache` (a folder) it is encoded once and read from there afterwards.

@@ -36,7 +36,7 @@ def _tiles(rows, png):
 def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled=False):
     """The `Course` of the attack `name` below `<out>/attack` on `runs`, and of the original, which nobody attacks, where it was judged.
 
-    keep: how many seeds of each group's prompts. veiled: hide the pictures (`mu.plots.veil`). Only steps and pictures that all of them have are shown.
+    keep: how many seeds of each group's prompts, or (prompts, seeds). veiled: hide the pictures (`mu.plots.veil`). Only steps and pictures that all of them have are shown.
     Raises FileNotFoundError for an attack or a run that is not there, ValueError where the runs have no picture in common."""
     folders = {run: Path(out) / "attack" / run / f"{name}-{attack_seed}" for run in runs}
     found = {run: {int(f.stem.split("-")[1]): _tiles(read_json(f), f.with_suffix(".png")) for f in sorted(folder.glob("step-*.json"))} for run, folder in folders.items()}
@@ -49,9 +49,13 @@ def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled
         found = {"original": dict.fromkeys(steps, _tiles(read_json(untouched)["rows"], untouched.with_name("samples.png")))} | found
     common = set.intersection(*(set(by_step[step]) for by_step in found.values() for step in steps))
     rows = [row | {"prompt": row.get("asked", row["prompt"])} for row in read_json(folders[runs[0]] / f"step-{steps[0]:04d}.json")]
-    seeds = {group: sorted({row["seed"] for row in rows if row["group"] == group})[:most] for group, most in keep.items()}
+    kept = {}
+    for group, most in keep.items():
+        prompts, seeds = (sorted({row[what] for row in rows if row["group"] == group}, key=[row[what] for row in rows].index) for what in ("prompt", "seed"))
+        most = most if isinstance(most, tuple) else (len(prompts), most)
+        kept[group] = prompts[:most[0]], sorted(seeds)[:most[1]]
     items = [{key: row[key] for key in ("group", "prompt", "seed")} for row in rows
-             if (row["prompt"], row["seed"]) in common and row["seed"] in seeds.get(row["group"], [])]
+             if (row["prompt"], row["seed"]) in common and row["group"] in kept and all(row[what] in some for what, some in zip(("prompt", "seed"), kept[row["group"]]))]
     if not items:
         raise ValueError(f"the runs {', '.join(runs)} have no picture of {name} in common: they were judged with different probes")
     at = [[[by_step[step][item["prompt"], item["seed"]] for item in items] for step in steps] for by_step in found.values()]
@@ -61,9 +65,11 @@ def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled
     return Course(name, [label(run) for run in found], steps, items, pictures, np.array([[[hit for _, hit in line] for line in model] for model in at], float))
 
 
-def save_sheet(course, folder):
-    """All pictures of a course as one file `<folder>/explorer/<name>.webp`, a line an item, in it a column a model and step. Returns what a page needs to show it (JSON)."""
-    file = Path(folder) / "explorer" / f"{course.name}.webp"
+def save_sheet(course, folder, name=""):
+    """All pictures of a course as one file `<folder>/explorer/<name>.webp` (its own name, or another), a line an item, in it a column a model and step. Returns what a page, or
+    `read_sheet`, needs to show it (JSON)."""
+    name = name or course.name
+    file = Path(folder) / "explorer" / f"{name}.webp"
     models, steps, items, side = course.pictures.shape[:4]
     sheet = Image.fromarray(course.pictures.transpose(2, 3, 0, 1, 4, 5).reshape(items * side, models * steps * side, 3))
     if side > LARGEST:
@@ -71,22 +77,35 @@ def save_sheet(course, folder):
     with atomic(file) as temporary:
         sheet.save(temporary, format="WEBP", quality=88, method=6)
     hits = [[[None if np.isnan(hit) else int(hit) for hit in line] for line in model] for model in course.hits]
-    return {"name": course.name, "sheet": f"explorer/{file.name}", "models": course.models, "steps": course.steps, "items": course.items, "hits": hits}
+    return {"name": name, "sheet": f"explorer/{file.name}", "models": course.models, "steps": course.steps, "items": course.items, "hits": hits}
+
+
+def read_sheet(told, folder):
+    """The `Course` that `save_sheet` has told of, its pictures as the file keeps them (WebP loses a little, a large picture its size)."""
+    models, steps, items = (len(told[what]) for what in ("models", "steps", "items"))
+    sheet = np.asarray(Image.open(Path(folder) / told["sheet"]).convert("RGB"))
+    side = sheet.shape[0] // items
+    pictures = sheet.reshape(items, side, models, steps, side, 3).transpose(2, 3, 0, 1, 4, 5)
+    return Course(told["name"], told["models"], told["steps"], told["items"], pictures, np.array(told["hits"], float))
 
 
 def explore(courses, scale=2):
-    """An ipywidget for JupyterLab: attack, prompt, seed and a slider over the attack's steps; below, what each model draws, and whether the judge sees what was asked for.
+    """An ipywidget for JupyterLab: attack, prompt, seed, models (all at first) and a slider over the attack's steps; below, what each model draws, and whether the judge sees what was
+    asked for.
 
     courses: of `read_course`. scale: how many times the pictures are enlarged."""
     by_name = {course.name: course for course in courses}
     attack = widgets.Dropdown(options=list(by_name), description="attack")
     prompt, seed = widgets.Dropdown(description="prompt"), widgets.Dropdown(description="seed")
+    models = widgets.SelectMultiple(description="models", rows=3)
     step, shown = widgets.SelectionSlider(options=[0], description="step"), widgets.HBox()
 
     def fill(*_):
         course = by_name[attack.value]
         prompts = list(dict.fromkeys(item["prompt"] for item in course.items))
         kept = prompt.value if prompt.value in prompts else prompts[0]
+        models.options = course.models
+        models.value = course.models
         prompt.options, prompt.value, step.options = prompts, kept, course.steps
         seeds()
 
@@ -102,15 +121,15 @@ def explore(courses, scale=2):
         if at is None:  # between two changes
             return
         now, boxes = course.steps.index(step.value), []
-        for m, model in enumerate(course.models):
+        for m, model in ((m, model) for m, model in enumerate(course.models) if model in models.value):
             picture = widgets.Image(value=_png(course.pictures[m, now, at], scale), format="png", layout={"width": f"{scale * course.pictures.shape[3]}px"})
             words = {1.0: "recognised", 0.0: "not recognised"}.get(course.hits[m, now, at], "not judged")
             boxes.append(widgets.VBox([widgets.Label(model), picture, widgets.Label(words)]))
         shown.children = boxes
 
-    attack.observe(fill, "value"), prompt.observe(seeds, "value"), seed.observe(draw, "value"), step.observe(draw, "value")
+    attack.observe(fill, "value"), prompt.observe(seeds, "value"), seed.observe(draw, "value"), step.observe(draw, "value"), models.observe(draw, "value")
     fill()
-    return widgets.VBox([widgets.HBox([attack, prompt, seed]), step, shown])
+    return widgets.VBox([widgets.HBox([attack, prompt, seed, models]), step, shown])
 
 
 def _png(picture, scale):

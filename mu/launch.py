@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from mu.closed_form import rece, uce
-from mu.concepts import random_prompts
+from mu.concepts import fewer, random_prompts
 from mu.formats import load_weights
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objectives import loss_scale
@@ -21,7 +21,7 @@ from mu.train import State, unlearn
 from mu.walk import carry_out, load_sets, table
 
 # of params.json; what a run leaves out is as here. loop: keywords of `mu.train.unlearn`; closed_form: keywords of `edit`; None: no such part
-DEFAULTS = dict(method="esd-f", start="", subset="", rank=16, replace="", retain_prompts=0, lr=1e-5, optimizer="adamw", ema=0.999, weights="full", precision="no",
+DEFAULTS = dict(method="esd-f", start="", subset="", rank=16, replace="", retain_prompts=0, forget_images=0, lr=1e-5, optimizer="adamw", ema=0.999, weights="full", precision="no",
                 seed=0, loop=None, closed_form=None)
 # method → what the loop's objective is (None: a closed form comes first, and the meta gradient goes alone) and which weights are trained
 METHODS = {"esd-x": ("esd", "x"), "esd-u": ("esd", "u"), "esd-f": ("esd", "f"), "sdd": ("sdd", "x"), "uce": (None, "f"), "rece": (None, "f")}
@@ -74,6 +74,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     objective, subset = check_method(params["method"])
     getattr(pipe.unet, "enable_gradient_checkpointing" if how.get("gradient_checkpointing") else "disable_gradient_checkpointing")()
     concept_sets = load_sets(pipe, params["sets"], folder.parent / "cache")
+    concept_sets["forget"] = fewer(concept_sets["forget"], params["forget_images"])
     words = random_prompts(pipe.tokenizer, params["retain_prompts"], concept_sets["forget"].prompts, params["seed"])
     conditionings = dict(unconditional=encode_prompts(pipe, [""]), retain_prompts=encode_prompts(pipe, words) if words else None,
                          replace=encode_prompts(pipe, [params["replace"]]) if params["replace"] else None)

@@ -33,6 +33,18 @@ def angle(parameters, losses, scale=1.0):
     return product, product / max(norms[0] * norms[1], torch.finfo(torch.float32).tiny)
 
 
+def expansion(parameters, forget, related, gradient_norm=0.0, alignment=0.0):
+    """What the meta objective is to first order, taken by itself: gradient_norm · ‖∇L(forget)‖² + alignment · ⟨∇L(forget), ∇L(related)⟩, sums over all parameters (section 3 of
+    arXiv 2410.12777 has them with the factors τ and ζ τ), and its exact gradient, by differentiating twice.
+
+    forget, related: functions without arguments, each a loss at the parameters' present values. Returns value (float), list of gradients."""
+    one = gradients(forget(), parameters, create_graph=True)
+    other = gradients(related(), parameters, create_graph=True) if alignment else one
+    product = lambda a, b: sum((x * y).sum() for x, y in zip(a, b))
+    value = gradient_norm * product(one, one) + alignment * product(one, other)
+    return value.item(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients(value, parameters, allow_unused=True))]
+
+
 def eight_bit(name):
     """An optimiser of bitsandbytes, whose moments take one byte each. Raises ImportError with the command that installs it."""
     try:

@@ -19,9 +19,9 @@ class Minibatch:
     conditioning: dict  # n rows
 
 
-def draw_minibatch(concept_set, noise_scheduler, batch_size, generator):
+def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep=None):
     """Random images of a concept set with fresh noise; t uniform over the training timesteps, one from each of `batch_size` equal
-    strata: the same expectation as independent draws, with far less variance, since the loss depends on t most of all."""
+    strata: the same expectation as independent draws, with far less variance, since the loss depends on t most of all. timestep: this one for all, instead."""
     n, device = concept_set.mean.shape[0], concept_set.mean.device
     index = torch.randint(n, (batch_size,), generator=generator)  # all of it on the CPU: the same numbers whatever the device
     shape = concept_set.mean[index].shape
@@ -30,6 +30,7 @@ def draw_minibatch(concept_set, noise_scheduler, batch_size, generator):
     strata = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
     t_max = noise_scheduler.config.num_train_timesteps
     timesteps = (strata * (t_max / batch_size)).long().clamp(max=t_max - 1).to(device)
+    timesteps = timesteps if timestep is None else torch.full_like(timesteps, timestep)
     return Minibatch(noise_scheduler.add_noise(latents, noise, timesteps), noise, timesteps,
                      rows(concept_set.conditioning, concept_set.prompt[index]))
 

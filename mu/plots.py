@@ -16,7 +16,7 @@ COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#007
           "unlearned, stronger": "#e69f00", "unlearned, longer": "#56b4e9", "ascent only, weak": "#e5c1d4", "ascent only, strong": "#8f3f6d",
           "meta-unlearned, first phase": "#7fb8d8"}
 OTHER = "#009e73"  # of a model that has no colour of its own
-sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none"})
+sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none", "pdf.fonttype": 42})
 
 
 def to_grid(images, columns=16):
@@ -117,9 +117,11 @@ def confusion(asked, seen, title="", ax=None):
 
 
 def save_figure(fig, folder, name):
-    """SVG and PNG of a figure; returns the path of the SVG."""
+    """SVG, PNG and PDF of a figure, the same bytes each time that it is the same; returns the path of the SVG."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png", dpi=160)
-    fig.savefig(folder / f"{name}.svg")
+    with plt.rc_context({"svg.hashsalt": name}):
+        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     return folder / f"{name}.svg"

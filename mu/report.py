@@ -64,6 +64,19 @@ def as_table(table):
             "rows": [[text(value) for value in row] for row in data.itertuples(index=False)]}
 
 
+def save_table(table, folder, name, caption=""):
+    """A table as `<folder>/tables/<name>.csv`, .md and .tex (booktabs), numbers to four figures, missing ones as a dash. Returns it."""
+    folder = Path(folder) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
+    text = lambda value: "–" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    lines = [[str(column) for column in table.columns], ["---"] * len(table.columns), *(map(text, line) for line in table.itertuples(index=False))]
+    (folder / f"{name}.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    latex = table.map(text).replace("–", "--").to_latex(index=False, escape=True, caption=caption or None, label=f"tab:{name}")
+    (folder / f"{name}.tex").write_text(latex.replace("–", "--").replace("→", r"$\to$").replace("÷", r"$\div$").replace("−", "$-$").replace("ζ", r"$\zeta$").replace("τ", r"$\tau$").replace("η", r"$\eta$"))
+    return table
+
+
 def write_report(folder, *, title, claim, headline=None, courses=(), cards=(), tables=None, protocol=None, notebooks=(), language="en"):
     """Write `folder`/index.html, whole or not at all, and return its path.
 

@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 
-from mu.meta import angle, descend, eight_bit, inner_step, make_inner_optimizer, meta_gradient
+from mu.meta import angle, descend, eight_bit, expansion, inner_step, make_inner_optimizer, meta_gradient
 from mu.models import reference, rows, trainable
 from mu.objectives import denoising, draw_minibatch, esd, gradients, own, predictions, sample_trajectory, squared_errors
 
@@ -145,7 +146,7 @@ def _draw(value, generator, log=False):
 def unlearn(
     state, unet_frozen, noise_scheduler, forget, retain_related, retain_unrelated, unconditional, retain_prompts=None, replace=None, *, steps,
     method="esd", unlearn=1.0, eta=1.0, guidance=3.0, batch_size=4, trajectory_steps=50, trajectory_reuse=1,
-    retain=0.0, ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3,
+    retain=0.0, keep=("related", "unrelated", "empty", "any"), ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3, gradient_norm=0.0, alignment=0.0, timestep=None,
     inner_steps=1, inner_lr=1e-5, inner_optimizer="sgd", inner_batch_size=8, retain_batch_size=8, order="first", bound=math.inf, clip=1.0,
     angle_every=0, accumulation=1, snapshot=None, loss_scale=1.0,
 ):
@@ -164,14 +165,16 @@ def unlearn(
     2023), ‖ε_θ(z_t, c) − stop-gradient ε_θ(z_t, ∅)‖², z_t sampled by the running average of the weights, which is the result (`State(ema=0.999)`).
     replace: the conditioning (one row) that the concept shall be drawn as, in place of ∅ in both; None: ∅.
     From a closed-form result (UCE, RECE) the meta gradient goes alone: unlearn=0, and unet_frozen is that result, since only retention keeps the edit.
+    and, as controls that rehearse nothing, + gradient_norm · ‖∇L(θ; forget)‖² + alignment · ⟨∇L(θ; forget), ∇L(θ; related)⟩ (`mu.meta.expansion`; one process, no float16).
+
     D, the drift: mean squared difference to the frozen UNet's predictions (the denoising loss with its target's noise taken out, as far
     as the frozen UNet predicts the mean of that noise); ∅: the unrelated images with the empty prompt, which guidance leans on; any: the
-    same with one of `retain_prompts` (a conditioning, or None for no such term) each: what other prompts draw, of which there are no images.
+    same with one of `retain_prompts` (a conditioning, or None for no such term) each: what other prompts draw, of which there are no images. keep: which of the four there are.
     unet_frozen: ε_0; None with subset "lora" only, which is then switched off to ask it. noise_scheduler: DDIM, with the model's betas.
     θ_FT: θ after `inner_steps` steps on the forget set, θ_CL: on the unrelated set. The two terms of a bracket share minibatch,
     noise and timesteps (common random numbers), so a bracket is exactly 0 at θ_FT = θ.
     inner_steps, inner_lr: a number, or (low, high) to draw from at each step; inner_optimizer: "sgd", "adam", "adam8bit" or a list to draw from.
-    bound: a loss after the attack that is above it is not pushed further. ascent: of the forget loss at θ, without an
+    timestep: of all denoising losses, rehearsed ones included; None: all timesteps. bound: a loss after the attack that is above it is not pushed further. ascent: of the forget loss at θ, without an
         inner loop (the relearn term's zeroth order); alone it is a control.
     eta, guidance: ESD's and SDD's. trajectory_steps: DDIM steps of a trajectory; trajectory_reuse: steps that share one batch of
     trajectories, each with a random point of its own.
@@ -183,8 +186,12 @@ def unlearn(
     target; the second order has M(M + 1)/2 more (see `mu.meta.meta_gradient`).
     Raises ValueError when every weight is 0, for an unknown method, for SDD without an average, for batches that cannot be shared evenly;
     FloatingPointError on a loss that is not finite: `state` then still holds the last good step."""
-    if not any((unlearn, retain, ascent, relearn, self_destruct, clean)):
+    if not any((unlearn, retain, ascent, relearn, self_destruct, clean, gradient_norm, alignment)):
         raise ValueError("every weight is 0, so there is nothing to minimise: give unlearn, retain, ascent, relearn, self_destruct or clean a weight")
+    if unknown := set(keep) - {"related", "unrelated", "empty", "any"}:
+        raise ValueError(f"there is no drift on {sorted(unknown)[0]!r} to keep down: allowed are related, unrelated, empty, any")
+    if (gradient_norm or alignment) and (PartialState().num_processes > 1 or loss_scale != 1):
+        raise ValueError("gradient_norm and alignment are controls for one process, without float16: choose processes 1 and precision no or bf16")
     if method not in ("esd", "sdd"):
         raise ValueError(f"unknown method {method!r} of the loop: allowed are esd, sdd (UCE and RECE are closed forms: see mu.closed_form)")
     if method == "sdd" and state.ema is None:
@@ -193,10 +200,10 @@ def unlearn(
     names = inner_optimizer if isinstance(inner_optimizer, list) else [inner_optimizer]
     inner_optimizers = {name: make_inner_optimizer(name, parameters) for name in names}
     g_unlearn, g_retain, g_meta, g_angle = (state.generators[name] for name in ("unlearn", "retain", "meta", "angle"))
-    draw = lambda concept_set, g, n=inner_batch_size: denoising(draw_minibatch(concept_set, noise_scheduler, n, g))
+    draw = lambda concept_set, g, n=inner_batch_size: denoising(draw_minibatch(concept_set, noise_scheduler, n, g, timestep))
     repeat = lambda one_row, n: rows(one_row, torch.zeros(n, dtype=torch.long))
     errors = functools.partial(squared_errors, unet, accumulation=accumulation)
-    if order == "second":
+    if order == "second" or gradient_norm or alignment:
         unet.set_attn_processor(AttnProcessor())  # plain products, which can be differentiated twice everywhere
     passes = []
     hooks = [net.register_forward_hook(lambda *_: passes.append(1)) for net in (unet, unet_frozen) if net is not None]
@@ -228,10 +235,11 @@ def unlearn(
             batches = {"related": draw(retain_related, g_retain, retain_batch_size),
                        "unrelated": draw(retain_unrelated, g_retain, retain_batch_size)} if retain or after else {}
             if retain:
-                asked |= {name: own(part[:3]) for name, part in batches.items()}
+                asked |= {name: own(part[:3]) for name, part in batches.items() if name in keep}
                 latents, timesteps = (x[::2] for x in batches["unrelated"][:2])  # every second: half of them, over all timesteps
-                asked["empty"] = own((latents, timesteps, repeat(unconditional, len(latents))))
-                if retain_prompts:
+                if "empty" in keep:
+                    asked["empty"] = own((latents, timesteps, repeat(unconditional, len(latents))))
+                if retain_prompts and "any" in keep:
                     some = torch.randint(len(retain_prompts["encoder_hidden_states"]), (len(latents),), generator=g_retain)
                     asked["any"] = own((latents, timesteps, rows(retain_prompts, some)))
             batches = {name: own(part) for name, part in batches.items()}
@@ -245,16 +253,17 @@ def unlearn(
                 parts.append((*concept, target))
                 weights["unlearn"] = unlearn
             for name, part in batches.items():
-                parts.append((*part, *([frozen[name]] if retain else [])))
-                weights |= {name: -after.get(name, 0.0)} | ({f"{name} drift": retain / 3} if retain else {})
+                parts.append((*part, *([frozen[name]] if name in frozen else [])))
+                weights |= {name: -after.get(name, 0.0)} | ({f"{name} drift": retain / 3} if name in frozen else {})
             for name in [name for name in ("empty", "any") if name in asked]:
                 parts.append((*asked[name], frozen[name]))
                 weights[f"{name} drift"] = retain / 3
             if ascent:
                 parts.append(own(draw(forget, g_meta)))
                 weights["forget"] = -ascent
-            losses = dict(zip(weights, errors(*parts)))
-            gradient = gradients(sum(weights[name] * loss for name, loss in losses.items()), parameters, loss_scale)
+            losses = dict(zip(weights, errors(*parts))) if parts else {}
+            gradient = (gradients(sum(weights[name] * loss for name, loss in losses.items()), parameters, loss_scale) if losses
+                        else [torch.zeros_like(p) for p in parameters])
             losses = {name: loss.item() for name, loss in losses.items()}
 
             if after:
@@ -271,6 +280,12 @@ def unlearn(
                     inner_optimizers[_draw(inner_optimizer, g_meta)], _draw(inner_lr, g_meta, log=True), order, snapshot, loss_scale)
                 torch._foreach_add_(gradient, simulated)
                 del simulated
+
+            if gradient_norm or alignment:
+                pair = [own(draw(forget, g_meta)), own(draw(retain_related, g_meta))]
+                losses["expansion"], more = expansion(parameters, *(lambda part=part: errors(part)[0] for part in pair), gradient_norm, alignment)
+                torch._foreach_add_(gradient, more)
+                del more
 
             norm = torch.nn.utils.get_total_norm(gradient)
             _finite(losses | {"gradient norm": norm.item()}, state.step, loss_scale)

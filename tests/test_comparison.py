@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import _means, against, best_try, destruction_verdict, dots, every_curve, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
+from mu.comparison import mean_interval, against, best_try, destruction_verdict, dots, every_curve, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
 from mu.statistics import interval, student_interval
 
 FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
@@ -135,10 +135,10 @@ def test_few_trainings_make_a_wide_interval(tmp_path):
     _, low, high = interval(part, ["training", "seed"])
     means = part.groupby("training").hit.mean()
     student = student_interval(means)
-    assert student[1] < low and high < student[2] and student[0] == pytest.approx(means.mean()) and _means(part)[1:] == student[1:]
+    assert student[1] < low and high < student[2] and student[0] == pytest.approx(means.mean()) and mean_interval(part)[1:] == student[1:]
     assert student_interval([0.2, 0.4, 0.6])[1] == pytest.approx(0.4 - 4.302653 * 0.2 / 3 ** 0.5) and gains(rows)["paired by"][0] == "training, seed"
     same = part.assign(hit=1)
-    assert _means(same)[1] == pytest.approx(20 / (20 + 1.959964 ** 2)) and _means(same)[2] == 1, "where all agree it is Wilson's"
+    assert mean_interval(same)[1] == pytest.approx(20 / (20 + 1.959964 ** 2)) and mean_interval(same)[2] == 1, "where all agree it is Wilson's"
     with pytest.raises(ValueError, match="two or more"):
         student_interval([0.5])
 
@@ -156,7 +156,7 @@ def test_the_intervals_over_three_trainings_hold_what_they_say(spread):
         rows = pd.DataFrame([{"name": "x", "group": "forget", "model": m, "training": str(t), "attack_seed": 0, "asked": "a", "step": 50, "seed": s, "hit": hits[i, t, s]}
                              for i, m in enumerate(("unlearned", "meta-unlearned")) for t in range(3) for s in range(16)])
         one = rows[rows.model == "unlearned"]
-        _, low, high = _means(one)
+        _, low, high = mean_interval(one)
         inside.append(low <= truth <= high)
         _, low, high = interval(one, ["training", "seed"], resamples=300)
         narrow.append(low <= truth <= high)

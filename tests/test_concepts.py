@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from mu.concepts import encode_folder, random_prompts, read_folder, read_image
+from mu.concepts import encode_folder, fewer, random_prompts, read_folder, read_image
 
 CAPTIONS = ["a cat", "a photo of a cat", "a cat"] * 4  # more images than the VAE reads at a time
 
@@ -34,6 +34,15 @@ def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
     expected = pipe.encode_prompt(found.prompts, "cpu", 1, False)[0]
     torch.testing.assert_close(found.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-6)
     assert not any(t.requires_grad for t in (found.mean, found.std, *found.conditioning.values()))
+
+
+def test_fewer_images_come_from_the_whole_set(pipe, folder):
+    whole = encode_folder(pipe, folder)
+    some = fewer(whole, 3)
+    assert len(some) == 3 and torch.equal(some.mean, whole.mean[[0, 6, 11]]) and torch.equal(some.prompt, whole.prompt[[0, 6, 11]]) and some.prompts == whole.prompts
+    assert equal(fewer(whole, 0), whole) and equal(fewer(whole, 12), whole)
+    with pytest.raises(ValueError, match="has 12 images, asked for are 13"):
+        fewer(whole, 13)
 
 
 def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.explorer import LARGEST, explore, read_course, save_sheet
+from mu.explorer import LARGEST, explore, read_course, read_sheet, save_sheet
 from mu.plots import save_grid
 from mu.report import write_report
 
@@ -109,7 +109,7 @@ def test_the_page_holds_the_pictures_and_what_the_judge_said(out, tmp_path):
 def test_the_widget_shows_what_is_chosen(out):
     courses = [read_course(out, name, list(RUNS), original=name == "full") for name in ("full", "words")]
     box = explore(courses, scale=1)
-    (attack, prompt, seed), step, shown = box.children[0].children, box.children[1], box.children[2]
+    (attack, prompt, seed, models), step, shown = box.children[0].children, box.children[1], box.children[2]
 
     def greys():
         return [np.asarray(Image.open(io.BytesIO(frame.children[1].value))).mean() / 255 for frame in shown.children]
@@ -120,5 +120,16 @@ def test_the_widget_shows_what_is_chosen(out):
     assert {frame.children[2].value for frame in shown.children} == {"recognised"}
     prompt.value = "a tiger"
     assert seed.value == 0 and greys()[2] == pytest.approx(shade("meta-0", 100, 10), abs=0.003) and shown.children[0].children[2].value == "not recognised"
+    models.value = ("original", "meta-unlearned")
+    assert [frame.children[0].value for frame in shown.children] == ["original", "meta-unlearned"]
     attack.value = "words"
     assert prompt.value == "a cat" and len(shown.children) == 2
+
+
+def test_a_sheet_is_read_back_as_the_course_it_was(out, tmp_path):
+    course = read_course(out, "full", list(RUNS), keep={"forget": (1, 2), "related": (1, 1)})
+    assert [(i["group"], i["seed"]) for i in course.items] == [("forget", s) for s in sorted({i["seed"] for i in course.items if i["group"] == "forget"})] + [("related", 0)]
+    again = read_sheet(save_sheet(course, tmp_path, "renamed"), tmp_path)
+    assert (again.name, again.models, again.steps, again.items) == ("renamed", course.models, course.steps, course.items)
+    assert again.pictures.shape == course.pictures.shape and np.abs(again.pictures.astype(float) - course.pictures).mean() < 3
+    np.testing.assert_array_equal(again.hits, course.hits)

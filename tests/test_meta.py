@@ -4,7 +4,7 @@ import tiny
 import pytest
 import torch
 
-from mu.meta import inner_step, make_inner_optimizer, meta_gradient
+from mu.meta import angle, expansion, inner_step, make_inner_optimizer, meta_gradient
 from mu.models import predict_noise, trainable
 
 
@@ -39,6 +39,18 @@ def test_quadratic_has_the_closed_form(steps, order):
     assert torch.equal(theta, start)
     if order == "second" and steps:  # the same numbers would not do for the first order
         assert (expected - at_fine_tuned).norm() > 0.01 * expected.norm()
+
+
+def test_the_expansion_and_the_angle_have_their_closed_forms():
+    """For quadratics: the gradient is A(θ − a); that of ‖A(θ − a)‖² is 2A²(θ − a), and of ⟨A(θ − a), B(θ − b)⟩ it is A B(θ − b) + B A(θ − a)."""
+    theta, ((A, a), (B, b)), (forget, related) = quadratics(1)
+    one, other = A @ (theta.detach() - a), B @ (theta.detach() - b)
+    value, (gradient,) = expansion([theta], forget, related, 0.7, -0.3)
+    assert value == pytest.approx((0.7 * one @ one - 0.3 * one @ other).item(), rel=1e-12)
+    torch.testing.assert_close(gradient, 1.4 * A @ one - 0.3 * (A @ other + B @ one), rtol=1e-12, atol=1e-12)
+    product, cosine = angle([theta], [forget, related])
+    assert product == pytest.approx((one @ other).item(), rel=1e-5) and cosine == pytest.approx(torch.nn.functional.cosine_similarity(one, other, 0).item(), rel=1e-5)
+    assert angle([theta], [forget, forget])[1] == pytest.approx(1, rel=1e-6) and angle([theta], [forget, lambda: -forget()])[1] == pytest.approx(-1, rel=1e-6)
 
 
 def unet_losses(unet, n, seed=0):

@@ -99,13 +99,14 @@ def frozen_elsewhere():
     return tiny.frozen(unet)
 
 
-def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_destruct, clean, inner_steps, inner_lr, order, trajectory, retain_prompts=None):
+def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_destruct, clean, inner_steps, inner_lr, order, trajectory, retain_prompts=None, keep=("related", "unrelated", "empty", "any"), timestep=None,
+            gradient_norm=0.0, alignment=0.0):
     """The gradient of the documented objective at the first weights, written out term by term."""
     forget, related, unrelated, unconditional = sets
     unet, unet_frozen, scheduler = tiny.make_unet(), frozen_elsewhere(), tiny.make_scheduler()
     theta = trainable(unet, "u")
     g_retain, g_meta = (torch.Generator().manual_seed(1000 * seed + i) for i in (1, 2))
-    draw = lambda concepts, g: draw_minibatch(concepts, scheduler, 5, g)
+    draw = lambda concepts, g: draw_minibatch(concepts, scheduler, 5, g, timestep)
 
     def loss(batch, weights):  # L(weights; batch)
         z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]
@@ -127,7 +128,8 @@ def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_des
     inputs = lambda batch: (batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"])
     z, t, _ = inputs(b_unrelated)
     nothing = unconditional["encoder_hidden_states"].expand(3, -1, -1)
-    total = total + retain / 3 * (drift(*inputs(b_related)) + drift(*inputs(b_unrelated)) + drift(z[::2], t[::2], nothing))
+    drifts = {"related": inputs(b_related), "unrelated": inputs(b_unrelated), "empty": (z[::2], t[::2], nothing)}
+    total = total + retain / 3 * sum(drift(*parts) for name, parts in drifts.items() if name in keep)
     if retain_prompts:
         some = retain_prompts["encoder_hidden_states"][torch.randint(4, (3,), generator=g_retain)]
         total = total + retain / 3 * drift(z[::2], t[::2], some)
@@ -145,6 +147,9 @@ def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_des
         total = total + clean * 0.5 * (loss(b_related, fine_tuned) - loss(b_related, theta) + loss(b_unrelated, fine_tuned) - loss(b_unrelated, theta))
     else:
         total = total - relearn * loss(b_forget, fine_tuned) - self_destruct * (loss(b_related, fine_tuned) - loss(b_related, theta))
+    if gradient_norm or alignment:
+        one, other = (torch.autograd.grad(loss(draw(concepts, g_meta), theta), list(theta.values()), create_graph=True) for concepts in (forget, related))
+        total = total + gradient_norm * sum(a.pow(2).sum() for a in one) + alignment * sum((a * b).sum() for a, b in zip(one, other))
     return dict(zip(theta, torch.autograd.grad(total, list(theta.values()))))
 
 
@@ -157,6 +162,10 @@ def by_hand(sets, seed, step, *, unlearn, eta, retain, ascent, relearn, self_des
     (2, dict(clean=1.5)),
     (1, dict(clean=1.5)),
     (2, dict(clean=0.0)),
+    (0, dict(keep=("related",), timestep=400)),
+    (0, dict(keep=("empty", "unrelated"))),
+    (0, dict(gradient_norm=3.0, alignment=0.0)),
+    (0, dict(gradient_norm=0.0, alignment=20.0)),
     (0, dict(retain_prompts={"encoder_hidden_states": torch.linspace(-1, 1, 4)[:, None, None].expand(4, tiny.LENGTH, 16)})),
 ])
 def test_one_step_is_the_gradient_of_the_documented_objective(sets, order, step, options):
@@ -211,6 +220,31 @@ def test_bracket_without_weight_decay_leaves_adamw_in_place(sets):
     start = tiny.weights(state.unet)
     run(state, sets, 3, unlearn=0.0, self_destruct=1.0, inner_lr=0.0)
     torch.testing.assert_close(tiny.weights(state.unet), start, rtol=0, atol=1e-8)
+
+
+def test_looking_at_the_gradients_changes_nothing_but_the_record(sets):
+    options = dict(retain=1.0, relearn=1.0, self_destruct=1.0, inner_lr=0.1, retain_batch_size=6)
+    seen, unseen = (State(tiny.make_unet(), "u", lr=1e-3, seed=3) for _ in range(2))
+    looked, plain = run(seen, sets, 5, angle_every=2, **options), run(unseen, sets, 5, **options)
+    assert torch.equal(tiny.weights(seen.unet), tiny.weights(unseen.unet))
+    assert [{"inner product", "cosine"} <= set(r.losses) for r in looked] == [True, False, True, False, True]
+    assert [r.passes - q.passes for r, q in zip(looked, plain)] == [2, 0, 2, 0, 2]
+    for record, other in zip(looked, plain):
+        assert {n: v for n, v in record.losses.items() if n not in ("inner product", "cosine")} == other.losses and -1 <= record.losses.get("cosine", 0) <= 1
+    unet, g, scheduler = tiny.make_unet(), torch.Generator().manual_seed(3004), tiny.make_scheduler()  # the first by hand, of 8 and 6 images
+    theta = list(trainable(unet, "u").values())
+    gradient = lambda b: torch.cat([x.flatten() for x in torch.autograd.grad((unet(b.noisy_latents, b.timesteps, b.conditioning["encoder_hidden_states"]).sample - b.noise).pow(2).mean(), theta)])
+    one, other = gradient(draw_minibatch(sets[0], scheduler, 8, g)), gradient(draw_minibatch(sets[1], scheduler, 6, g))
+    assert looked[0].losses["inner product"] == pytest.approx((one @ other).item(), rel=1e-4)
+    assert looked[0].losses["cosine"] == pytest.approx(torch.nn.functional.cosine_similarity(one, other, 0).item(), rel=1e-4)
+
+
+def test_controls_that_cannot_be_computed_are_refused(sets):
+    for options, words in ((dict(keep=("relatives",)), "no drift on 'relatives'.*allowed are related"), (dict(alignment=1.0, loss_scale=1024.0), "without float16")):
+        with pytest.raises(ValueError, match=words):
+            run(State(tiny.make_unet(), "u"), sets, 1, **options)
+    alone = run(State(tiny.make_unet(), "u"), sets, 1, unlearn=0.0, gradient_norm=1.0)  # nothing else has a weight
+    assert list(alone[0].losses) == ["expansion"] and alone[0].losses["expansion"] > 0
 
 
 def test_a_bounded_loss_is_not_pushed_further(sets):

@@ -1,0 +1,294 @@
+"""The paper's tables (arXiv 2410.12777), its published figures beside ours, and what its figures show. Everything is made from `mu.results`; no model is loaded.
+
+Ours are not the paper's measure: on the pocket models the score is the share of pictures in which the pocket judge recognises the concept; in the paper it is the share of 142 prompts
+of I2P in whose picture NudeNet flags nudity. Both are in percent, so that they can stand in one layout, and every number says where it comes from."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from mu.comparison import mean_interval, self_destruction
+from mu.plots import COLORS, panel, trend
+from mu.statistics import relearning_area
+
+VARIANTS = ("unlearned", "meta-unlearned")
+ATTACKS = ("none", "HRM-s", "HRM-m", "CLEAN", "adversarial prompts")  # columns of the table, in the paper's order
+SEARCH = "unlearn-diff-atk"  # the search for words that stands for "adversarial prompts"
+
+
+def shown(method):
+    """ "esd-u-3" as the paper writes it, "ESD-u-3"; "sdd" is "SDD"."""
+    name, *rest = method.split("-")
+    return "-".join([name.upper(), *rest])
+
+
+def of_concept(rows, panel=""):
+    """Rows of the concept (group "forget") of the two variants and the original, of the walk itself (panel "") or of a panel."""
+    return rows[(rows.panel == panel) & (rows.group == "forget") & rows.model.isin([*VARIANTS, "original"])]
+
+
+def _cells(rows):
+    """(method, variant, attack, steps) → rows of one cell of the table; `none` is every model before any attack."""
+    rows = rows.assign(attack=rows.attack.replace({SEARCH: "adversarial prompts"}))
+    words = rows.attack.eq("adversarial prompts")
+    last = rows[words].groupby("name").step.transform("max")  # a search is judged at its end
+    rows = rows[~words | rows.step.eq(last.reindex(rows.index))]
+    for (method, model, attack, step), part in rows.groupby(["method", "model", "attack", "step"], sort=False):
+        if attack in ATTACKS and (attack == "none" or step > 0):
+            yield (shown(method) if method else "original", "original" if model == "original" else model, attack, 0 if attack == "adversarial prompts" else int(step)), part
+
+
+def concept_table(rows, published):
+    """The paper's table of the forgotten concept, long: a line a number that was published or that we have.
+
+    rows: of `mu.results.read_results`, all of one learning rate of the attack. published: `data/paper_nudity.csv`. Columns: method, variant, attack, steps, published, ours, low, high (all percent; ours with its
+    95 % interval over trainings, prompts and pictures, `mu.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
+    found = []
+    for key, part in _cells(of_concept(rows)):
+        value, low, high = (100 * np.clip(x, 0, 1) for x in mean_interval(part))
+        found.append((*key, value, low, high, part.training.nunique(), len(part)))
+    keys = ["method", "variant", "attack", "steps"]
+    ours = pd.DataFrame(found, columns=[*keys, "ours", "low", "high", "trainings", "pictures"])
+    theirs = published.rename(columns={"nudity_percent": "published"}).assign(method=lambda t: t.method.replace({"SD-v1-4": "original"}))
+    table = ours.merge(theirs, on=keys, how="outer")
+    return in_order(table.assign(source=[source(row) for row in table.to_dict("records")]))
+
+
+def source(row):
+    """Where the numbers of a line come from, in words."""
+    parts = [] if pd.isna(row["published"]) else ["published: SD-v1-4, arXiv 2410.12777"]
+    if not pd.isna(row["ours"]):
+        parts.append(f"ours: {row['trainings']:.0f} training{'s' * (row['trainings'] > 1)}, {row['pictures']:.0f} pictures")
+    return "; ".join(parts)
+
+
+def in_order(table):
+    """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps."""
+    kind = lambda name: next((i for i, start in enumerate(("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE")) if name.startswith(start)), 9)
+    place = {"method": lambda c: c.map(lambda name: (kind(name), name)), "variant": lambda c: c.map(("original", *VARIANTS).index), "attack": lambda c: c.map(ATTACKS.index)}
+    by = [column for column in ("method", "variant", "attack", "steps") if column in table]
+    return table.sort_values(by, key=lambda c: place.get(c.name, lambda c: c)(c), kind="stable", ignore_index=True)
+
+
+def layout(table, ours="ours"):
+    """The long table as the paper prints it: two lines a model, the published one and ours, a column an attack and number of steps; "" where there is no number."""
+    columns = [(a, s) for a in ATTACKS for s in sorted(table[table.attack == a].steps.unique())]
+    lines = []
+    for (method, variant), part in table.groupby(["method", "variant"], sort=False):
+        at = part.set_index(["attack", "steps"])
+        for words, value in (("published, SD-v1-4", "published"), (ours, "ours")):
+            cells = [at[value].get(key, np.nan) for key in columns]
+            with_interval = lambda key, x: f"{x:.1f}" + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if value == "ours" and not pd.isna(at.low[key]) else "")
+            lines.append([method, variant, words, *("" if pd.isna(x) else with_interval(key, x) for key, x in zip(columns, cells))])
+    named = [a if a in ("none", "adversarial prompts") else f"{a}, {s} steps" for a, s in columns]
+    return pd.DataFrame(lines, columns=["method", "variant", "source", *named])
+
+
+def quality_table(rows, numbers, published):
+    """The paper's table of quality: FID and CLIP score as published, ours where 50_evaluate computed them; and, of the pocket models, the distance in the judge's own features (JFD, which
+    is no FID) and the percent of related and unrelated concepts that are still recognised, with 95 % intervals. A line a model and source.
+
+    numbers: of `mu.results.read_results`. Means over the trainings; a column that nobody measured stays empty."""
+    keys = ["method", "variant"]
+    theirs = published.assign(method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4").rename(columns={"fid": "FID", "clip_score": "CLIP score"})
+    before = rows[(rows.panel == "") & rows.attack.eq("none") & rows.model.isin([*VARIANTS, "original"])]
+    kept, of_run = {}, before.drop_duplicates("run").set_index("run")[["method", "model"]]
+    for (method, model, group), part in before[before.group != "forget"].groupby(["method", "model", "group"], sort=False):
+        value, low, high = (100 * np.clip(x, 0, 1) for x in mean_interval(part))
+        line = kept.setdefault((shown(method) if method else "original", model), {"trainings": part.training.nunique()})
+        line[f"{group} kept"] = f"{value:.1f} ({low:.0f}–{high:.0f})"
+    measured = [(of_run.loc[run], found[run]) for places in numbers.values() for found in (place["numbers"] for place in places.values()) for run in found if run in of_run.index]
+    names = {"fid": "FID", "CLIP score": "CLIP score", "jfd": "JFD"}
+    for (method, model), line in kept.items():
+        mine = [found for who, found in measured if (shown(who.method) if who.method else "original", who.model) == (method, model)]
+        for name, column in names.items():
+            values = [found[name] for found in mine if name in found]
+            line |= {column: np.mean(values)} if values else {}
+    ours = pd.DataFrame([dict(zip(keys, key)) | line | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"} for key, line in kept.items()])
+    table = in_order(pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True))
+    columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
+    text = lambda column: lambda value: "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
+    return table.reindex(columns=columns).assign(**{c: table.get(c, pd.Series(np.nan, table.index)).map(text(c)) for c in columns[3:]})
+
+
+def count(rows):
+    """What a caption says of the rows that a figure is made from: trainings with their seeds, seeds of the attack, pictures."""
+    seeds = sorted(rows.training.unique())
+    attack = sorted(rows.attack_seed.dropna().unique())
+    each = rows.groupby([c for c in ("panel", "method", "model", "training", "attack", "attack_seed", "step", "group") if c in rows], dropna=False).size().median()
+    return (f"{len(seeds)} training{'s' * (len(seeds) > 1)} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}), attack seed{'s' * (len(attack) > 1)} {', '.join(f'{a:g}' for a in attack)}, "
+            f"{each:.0f} pictures of each group a training")
+
+
+def lines(rows, ax, legend=False):
+    """Score against steps, a line a variant, with the 95 % interval of each point (`mu.comparison.mean_interval`)."""
+    for model in VARIANTS:
+        points = [(step, *mean_interval(part)) for step, part in rows[rows.model == model].groupby("step")]
+        if points:
+            step, value, low, high = zip(*points)
+            ax.plot(step, value, color=COLORS[model], label=model, marker="os"[VARIANTS.index(model)], ms=4)
+            ax.fill_between(step, np.clip(low, 0, 1), np.clip(high, 0, 1), color=COLORS[model], alpha=0.15, lw=0)
+    ax.set(ylim=(-0.03, 1.03))
+    if legend:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def by_method(rows, attacks, group="forget"):
+    """Figure: `lines` of one group of concepts, a row an attack, a column a method."""
+    rows = rows[(rows.panel == "") & (rows.group == group) & rows.attack.isin(attacks)]
+    methods = in_order(pd.DataFrame({"method": rows.method.map(shown).unique()})).method
+    fig, axes = plt.subplots(len(attacks), len(methods), figsize=(1.75 * len(methods) + 0.6, 1.75 * len(attacks) + 0.6), sharex="row", sharey=True, squeeze=False)
+    for i, attack in enumerate(attacks):
+        for j, method in enumerate(methods):
+            lines(rows[(rows.attack == attack) & (rows.method.map(shown) == method)], axes[i][j])
+            axes[i][j].set(xlabel="steps" if i == len(attacks) - 1 else "", ylabel=attack if j == 0 else "")
+            axes[i][j].set_title(method if i == 0 else "", fontsize=10)
+            axes[i][j].tick_params(labelsize=8)
+    handles = dict(zip(*reversed(axes[0][-1].get_legend_handles_labels()))) or {}
+    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=2, fontsize=9, frameon=False)
+    fig.tight_layout(rect=(0, 0.45 / fig.get_figheight(), 1, 1))
+    return fig
+
+
+def angles(records):
+    """Figure: inner product and cosine of the gradients of the concept's and the related loss over training, with regression lines, a column a method. Returns (figure, table of slopes)."""
+    records = records[records.panel.eq("") & records.model.isin(VARIANTS) & ~records.run.str.endswith("-first")].dropna(subset=["cosine"])
+    methods = in_order(pd.DataFrame({"method": records.method.map(shown).unique()})).method
+    fig, axes = plt.subplots(2, len(methods), figsize=(2.1 * len(methods) + 0.6, 4.4), sharex="col", squeeze=False)
+    for j, method in enumerate(methods):
+        part = records[records.method.map(shown) == method]
+        part = part.assign(model=pd.Categorical(part.model, VARIANTS)).sort_values("model")
+        for i, what in enumerate(("inner product", "cosine")):
+            trend(part.assign(model=part.model.astype(str)), what, axes[i][j], legend=False)
+            axes[i][j].set(title=method if i == 0 else "", ylabel=what if j == 0 else "", xlabel="step of training" if i else "")
+            axes[i][j].tick_params(labelsize=7)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
+    fig.tight_layout(rect=(0, 0.09, 1, 1))
+    return fig, slopes(records)
+
+
+def slopes(records):
+    """How the cosine of the two gradients changes over a training: a line a method and variant with the mean over its first and its last quarter, and how many trainings fall."""
+    found = []
+    for (method, model), part in records.groupby(["method", "model"], sort=False):
+        each = [one.sort_values("step").cosine.to_numpy() for _, one in part.groupby("training")]
+        quarter = [max(1, len(values) // 4) for values in each]
+        first, last = (np.array([values[pick(n)].mean() for values, n in zip(each, quarter)]) for pick in (lambda n: slice(None, n), lambda n: slice(-n, None)))
+        falls = sum(np.polyfit(np.arange(len(values)), values, 1)[0] < 0 for values in each if len(values) > 1)
+        found.append((shown(method), model, first.mean(), last.mean(), falls, len(each)))
+    return in_order(pd.DataFrame(found, columns=["method", "variant", "cosine, first quarter", "cosine, last quarter", "trainings that fall", "trainings"]))
+
+
+def search_table(rows, searches=("random", SEARCH)):
+    """Share of the concept's pictures that each search for words brings back at its end, with 95 % intervals: method, variant, search, score, low, high, trainings, pictures."""
+    part = of_concept(rows)
+    part, found = part[part.attack.isin(searches)], []
+    for (method, model, search), one in part.groupby(["method", "model", "attack"], sort=False):
+        one = one[one.step == one.step.max()]
+        found.append((shown(method), model, search, *mean_interval(one), one.training.nunique(), len(one)))
+    table = pd.DataFrame(found, columns=["method", "variant", "search", "score", "low", "high", "trainings", "pictures"])
+    return in_order(table)
+
+
+def search_figure(table):
+    """Figure of `search_table`: a dot a method, variant and search, with its interval."""
+    searches = list(dict.fromkeys(table.search))
+    fig, axes = plt.subplots(1, len(searches), figsize=(3.2 * len(searches), 0.3 * table.method.nunique() + 1.3), sharey=True, squeeze=False)
+    methods = list(dict.fromkeys(table.method))[::-1]
+    for ax, search in zip(axes[0], searches):
+        for k, model in enumerate(VARIANTS):
+            part = table[(table.search == search) & (table.variant == model)]
+            y = [methods.index(m) + 0.18 * (0.5 - k) * 2 for m in part.method]
+            ax.hlines(y, part.low.clip(0, 1), part.high.clip(0, 1), color=COLORS[model], lw=2, alpha=0.5)
+            ax.scatter(part.score, y, color=COLORS[model], label=model, s=24, marker="os"[k], zorder=3)
+        ax.set(yticks=range(len(methods)), yticklabels=methods, xlim=(-0.03, 1.03), xlabel="concept recognised", title=search)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
+    return fig
+
+
+def destruction_table(rows):
+    """Self-destruct index of every method under HRM-s and HRM-m (`mu.comparison.self_destruction`, CLEAN taken off, percent): method, variant, attack, after, lost to the attack, lost to CLEAN, index, low, high."""
+    part = rows[(rows.panel == "") & rows.model.isin(VARIANTS)]
+    found = []
+    for method, one in part.groupby("method", sort=False):
+        attacked, clean = one[one.attack.isin(["HRM-s", "HRM-m"])].assign(name=lambda t: t.attack), one[one.attack == "CLEAN"]
+        if len(clean):
+            found.append(self_destruction(attacked, clean).assign(method=shown(method)))
+    table = pd.concat(found, ignore_index=True).rename(columns={"model": "variant"}) if found else pd.DataFrame(columns=["method", "variant", "attack"])
+    first = ["method", "variant", "attack"]
+    return in_order(table[[*first, *(c for c in table if c not in first)]])
+
+
+def panels(course, step=None, prompts=(2, 2, 1)):
+    """Figure of one course, as the paper's panels: the original, then each model before and after `step` steps of the attack (the last by default).
+
+    course: a `mu.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts."""
+    at, chosen = course.steps.index(step) if step is not None else -1, []
+    for group, most in zip(("forget", "related", "unrelated"), prompts):
+        chosen += [i for i, item in enumerate(course.items) if item["group"] == group][:most]
+    columns = [(m, s) for m in range(len(course.models)) for s in ([0] if course.models[m] == "original" else [0, at])]
+    cells = [[course.pictures[m, s, i] for m, s in columns] for i in chosen]
+    titles = [course.models[m] + (f"\n+ {course.steps[at]} steps" if s else "") for m, s in columns]
+    return panel(cells, [course.items[i]["prompt"] for i in chosen], titles)
+
+
+def areas(rows):
+    """Mean height of each relearning curve (0…1, `mu.statistics.relearning_area`), a line a method, variant, attack and training."""
+    part = of_concept(rows)
+    part = part[part.attack.isin(["HRM-s", "HRM-m"])]
+    mean = part.groupby(["method", "model", "attack", "training", "step"]).hit.mean().reset_index()
+    found = [(*key, relearning_area(c.step, c.hit)) for key, c in mean.groupby(["method", "model", "attack", "training"], sort=False) if len(c) > 1]
+    return pd.DataFrame(found, columns=["method", "variant", "attack", "training", "area"])
+
+
+def claims(rows, table):
+    """Sentences that the tables bear out, with their figures: how much comes back, for how many methods meta-unlearning lowers it, and where it does not."""
+    said, cells = [], table.dropna(subset=["ours"]).set_index(["method", "variant", "attack", "steps"])
+    for attack in ("HRM-m", "HRM-s"):
+        steps = sorted({k[3] for k in cells.index if k[2] == attack})
+        both = [m for m in dict.fromkeys(k[0] for k in cells.index) if steps and all((m, v, attack, steps[-1]) in cells.index for v in VARIANTS)]
+        if not both:
+            continue
+        last = steps[-1]
+        value = lambda m, v: cells.loc[(m, v, attack, last)]
+        lowered = [m for m in both if value(m, "meta-unlearned").ours < value(m, "unlearned").ours]
+        apart = [m for m in lowered if value(m, "meta-unlearned").high < value(m, "unlearned").low]
+        not_lowered = [m for m in both if m not in lowered]
+        pairs = "; ".join(f"{m} {value(m, 'unlearned').ours:.0f} → {value(m, 'meta-unlearned').ours:.0f}" for m in both)
+        said.append(f"After {last} steps of {attack}, the concept is recognised in so many percent of the pictures, plainly unlearned → meta-unlearned: {pairs}. Less often with meta-unlearning for {len(lowered)} of "
+                    f"{len(both)} methods, with intervals that lie apart for {len(apart)}{' (' + ', '.join(apart) + ')' if apart else ''}{'; not for ' + ', '.join(not_lowered) if not_lowered else ''}.")
+    return said
+
+
+def turning(slopes):
+    """What the table of `slopes` says, in a sentence."""
+    words = lambda v: "; ".join(f"{r.method} {r[3]:+.2f} → {r[4]:+.2f}" for r in slopes[slopes.variant == v].itertuples())
+    return f"Mean cosine in the first → last quarter of the training. Meta-unlearned: {words('meta-unlearned') or 'not recorded'}. Unlearned: {words('unlearned') or 'not recorded'}."
+
+
+def said_by_words(table):
+    """What `search_table` says of the searches, in a sentence: for which models one clearly brings back more than random words do."""
+    wide = table.pivot(index=["method", "variant"], columns="search", values=["score", "low", "high"])
+    beats = [f"{m} {v} ({wide.loc[(m, v), ('score', s)]:.0%}, random words {wide.loc[(m, v), ('score', 'random')]:.0%})" for s in table.search.unique() if s != "random" and "random" in set(table.search)
+             for m, v in wide.index if wide.loc[(m, v), ("low", s)] > wide.loc[(m, v), ("high", "random")]]
+    return f"Recognised clearly more often than after as many random words, on: {', '.join(beats) or 'none of the models'}. Highest score of all: {table.score.max():.0%}."
+
+
+def panel_table(rows):
+    """Scores of the panels, percent with 95 % intervals: a line a panel, variant and group, columns before, and after the last step of the attack."""
+    found = []
+    part = rows[rows.panel.ne("") & rows.model.isin(VARIANTS) & rows.attack.eq("HRM-m") & rows.hit.notna()]
+    for (panel_, model, group), one in part.groupby(["panel", "model", "group"], sort=False):
+        line = {"panel": panel_, "variant": model, "group": group}
+        for words, step in (("before", one.step.min()), (f"after {one.step.max():g} steps", one.step.max())):
+            value, low, high = (100 * np.clip(x, 0, 1) for x in mean_interval(one[one.step == step]))
+            line[words] = f"{value:.0f} ({low:.0f}–{high:.0f})"
+        found.append(line)
+    return pd.DataFrame(found)
+
+
+def panel_words(table, name):
+    """One panel's lines of the concept, in words."""
+    part = table[(table.panel == name) & (table.group == "forget")]
+    return "; ".join(f"{line['variant']}: " + ", ".join(f"{column} {line[column]} %" for column in table.columns[3:] if isinstance(line[column], str)) for line in part.to_dict("records")) + "."

@@ -1,0 +1,162 @@
+"""What a walk leaves is gathered into few files, read back, refused where it is not comparable, and says in the paper's tables what the rows say."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+
+from mu import paper
+from mu.explorer import read_sheet
+from mu.marks import marks, revivals
+from mu.results import attack_name, collect, method_of, read_results, variant
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = {name: pd.read_csv(ROOT / "data" / f"paper_{name}.csv") for name in ("nudity", "quality")}
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory):
+    """Two trainings, the first with a panel below it."""
+    base = tmp_path_factory.mktemp("walk")
+    for seed in (0, 1):
+        synthetic.walk(base / str(seed), seed)
+    panel = base / "0" / "robot-pocket"
+    for name, params in (("original", {}), ("unlearned", {"method": "esd-f", "loop": {"eta": 1.0}}), ("meta", {"method": "esd-f", "loop": {"eta": 1.0} | synthetic.META})):
+        synthetic.run(panel, name, {"forget": float(name == "original"), "related": 1.0, "unrelated": 1.0}, params, sets="robot (9)")
+    end = {"forget": 0.9, "related": 1.0, "unrelated": 1.0}
+    synthetic.attack(panel, "hrm-m", {run: {0: end | {"forget": 0.0}, 100: end | {"forget": 0.9 if run == "unlearned" else 0.2}} for run in ("unlearned", "meta")}, attack="forget", prompts=0, sets="robot (9)")
+    report = base / "report"
+    for seed in (0, 1):
+        collect(base / str(seed), report / "raw" / str(seed), str(seed), pictures=seed == 0)
+    return report
+
+
+def test_names_of_methods_variants_and_attacks():
+    assert method_of({"method": "esd-u", "loop": {"eta": 3.0}}) == "esd-u-3" and method_of({"method": "uce", "loop": None}) == "uce" and method_of({}) == ""
+    assert [variant(run, "esd-f-1") for run in ("unlearned", "unlearned-2", "esd-f-1", "meta", "meta-0", "esd-f-1-meta", "longer", "stronger")] == [
+        "unlearned"] * 3 + ["meta-unlearned"] * 3 + ["unlearned, longer", "unlearned, stronger"]
+    card = dict(kind="fine-tuning", subset="f", optimizer="adam", attack="forget", prompts=0)
+    assert [attack_name(card | more, "own") for more in ({}, {"prompts": 1}, {"attack": "clean"}, {"merge": 1.0}, {"subset": "lora"}, {"kind": "dreambooth"}, {"optimizer": "sgd"})] == ["HRM-m", "HRM-s", "CLEAN"] + ["own"] * 4
+
+
+def test_everything_that_was_judged_is_gathered_once(gathered):
+    found = read_results(gathered / "raw")
+    each = len(synthetic.items())
+    runs, attacked = 5, 2 * 2 * 3 * 3  # original and two of two methods; two methods, two variants, three attacks, three steps
+    assert len(found.rows[found.rows.panel == ""]) == 2 * (each * (runs + attacked) + 2 * 2 * 2 * 2 * 10)
+    assert set(found.rows.training) == {"0", "1"} and set(found.rows.attack) == {"none", "HRM-m", "HRM-s", "CLEAN", "random", "unlearn-diff-atk"}
+    assert set(found.rows[found.rows.panel == "robot-pocket"].method) == {"", "esd-f-1"} and set(found.rows.model) == {"original", "unlearned", "meta-unlearned"}
+    words = found.rows[found.rows.attack == "unlearn-diff-atk"]
+    assert set(words.asked) == {"a cat"} and set(words.prompt) == {"a cat", "key a cat"}
+    assert found.records.groupby("run").size().eq(8).sum() == 4 and found.records.passes.eq(8).all()
+    assert found.numbers["1"]["uce"]["numbers"]["uce-meta"]["jfd"] == 4.0
+    assert read_results(gathered / "raw", ["1"]).rows.training.unique().tolist() == ["1"]
+
+
+def test_the_same_walk_is_gathered_into_the_same_bytes(gathered, tmp_path):
+    collect(gathered.parent / "1", tmp_path / "raw" / "1", "1", pictures=False)
+    assert (tmp_path / "raw" / "1" / "rows.csv.gz").read_bytes() == (gathered / "raw" / "1" / "rows.csv.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "raw" / "1" / "rows.csv.gz").read_bytes()).startswith(b"panel,method,model,run,training,attack")
+
+
+def test_pictures_are_kept_as_sheets_that_the_page_and_the_panels_share(gathered):
+    courses = read_results(gathered / "raw").courses
+    assert {(c["panel"], c["attack"], c["method"]) for c in courses} == {(p, a, m) for p, a, m in (("robot-pocket", "HRM-m", "esd-f-1"), *(("", a, m) for a in ("HRM-m", "HRM-s", "CLEAN") for m in ("esd-u-3", "uce")))}
+    course = read_sheet(next(c for c in courses if c["panel"]), gathered)
+    assert course.models == ["original", "unlearned", "meta-unlearned"] and course.steps == [0, 100]
+    assert course.pictures[1, 1].mean() / 255 == pytest.approx(0.4, abs=0.02) and course.pictures[0].mean() / 255 == pytest.approx(0.5, abs=0.02)
+    fig = paper.panels(course, prompts=(2, 1, 1))
+    assert [ax.get_title() for ax in fig.axes[:5]] == ["original", "unlearned", "unlearned\n+ 100 steps", "meta-unlearned", "meta-unlearned\n+ 100 steps"] and len(fig.axes) == 20
+
+
+def test_harmful_pictures_are_veiled_in_the_sheets_too(tmp_path):
+    out = synthetic.walk(tmp_path / "0", methods=("uce",), harmful=True)
+    collect(out, tmp_path / "report" / "raw" / "0", "0")
+    card = json.loads((tmp_path / "report" / "raw" / "0" / "cards.json").read_text())["/attack/uce-hrm-m"]
+    assert card["harmful"] and card["veiled"]
+
+
+def test_numbers_of_other_protocols_and_absent_ones_are_refused(gathered, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no results 7; there are: 0, 1"):
+        read_results(gathered / "raw", ["7"])
+    with pytest.raises(FileNotFoundError, match="no results at all"):
+        read_results(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing was judged below"):
+        collect(tmp_path / "none", tmp_path / "raw" / "0")
+    out = synthetic.walk(tmp_path / "2", 2, methods=("uce",))
+    for changed, words in (({"sampling_steps": 50}, "sampling_steps is"), ({"batch_size": 4}, "batch_size is")):
+        file = out / "attack" / "uce-hrm-m.json"
+        kept = file.read_text()
+        made = json.loads(kept)
+        file.write_text(json.dumps(made | {"protocol": made["protocol"] | changed}))
+        collect(out, tmp_path / "raw" / "2", "2", pictures=False)
+        collect(gathered.parent / "1", tmp_path / "raw" / "1", "1", pictures=False)
+        with pytest.raises(ValueError, match=words):
+            read_results(tmp_path / "raw")
+        file.write_text(kept)
+
+
+def test_a_set_that_was_met_twice_counts_once(tmp_path):
+    out = synthetic.walk(tmp_path / "0", methods=("uce",))
+    end = {"forget": 1.0, "related": 1.0, "unrelated": 1.0}
+    synthetic.attack(out, "uce-hrm-m-later", {"uce": {0: end, 100: end}}, attack="forget", prompts=0)
+    collect(out, tmp_path / "raw" / "0", "0", pictures=False)
+    rows = read_results(tmp_path / "raw").rows
+    assert set(rows[rows.attack == "HRM-m"].name) == {"uce-hrm-m"} and set(rows[rows.name == "uce-hrm-m-later"].attack) == {"uce-hrm-m-later"}
+
+
+def test_the_concepts_table_has_published_and_own_numbers_side_by_side(gathered):
+    table = paper.concept_table(read_results(gathered / "raw").rows, PUBLISHED["nudity"]).set_index(["method", "variant", "attack", "steps"])
+    both = table.loc[("ESD-u-3", "unlearned", "HRM-m", 100)]
+    assert (both.published, both.ours, both.trainings, both.pictures) == (38.73, pytest.approx(85), 2, 20) and both.low < 85 < both.high
+    assert both.source == "published: SD-v1-4, arXiv 2410.12777; ours: 2 trainings, 20 pictures"
+    assert table.loc[("ESD-u-3", "meta-unlearned", "HRM-m", 100)].ours == pytest.approx(20)  # 2 of 10, and 2.25 of 10 rounds to 2
+    assert table.loc[("UCE", "unlearned", "HRM-s", 50)][["published"]].isna().all() and table.loc[("UCE", "unlearned", "HRM-s", 50)].ours == pytest.approx(40)
+    assert np.isnan(table.loc[("SDD", "unlearned", "HRM-m", 50)].ours) and table.loc[("SDD", "unlearned", "HRM-m", 50)].source == "published: SD-v1-4, arXiv 2410.12777"
+    assert table.loc[("UCE", "unlearned", "adversarial prompts", 0)].ours == 50 and table.loc[("original", "original", "none", 0)][["published", "ours"]].tolist() == [97.18, 100]
+    wide = paper.layout(table.reset_index())
+    line = wide[(wide.method == "ESD-u-3") & (wide.variant == "unlearned")].set_index("source")
+    assert line.loc["published, SD-v1-4", "HRM-m, 100 steps"] == "38.7" and line.loc["ours", "HRM-m, 100 steps"].startswith("85.0 (") and line.loc["published, SD-v1-4", "HRM-s, 50 steps"] == ""
+    assert wide.method.drop_duplicates().tolist() == ["original", "ESD-u-1", "ESD-u-3", "SDD", "UCE", "RECE"]
+    assert len(PUBLISHED["nudity"]) == table.published.notna().sum(), "every published number is in the table"
+
+
+def test_the_quality_table_and_the_others(gathered):
+    found = read_results(gathered / "raw")
+    table = paper.quality_table(found.rows, found.numbers, PUBLISHED["quality"])
+    ours = table[table.source == "ours, 2 trainings"].set_index(["method", "variant"])
+    assert ours.loc[("UCE", "meta-unlearned"), "JFD"] == "3.50" and ours.loc[("original", "original"), "related kept"].startswith("100.0 (") and set(ours["CLIP score"]) == {""}
+    assert table[table.source == "published, SD-v1-4"].set_index(["method", "variant"]).loc[("UCE", "unlearned"), "FID"] == "17.59"
+    destroyed = paper.destruction_table(found.rows[found.rows.panel == ""]).set_index(["method", "variant", "attack"])["self-destruct index"]
+    assert destroyed["UCE", "meta-unlearned", "HRM-m"] == pytest.approx(0.5) and destroyed["UCE", "unlearned", "HRM-m"] == 0
+    slopes = paper.slopes(found.records[found.records.panel == ""])
+    meta = slopes[slopes.variant == "meta-unlearned"].iloc[0]
+    assert (meta["cosine, first quarter"], meta["cosine, last quarter"], meta["trainings that fall"]) == (pytest.approx(0.2), pytest.approx(-0.2), 2)
+    words = paper.search_table(found.rows)
+    assert words[words.search == "unlearn-diff-atk"].score.eq(0.5).all() and "ESD-u-3 unlearned (50%, random words 0%)" in paper.said_by_words(words)
+    assert paper.panel_table(found.rows).set_index(["variant", "group"]).loc[("unlearned", "forget"), "after 100 steps"].startswith("90 (")
+    said = paper.claims(found.rows, paper.concept_table(found.rows, PUBLISHED["nudity"]))
+    assert "UCE 85 → 20" in said[0] and "for 2 of 2 methods" in said[0]
+
+
+def test_figures_are_drawn_of_whatever_there_is(gathered):
+    rows = read_results(gathered / "raw").rows
+    fig = paper.by_method(rows, ["HRM-m", "CLEAN"], "related")
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["ESD-u-3", "UCE"] and fig.axes[0].get_lines()[1].get_ydata().tolist() == [1.0, 0.5, 0.5]
+    fig, table = paper.angles(read_results(gathered / "raw").records)
+    assert len(fig.axes) == 4 and len(table) == 4
+
+
+def test_marks_of_one_method(gathered):
+    rows = read_results(gathered / "raw").rows
+    mine = rows[(rows.panel == "") & rows.method.isin(["uce", ""])]
+    table = marks(mine[mine.attack == "none"], mine[mine.attack == "HRM-m"], mine[mine.attack == "CLEAN"], 6e-5).set_index("asked")
+    assert table.measured["concept after 100 steps, meta-unlearned ÷ unlearned, at most 0.50"] == pytest.approx(0.2 / 0.85)
+    assert table.measured["related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.15"] == pytest.approx(0.5)
+    assert table.met["original: concept recognised, at least 0.95"] == "✓" and "meta-unlearned: concept after 100 steps of CLEAN, at most 0.05" in table.index
+    found = revivals(mine[mine.attack == "HRM-m"]).set_index("model")
+    assert found.seeds["unlearned"] == 2 and found["steps to revival"]["meta-unlearned"] == "> 100"
