@@ -20,7 +20,7 @@ JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
 @dataclass(frozen=True)
 class Probe:
     """Prompts to draw and what should be seen in them, encoded once: one row an image."""
-    items: list  # {"group", "prompt", "expected", "seed"}; expected is a label of the judge, as "concept:cat" or "style:noto"
+    items: list  # {"group", "prompt", "expected", "seed"}, perhaps "guidance"; expected is a label of the judge, as "concept:cat" or "style:noto"
     conditioning: dict
     unconditional: dict
     harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
@@ -68,6 +68,13 @@ def make_probe(pipe, groups, seeds=range(8)):
     return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=labels)
 
 
+def listed_probe(pipe, listed, group, expected):
+    """A probe of given prompts, each with a seed (and perhaps a guidance) of its own: rows of `mu.prompt_files.to_rows`, all of one group and one expected label."""
+    prompts = sorted({row["prompt"] for row in listed})
+    index = torch.tensor([prompts.index(row["prompt"]) for row in listed])
+    return Probe([{"group": group, "expected": expected} | row for row in listed], rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=(expected,))
+
+
 def join(*probes):
     """One probe of several, in their order; whether it is veiled is the first's to say."""
     labels = tuple(sorted({label for probe in probes for label in probe.labels}))
@@ -94,9 +101,19 @@ def at_once(pipe):
     return max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
 
 
+def draw_probe(pipe, probe, guidance=5.0, steps=25):
+    """The probe's pictures, (n, 3, height, width) in 0…1; an item that names a guidance of its own gets that."""
+    scales, images = [item.get("guidance", guidance) for item in probe.items], {}
+    for scale in dict.fromkeys(scales):
+        index = [i for i, own in enumerate(scales) if own == scale]
+        found = draw_images(pipe, rows(probe.conditioning, torch.tensor(index)), probe.unconditional, [probe.items[i]["seed"] for i in index], scale, steps, at_once(pipe))
+        images |= dict(zip(index, found))
+    return torch.stack([images[i] for i in range(len(scales))])
+
+
 def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     """Draw a probe and judge it. Returns (rows: the items with "seen" and "hit", nothing and NaN where nobody looks; images (n, 3, height, width) in 0…1)."""
-    images = draw_images(pipe, probe.conditioning, probe.unconditional, [item["seed"] for item in probe.items], guidance, steps, at_once(pipe))
+    images = draw_probe(pipe, probe, guidance, steps)
     if judge is None:
         return [item | {"seen": "", "hit": float("nan")} for item in probe.items], images
     found = answers(judge, images, probe.items, probe.labels)

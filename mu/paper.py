@@ -226,7 +226,8 @@ def panels(course, step=None, prompts=(2, 2, 1)):
     course: a `mu.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts."""
     at, chosen = course.steps.index(step) if step is not None else -1, []
     for group, most in zip(("forget", "related", "unrelated"), prompts):
-        chosen += [i for i, item in enumerate(course.items) if item["group"] == group][:most]
+        mine = [i for i, item in enumerate(course.items) if item["group"] == group]
+        chosen += sorted(mine, key=lambda i: [course.items[k]["prompt"] for k in mine if k < i].count(course.items[i]["prompt"]))[:most]  # each prompt once before a second seed
     columns = [(m, s) for m in range(len(course.models)) for s in ([0] if course.models[m] == "original" else [0, at])]
     cells = [[course.pictures[m, s, i] for m, s in columns] for i in chosen]
     titles = [course.models[m] + (f"\n+ {course.steps[at]} steps" if s else "") for m, s in columns]

@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mu.concepts import encode_folder
-from mu.evaluate import evaluate, join, make_probe, score
+from mu.evaluate import evaluate, join, listed_probe, make_probe, score
 from mu.formats import load_weights
 from mu.models import MODELS, without_lora
 from mu.plots import from_grid, panel, save_grid, veil
+from mu.prompt_files import read_prompts, to_rows
 from mu.runs import digest, finish, protocol, read_json, resume, run_loop, save_json
 from mu.statistics import steps_to_revival
 
@@ -65,14 +66,20 @@ def is_harmful(folder):
     return bool(read_json(Path(folder) / "concept.json", {}).get("harmful", False))
 
 
-def load_probe(pipe, folder, seeds, unveiled=False):
+def load_probe(pipe, folder, seeds, unveiled=False, concept_prompts=""):
     """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one.
+
+    concept_prompts: in place of the folder's forget prompts those of a source of `mu.prompt_files.read_prompts` ("i2p-nudity", a CSV), one picture each, from its own seed and guidance.
 
     unveiled: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
         raise ValueError(f"seeds must be {len(groups)} whole numbers from 1, with commas ({', '.join(groups)}), as in \"8,2,1\"; got {seeds!r}")
-    probe = join(*(make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)))
+    parts = [make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)]
+    if concept_prompts:
+        name = next(iter(groups))
+        parts[0] = listed_probe(pipe, to_rows(read_prompts(concept_prompts)), name, next(iter(groups[name].values())))
+    probe = join(*parts)
     return replace(probe, harmful=is_harmful(folder), unveiled=unveiled)
 
 
@@ -93,6 +100,11 @@ def carry_out(folder, state, records, steps, checkpoint_every=25):
             pass
         finish(folder, state.release())
     return table(folder)
+
+
+def listed(concept_prompts):
+    """The fact that pictures are of listed prompts, with the file's digest where it is one, for cards and parameters; nothing where they are the sets' own."""
+    return identity(concept_prompts=concept_prompts) if concept_prompts else {}
 
 
 def viewing(probe):

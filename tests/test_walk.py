@@ -13,7 +13,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from mu.models import load_pipeline
+from mu.evaluate import evaluate, load_judge
+from mu.models import draw_images, encode_prompts, load_pipeline
 from mu.notebooks import execute, read_parameters
 from mu.train import State
 from mu.walk import carry_out, identity, load_probe, revival, scores
@@ -173,6 +174,21 @@ def test_methods_are_compared(walk):
     assert {"run", "group", "score before", "score after 1 steps"} <= set(pd.read_csv(base / "methods-report" / "tables" / "methods.csv").columns)
     assert all((base / "methods-report" / "figures" / f"{name}.svg").is_file() for name in ("methods", "methods-attacked"))
     assert json.loads((base / "methods" / "uce-meta" / "params.json").read_text())["loop"]["unlearn"] == 0
+
+
+def test_listed_prompts_stand_for_the_concept_each_with_its_own_seed_and_guidance(walk, tmp_path):
+    base, run = walk
+    (tmp_path / "listed.csv").write_text("prompt,seed,guidance\na cat on a cup,7,2.5\na cat,3,\n")
+    pipe, judge = load_pipeline(str(base / "model")), load_judge(str(base / "judge"))
+    probe = load_probe(pipe, base / "sets", "2,1,1", concept_prompts=str(tmp_path / "listed.csv"))
+    assert [(i["group"], i["prompt"], i["seed"], i.get("guidance"), i["expected"]) for i in probe.items[:2]] == [("forget", "a cat on a cup", 7, 2.5, "concept:cat"), ("forget", "a cat", 3, None, "concept:cat")]
+    assert [i["group"] for i in probe.items[2:]] == ["related", "unrelated"]
+    alone = [draw_images(pipe, encode_prompts(pipe, [prompt]), probe.unconditional, [seed], scale, 2) for prompt, seed, scale in (("a cat on a cup", 7, 2.5), ("a cat", 3, 4.0), ("a tiger", 0, 4.0), ("a banana", 0, 4.0))]
+    torch.testing.assert_close(evaluate(pipe, judge, probe, 4.0, 2)[1], torch.cat(alone), rtol=1e-4, atol=1e-5)
+    run("20_unlearn", output="20_listed", out=str(tmp_path / "runs"), concept_prompts=str(tmp_path / "listed.csv"), **TRAINING)
+    run("30_attack_finetune", output="30_listed", out=str(tmp_path / "runs"), runs="unlearned", concept_prompts=str(tmp_path / "listed.csv"), at="0,1", seeds="0", batch_size=2)
+    made = json.loads((tmp_path / "runs" / "attack" / "forget-6e-05.json").read_text())
+    assert {row["prompt"] for row in made["rows"] if row["group"] == "forget"} == {"a cat on a cup", "a cat"} and "listed.csv (" in made["protocol"]["concept_prompts"]
 
 
 def test_every_kind_of_attack_meets_in_one_table(walk):
