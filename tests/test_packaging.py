@@ -61,7 +61,7 @@ def test_the_table_of_notebooks_is_theirs():
 
 def test_the_figures_of_the_readme_are_those_of_the_committed_report():
     report, text = ROOT / "reports" / "pocket-full", (ROOT / "README.md").read_text()
-    figures, marks = (text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0] for name in ("figures", "marks"))
+    figures, marks = (text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0] for name in ("pocket-full", "pocket-full-marks"))
     assert marks == (report / "tables" / "marks.md").read_text() and (report / "figures" / "headline.png").is_file()
     table = pd.read_csv(report / "tables" / "attacks.csv").query("attack == 'forget' and lr == 6e-5 and step in (50, 100, 200)")
     for model, group in product(("unlearned", "meta-unlearned"), ("forget", "related")):
