@@ -1,24 +1,42 @@
 # make demo   the walk on the pocket model, and where its report is
 # make pocket the same with three trainings of each model, controls and more attacks: two hours, into reports/pocket-full
-# make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*; how much a shared trajectory costs
+# make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*
 # make attacks  every attack, by training and by prompts, on the models of make pocket (which it trains if they are not there) and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
+# make paper  the paper's grid of notebooks, into reports/<model>: make paper MODEL=pocket SEEDS="0 1 2" MACHINE=laptop (a folder of notebooks/machines); with DRY=1 only how many notebooks that would run, and for how long
+# make ablations  trainings that differ in one thing each, into reports/<model>/ablations; the same variables as make paper
 # make test   the tests
 # Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 CORES ?= 2
+MODEL ?= pocket
+SEEDS ?= 0
+MACHINE ?= laptop
+DRY ?=
 BIN := .venv/bin
+# what is said from outside is text: neither make nor the shell reads it for more than that
+override MODEL := $(value MODEL)
+override SEEDS := $(value SEEDS)
+override MACHINE := $(value MACHINE)
+export MODEL SEEDS MACHINE
+# the pocket models are here; others are fetched
+ifneq ($(filter pocket%,$(MODEL)),)
 export HF_HUB_OFFLINE ?= 1
+endif
 export TOKENIZERS_PARALLELISM := false
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 
-WALK = $(BIN)/snakemake --cores $(CORES) --nolock --rerun-incomplete --rerun-triggers mtime params input --quiet host progress reason rules
+HOW = --nolock --rerun-incomplete --rerun-triggers mtime params input --quiet host progress reason rules
+WALK = $(BIN)/snakemake --cores $(CORES) $(HOW)
+# a machine's profile says how many cores, unless CORES is said
+GRID = $(BIN)/snakemake $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $(HOW) --keep-going --profile "notebooks/machines/$$MACHINE" \
+	--configfile notebooks/profiles/$@.yaml --config model="$$MODEL" seeds="$$SEEDS"
 
-.PHONY: demo pocket methods attacks test
+.PHONY: demo pocket methods attacks paper ablations test
 
 demo: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket-demo.yaml
-	@echo "The report: file://$(CURDIR)/reports/pocket/index.html"
+	@echo "The report: file://$(CURDIR)/reports/demo/index.html"
 
 pocket: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket.yaml
@@ -27,13 +45,16 @@ pocket: .venv/installed
 methods: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/methods-pocket.yaml
 	@$(WALK) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
-	@$(WALK) --configfile notebooks/profiles/ablation-trajectory.yaml
 
 attacks: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket.yaml --until 21_meta_unlearn-0 21_meta_unlearn-1 21_meta_unlearn-2
 	@$(WALK) --configfile notebooks/profiles/attacks-pocket.yaml
 	@$(WALK) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
+
+paper ablations: .venv/installed
+	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
+	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html (answers of make ablations join it when make paper, or 90_figures, is run after)")
 
 test: .venv/installed
 	@$(BIN)/pytest -q

@@ -8,26 +8,25 @@ only reported: the runs below `runs/` go on where they stopped, so running a not
 import sys
 from pathlib import Path
 
-from mu.grid import expand
+from mu.grid import read_walk
 from mu.notebooks import check_parameters, origin, origin_of
 
 if not config:
     sys.exit("say which walk: --configfile notebooks/profiles/pocket-demo.yaml")
-model = config.get("model", "pocket")
 try:
-    WALK = expand(config, model, config.get("seeds", 0)) if "models" in config else config["walk"]
+    model, WALK = read_walk(config)
 except ValueError as error:
     sys.exit(f"error: {error}")
 REPORT, DONE = Path(config["report"].format(model=model)), Path(config["runs"].format(model=model)) / "done"
 
 for name, step in WALK.items():
-    step.setdefault("notebook", name)
-    step.setdefault("parameters", {})
     source, output = f"notebooks/{step['notebook']}.ipynb", REPORT / "notebooks" / f"{name}.ipynb"
     check_parameters(source, step["parameters"])  # all of them, before anything runs
+    if not workflow.is_main_process:
+        continue  # a job of a cluster, which may see files later than they are written
     if not all(Path(file).exists() for file in [output, output.with_suffix(".html"), *step.get("leaves", [])]):
         (DONE / name).unlink(missing_ok=True)
-    elif workflow.is_main_process and origin_of(output).get("mu") != origin(source, {})["mu"]:
+    elif origin_of(output).get("mu") != origin(source, {})["mu"]:
         print(f"note: {output} was made by an earlier mu. To make everything again, delete {config['runs']}", file=sys.stderr)
 
 
@@ -51,6 +50,8 @@ for name, step in WALK.items():
             output=str(REPORT / "notebooks" / f"{name}.ipynb"),
             parameters=step["parameters"],
         threads: step.get("threads", 1)
+        resources:
+            **{name: step[name] for name in ("gpu", "runtime") if name in step},
         script:
             "notebooks/run.py"
 

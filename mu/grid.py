@@ -7,12 +7,14 @@ PLACE = re.compile(r"\{(\w+)((?:\.\w+)*)\}")
 
 
 def look(axes, chosen, path):
-    """What an axis says of its chosen value: "axis" is all of it, "axis.fact.fact" a part; {} where it says nothing."""
+    """What an axis says of its chosen value: "axis" is all of it, "axis.fact.fact" a part; {} where it says nothing. Raises ValueError for an axis of which none is chosen."""
     axis, *facts = path.split(".")
+    if axis not in chosen:
+        raise ValueError(f"{path}: no value of {axis!r} is chosen here, only of {', '.join(chosen)}")
     value = axes[axis][chosen[axis]]
     for fact in facts:
         value = (value or {}).get(fact, {})
-    return value or {}
+    return {} if value is None else value
 
 
 def several(text, axes, chosen):
@@ -32,8 +34,9 @@ def parameters(parts, axes, chosen):
     merged = {}
     for part in parts if isinstance(parts, list) else [parts]:
         merged |= look(axes, chosen, part) if isinstance(part, str) else part
-    filled = {name: several(value, axes, chosen) if isinstance(value, str) else [value] for name, value in merged.items()}
-    return {name: values[0] if len(values) == 1 else ",".join(map(str, values)) for name, values in filled.items()}
+    open_in = lambda value: isinstance(value, str) and any(axis not in chosen for axis, _ in PLACE.findall(value))
+    fill = lambda value: several(value, axes, chosen)[0] if isinstance(value, str) else value
+    return {name: ",".join(map(str, several(value, axes, chosen))) if open_in(value) else fill(value) for name, value in merged.items()}
 
 
 def expand(grid, model, seeds):
@@ -42,6 +45,7 @@ def expand(grid, model, seeds):
     grid: {"models": {name: facts}, "axes": {name: list or {value: facts}, or a path such as "model.panels"}, "walk": {pattern: step}}. A step whose pattern names axes, as
     "30_{method}-{attack}-{seed}", is there once for each combination of their values; in its texts {axis} is the value and {axis.fact} what the axis says of it. In `after` and
     `leaves`, an axis that the pattern does not name stands for all its values. Besides the file's axes there are `model` (the chosen one) and `seed`.
+    A step with `gpu: true` takes a GPU where the model's facts say `gpu: true`, too: the walk's "gpu" is their number, 0 or 1.
     Raises ValueError for an unknown model, for no seeds or others than whole numbers, for a step that waits for one that is not there, for an axis that nobody knows."""
     if model not in grid["models"]:
         raise ValueError(f"unknown model {model!r}: allowed are {', '.join(grid['models'])}")
@@ -55,15 +59,24 @@ def expand(grid, model, seeds):
     walk = {}
     for pattern, step in grid["walk"].items():
         used = list(dict.fromkeys(axis for axis, _ in PLACE.findall(pattern)))
-        if unknown := [axis for axis in used if axis not in axes]:
+        if unknown := [axis for axis, _ in PLACE.findall(f"{pattern} {step}") if axis not in axes]:
             raise ValueError(f"{pattern}: there is no axis {unknown[0]!r}; there are: {', '.join(axes)}")
         for values in product(*(axes[axis] for axis in used)):
             chosen = {"model": model} | dict(zip(used, values))
             every = lambda texts: [found for text in texts for found in several(text, axes, chosen)]
             (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
             walk[name] = {fact: value for fact, value in step.items() if fact not in ("each", "parameters")} | {
-                "notebook": notebook, "after": every(step.get("after", [])), "leaves": every(step.get("leaves", [])), "parameters": parameters(step.get("parameters", {}), axes, chosen)}
+                "notebook": notebook, "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))), "after": every(step.get("after", [])), "leaves": every(step.get("leaves", [])),
+                "parameters": parameters(step.get("parameters", {}), axes, chosen)}
     for name, step in walk.items():
         if missing := [other for other in step["after"] if other not in walk]:
             raise ValueError(f"{name} waits for {missing[0]}, which is no step of this walk")
     return walk
+
+
+def read_walk(config):
+    """The model and the walk of a configuration as Snakemake hands it over: a walk that is written out as it is, a grid for its `model` and `seeds`.
+    Every step then has a notebook and parameters. Raises as `expand` does."""
+    model = str(config.get("model", "pocket"))
+    walk = expand(config, model, config.get("seeds", 0)) if "models" in config else config["walk"]
+    return model, {name: {"notebook": name, "parameters": {}} | step for name, step in walk.items()}

@@ -161,6 +161,21 @@ class Estimate:
     phases: dict  # phase → GiB at its peak, what is kept included
 
 
+def _known(model, p, gpu):
+    """A pipeline (or the sizes of a name), the objective of the method, and what `_pass` has to know: side, tokens, network."""
+    dtype = torch.bfloat16 if p["weights"] == "half" else torch.float32
+    pipe = _sizes(model, dtype) if isinstance(model, str) else model
+    config, (objective, own_subset) = pipe.unet.config, check_method(p["method"])
+    side, plain = p["resolution"] // pipe.vae_scale_factor or config.sample_size, p["order"] == "second" or (not gpu and config.sample_size <= 32)
+    network = (json.dumps(dict(config)), p["subset"] or own_subset, p["rank"], dtype, p["precision"], p["gradient_checkpointing"], p["frozen"], gpu, plain)
+    return pipe, objective, (side, pipe.tokenizer.model_max_length, *network)
+
+
+def pass_flops(model, kind, rows, parameters=None, gpu=True):
+    """FLOPs of one pass of so many rows: kind "sample" (no gradient) or "train" (with the gradient of the subset). The rest is as in `estimate`."""
+    return _pass(kind, rows, 1, *_known(model, DEFAULTS | (parameters or {}), gpu)[2])[1]
+
+
 def estimate(model, parameters=None, gpu=True):
     """Memory and FLOPs of a training of `mu.launch`, on each of its processes. Pictures drawn before and after it are not counted.
 
@@ -174,13 +189,8 @@ def estimate(model, parameters=None, gpu=True):
     for name, allowed in words.items():
         if p[name] not in allowed:
             raise ValueError(f"unknown {name} {p[name]!r}: allowed are {', '.join(allowed)}")
-    dtype = torch.bfloat16 if p["weights"] == "half" else torch.float32
-    pipe = _sizes(model, dtype) if isinstance(model, str) else model
-    config, tokens, k, m = pipe.unet.config, pipe.tokenizer.model_max_length, p["accumulation"], float(np.mean(p["inner_steps"]))
-    side, second = p["resolution"] // pipe.vae_scale_factor or config.sample_size, p["order"] == "second"
-    objective, own_subset = check_method(p["method"])
-    plain = second or (not gpu and config.sample_size <= 32)
-    network = (json.dumps(dict(config)), p["subset"] or own_subset, p["rank"], dtype, p["precision"], p["gradient_checkpointing"], p["frozen"], gpu, plain)
+    pipe, objective, (side, tokens, *network) = _known(model, p, gpu)
+    k, m, second = p["accumulation"], float(np.mean(p["inner_steps"])), p["order"] == "second"
     _, unet, unet_frozen, trained = _network(*network)
 
     esd, sdd, attack, clean = (objective == "esd"), (objective == "sdd"), bool(p["relearn"] or p["self_destruct"]), bool(p["clean"])
@@ -201,7 +211,7 @@ def estimate(model, parameters=None, gpu=True):
     theta, others = sum(x.numel() * 4 for x in trained), size(*(module for name, module in pipe.components.items() if name in ("vae", "text_encoder", "text_encoder_2")))
     names = p["inner_optimizer"].split(",") if isinstance(p["inner_optimizer"], str) else p["inner_optimizer"]
     kept = {"UNet": size(unet), "frozen UNet": size(unet_frozen), "optimiser": _moments(p["optimizer"], trained), "average": theta * bool(sdd and p["ema"]),
-            "VAE, text encoders": 0 if p["offload"] and gpu else others, "random prompts": 4 * p["retain_prompts"] * tokens * config.cross_attention_dim}
+            "VAE, text encoders": 0 if p["offload"] and gpu else others, "random prompts": 4 * p["retain_prompts"] * tokens * unet.config.cross_attention_dim}
     held = theta * (1 if p["snapshot"] == "cpu" and gpu else 2) + max(_moments(name, trained) for name in names)  # first gradient, snapshot, moments
     total = sum(kept.values())
     phases = {"trajectory": trajectory[0] + kept["average"], "frozen UNet": asked[0], "gradient at θ": at_theta[0],
@@ -245,6 +255,12 @@ def _device(gpu):
     return name, memory - RESERVE, half, single, bf16, True
 
 
+def guessed_speed(precision, gpu=None):
+    """FLOP/s of the GPU at hand, or of one of GPUS: a guess from its data sheet (`UTILISATION`); nan where there is none, or an unknown one."""
+    _, _, half, single, bf16, _ = _device(gpu)
+    return (half if precision == "fp16" or (precision == "bf16" and bf16) else single) * 1e12 * UTILISATION
+
+
 def _changes(p, bf16, gpu):
     """What takes less memory, in the order of what it costs: first what leaves the result as it is, then its precision, then the experiment."""
     yield {"offload": True} if gpu else {}
@@ -283,10 +299,9 @@ def preflight(model, parameters=None, gpu=None):
     """Whether a training fits the device at hand, or one of GPUS, how long it takes, and what to change until it fits.
 
     model, parameters: see `estimate`, which raises. Minutes are those of the UNet's passes; a pipeline at hand is timed, otherwise they are a guess."""
-    name, usable, half, single, bf16, on_gpu = _device(gpu)
+    name, usable, _, _, bf16, on_gpu = _device(gpu)
     timed = speed(model) if gpu is None and not isinstance(model, str) else None
-    peak = lambda precision: half if precision == "fp16" or (precision == "bf16" and bf16) else single
-    minutes = lambda e, p: e.flops * p["steps"] / (timed or peak(p["precision"]) * 1e12 * UTILISATION) / 60
+    minutes = lambda e, p: e.flops * p["steps"] / (timed or guessed_speed(p["precision"], gpu)) / 60
     p, first = DEFAULTS | (parameters or {}), estimate(model, parameters, on_gpu)
     needs = [({}, first.gib, minutes(first, p))]
     while needs[-1][1] > usable:
