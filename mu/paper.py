@@ -243,6 +243,19 @@ def areas(rows):
     return pd.DataFrame(found, columns=["method", "variant", "attack", "training", "area"])
 
 
+def opening(attacked, method, met):
+    """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.marks.marks`."""
+    mean = attacked.groupby(["model", "group", "step"]).hit.mean()
+    steps = sorted({int(n) for n in attacked.step if n > attacked.step.min()})
+    told = [n for n in steps if n in (50, 100, 200, 300)] or steps  # enough for a sentence; the table has all
+    course = lambda model, group: ", ".join(f"{mean[model, group, n]:.0%}" if (model, group, n) in mean.index else "–" for n in told)
+    count = attacked.training.nunique()
+    return [f"{shown(method)}: after {', '.join(map(str, told))} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
+            f"{course('meta-unlearned', 'forget')} of those of the meta-unlearned one ({count} training{'s' * (count > 1)}; the defender has seen none of the attacker's images and prompts).",
+            f"Under that attack the related concepts are recognised in {course('unlearned', 'related')} of the pictures of the unlearned model and in {course('meta-unlearned', 'related')} "
+            f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met."]
+
+
 def claims(rows, table):
     """Sentences that the tables bear out, with their figures: how much comes back, for how many methods meta-unlearning lowers it, and where it does not."""
     said, cells = [], table.dropna(subset=["ours"]).set_index(["method", "variant", "attack", "steps"])
