@@ -1,4 +1,4 @@
-"""Colab: what its image lacks, a folder that outlives a disconnect, and the badge and first cell of every notebook (`python -m mu.colab` writes them)."""
+"""Colab: what its image lacks, a folder that outlives a disconnect, and the badge and first cell of every notebook (`mu.book` writes them)."""
 
 import importlib
 import os
@@ -89,19 +89,3 @@ def bootstrap(at):
     """The first code cell of every notebook: on Colab it clones the repository, where its address is known, and prepares the machine."""
     clone = CLONE.format(address=at, name=at.rsplit("/", 1)[1]) if at else ""
     return CELL.format(clone=clone, hint="" if at else "  # no module mu? clone the repository, `%cd` into it, and run this cell again")
-
-
-def write(notebooks, at):
-    """Give each notebook its badge, below the headline, and its first code cell; the same again changes nothing. Needs nbformat."""
-    import nbformat
-
-    for file in notebooks:
-        read = nbformat.read(file, 4)
-        head, *rest = (part for part in read.cells[0].source.split("\n\n") if not part.startswith("[![open in Colab]"))
-        read.cells[0].source = "\n\n".join([head, *filter(None, [badge(file, at)]), *rest])
-        next(cell for cell in read.cells if cell.cell_type == "code").source = bootstrap(at)
-        nbformat.write(read, file)
-
-
-if __name__ == "__main__":
-    write(sorted((ROOT / "notebooks").glob("*.ipynb")), address())

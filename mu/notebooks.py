@@ -152,18 +152,6 @@ def execute(notebook, output, parameters=None, html=True, again=False):
     return True
 
 
-def overview(folder):
-    """The README's table of notebooks: question (their headline), GPU and minutes (their metadata, as measured), Colab (their first code cell)."""
-    from mu.colab import address, badge
-    lines = ["| notebook | question | GPU | minutes on two cores, as in the demo or in make attacks | Colab |", "|---|---|---|---|---|"]
-    for file in sorted(Path(folder).glob("*.ipynb")):
-        read = nbformat.read(file, 4)
-        question, facts = read.cells[0].source.splitlines()[0].removeprefix("# "), read.metadata["mu"]
-        colab = badge(file, address()) or "✓" if any("google.colab" in cell.source for cell in read.cells) else "–"
-        lines.append(f"| [{file.stem}]({Path(folder).name}/{file.name}) | {question} | {facts.get('gpu', 'no')} | {facts['minutes'] or 'not measured'} | {colab} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m mu.notebooks", description="Run a notebook with checked parameters.")
     parser.add_argument("notebook")

@@ -9,7 +9,7 @@ import types
 import nbformat
 import pytest
 
-from mu import colab
+from mu import book, colab
 from mu.colab import missing
 
 WANTED = ["torch>=2.13,<2.14", "diffusers>=0.42,<0.43", "peft>=0.21,<0.22", "snakemake>=9", "numpy>=2.4,<3", "tqdm>=4.70,<5"]
@@ -73,25 +73,30 @@ def notebooks(tmp_path):
     return sorted(tmp_path.glob("*.ipynb"))
 
 
-def test_every_notebook_has_the_badge_and_the_cell_of_the_one_address(tmp_path):
+def test_what_is_generated_in_the_notebooks_is_there():
     at = colab.address()
+    assert not book.stale(colab.ROOT / "notebooks", at), "run python -m mu.book"
     for file in sorted((colab.ROOT / "notebooks").glob("*.ipynb")):
         cells = nbformat.read(file, 4).cells
-        assert next(c for c in cells if c.cell_type == "code").source == colab.bootstrap(at), f"{file.name}: run python -m mu.colab"
-        assert ("open in Colab" in cells[0].source) == bool(at) and colab.badge(file, at) in cells[0].source
+        assert next(c for c in cells if c.cell_type == "code").source == colab.bootstrap(at)
+        assert ("open in Colab" in cells[0].source) == bool(at) and colab.badge(file, at) in cells[0].source and "[contents](00_start_here.ipynb#Contents)" in cells[0].source
 
 
 def test_an_address_gives_badges_and_a_clone_and_its_absence_takes_them_away(notebooks):
-    before, at = [f.read_text() for f in notebooks], "https://github.com/somebody/mu"
+    folder, at = notebooks[0].parent, "https://github.com/somebody/mu"
+    book.write(folder, "")  # the neighbours are others than in the repository
+    before = [f.read_text() for f in notebooks]
     for _ in range(2):  # the second time changes nothing
-        colab.write(notebooks, at)
+        book.write(folder, at)
         written = [f.read_text() for f in notebooks]
     read = nbformat.read(notebooks[1], 4)
-    assert "https://colab.research.google.com/github/somebody/mu/blob/main/notebooks/20_unlearn.ipynb" in read.cells[0].source.splitlines()[2]
-    assert read.cells[0].source.splitlines()[0].endswith("?") and colab.CLONE.format(address=at, name="mu") in read.cells[1].source
-    colab.write(notebooks, at)
-    assert [f.read_text() for f in notebooks] == written
-    colab.write(notebooks, "")
+    lines = read.cells[0].source.splitlines()
+    assert "https://colab.research.google.com/github/somebody/mu/blob/main/notebooks/20_unlearn.ipynb" in lines[3] and lines[4] == "[← 00_start_here](00_start_here.ipynb) · [contents](00_start_here.ipynb#Contents)"
+    assert lines[0].endswith("?") and colab.CLONE.format(address=at, name="mu") in read.cells[1].source and "**Goes in:**" in read.cells[0].source
+    assert nbformat.read(notebooks[0], 4).cells[-1].source.splitlines()[2:] == [f"- [{f.stem}]({f.name}): {nbformat.read(f, 4).cells[0].source.splitlines()[0][2:]}" for f in notebooks]
+    book.write(folder, at)
+    assert [f.read_text() for f in notebooks] == written and not book.stale(folder, at) and book.stale(folder, "") == notebooks
+    book.write(folder, "")
     assert [f.read_text() for f in notebooks] == before
 
 

@@ -1,0 +1,70 @@
+"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.book` writes it, `python -m mu.book --check` only says what is stale."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+from mu.colab import ROOT, address, badge, bootstrap
+from mu.runs import fill
+
+START, BEGIN, END = "00_start_here", "<!-- generated -->", "<!-- /generated -->"
+
+
+def question(notebook):
+    """A read notebook's headline, which is a question."""
+    return notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+
+
+def overview(folder):
+    """The README's table of notebooks: question (their headline), GPU and minutes (their metadata, as measured), Colab (their first code cell)."""
+    lines = ["| notebook | question | GPU | minutes on two cores, as in the demo, in make paper or in make attacks | Colab |", "|---|---|---|---|---|"]
+    for file in sorted(Path(folder).glob("*.ipynb")):
+        read = nbformat.read(file, 4)
+        colab = badge(file, address()) or "✓" if any("google.colab" in cell.source for cell in read.cells) else "–"
+        lines.append(f"| [{file.stem}]({Path(folder).name}/{file.name}) | {question(read)} | {read.metadata['mu'].get('gpu', 'no')} | {read.metadata['mu']['minutes'] or 'not measured'} | {colab} |")
+    return "\n".join(lines) + "\n"
+
+
+def contents(notebooks):
+    """Markdown: the notebooks in their order, each with its question."""
+    return "## Contents\n\n" + "\n".join(f"- [{file.stem}]({file.name}): {question(nbformat.read(file, 4))}" for file in notebooks)
+
+
+def dressed(file, notebooks, at):
+    """A notebook, read, with what is generated of it: below the headline its badge (of the repository `at`; "" for none) and the way to its neighbours, its first code cell, and, in
+    the first notebook, the contents."""
+    read, place = nbformat.read(file, 4), notebooks.index(file)
+    way = [*(f"[← {f.stem}]({f.name})" for f in notebooks[max(0, place - 1):place]), f"[contents]({START}.ipynb#Contents)", *(f"[{f.stem} →]({f.name})" for f in notebooks[place + 1:place + 2])]
+    head, *rest = read.cells[0].source.split("\n\n")
+    kept = "\n\n".join(rest).split(END)[-1].lstrip("\n") if END in read.cells[0].source else "\n\n".join(rest)
+    read.cells[0].source = "\n\n".join([head, "\n".join([BEGIN, *filter(None, [badge(file, at)]), " · ".join(way), END]), kept])
+    next(cell for cell in read.cells if cell.cell_type == "code").source = bootstrap(at)
+    if file.stem == START:
+        known = next((cell for cell in read.cells if "contents" in cell.metadata.get("tags", [])), None)
+        if known is None:
+            known = nbformat.v4.new_markdown_cell(metadata={"tags": ["contents"]}, id="contents")
+            read.cells.append(known)
+        known.source = contents(notebooks)
+    return read
+
+
+def stale(folder, at):
+    """Those of a folder's notebooks that are not as `dressed` makes them."""
+    notebooks = sorted(Path(folder).glob("*.ipynb"))
+    return [file for file in notebooks if nbformat.writes(dressed(file, notebooks, at)) != nbformat.writes(nbformat.read(file, 4))]
+
+
+def write(folder, at):
+    """Write what is generated into each notebook of a folder; the same again changes nothing."""
+    notebooks = sorted(Path(folder).glob("*.ipynb"))
+    for file in notebooks:
+        nbformat.write(dressed(file, notebooks, at), file)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        found = stale(ROOT / "notebooks", address())
+        sys.exit(f"stale: {', '.join(file.name for file in found)}; python -m mu.book writes them anew" if found else 0)
+    write(ROOT / "notebooks", address())
+    fill(ROOT / "README.md", overview(ROOT / "notebooks"), "notebooks")
