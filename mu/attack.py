@@ -161,7 +161,7 @@ def attackers_set(pipe, folder, attack="forget", prompts=0, drawn_images=0, cach
     concept_set = with_prompts(encode_folder(pipe, Path(folder) / f"attacker/{attack}", cache), prompts)
     if not drawn_images:
         return concept_set
-    return drawn_set(pipe, [concept_set.prompts[i] for i in concept_set.prompt.unique().tolist()], drawn_images, 1000, guidance, sampling_steps)
+    return drawn_set(pipe, [concept_set.prompts[i] for i in concept_set.prompt.unique().tolist()], drawn_images, 1000, guidance, sampling_steps, cache)
 
 
 def choose(pipe, folder, probe, concept_set, kind="fine-tuning", *, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="", start="", called="",

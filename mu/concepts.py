@@ -83,12 +83,16 @@ def encode_images(pipe, images, captions):
 
 
 @torch.no_grad()
-def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25):
-    """The `ConceptSet` of `count` images that the pipeline itself draws now, of each prompt in turn (DreamBooth's prior preservation)."""
+def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
+    """The `ConceptSet` of `count` images that the pipeline itself draws now, of each prompt in turn (DreamBooth's prior preservation). With `cache` (a folder) the same pipeline draws them once."""
     captions = [prompts[i % len(prompts)] for i in range(count)]
-    conditioning = rows(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
-    images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), range(seed * count, (seed + 1) * count), guidance, steps, at_once(pipe))
-    return encode_images(pipe, images * 2 - 1, captions)
+
+    def make():
+        conditioning = rows(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
+        return encode_images(pipe, draw_images(pipe, conditioning, encode_prompts(pipe, [""]), range(seed * count, (seed + 1) * count), guidance, steps, at_once(pipe)) * 2 - 1, captions)
+
+    said = json.dumps([captions, seed, guidance, steps, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode()
+    return kept(make, sorted(set(captions)), pipe.unet.device, cache, "drawn", said, pipe.unet, pipe.vae, *text_encoders(pipe))
 
 
 def with_prompts(concept_set, count):
@@ -112,22 +116,28 @@ def encode_folder(pipe, folder, cache=None):
 
     The cached file's name is a digest of captions, image bytes and of weights of the VAE and the text encoders, so that it cannot be stale."""
     paths, captions = read_folder(folder)
-    prompts = sorted(set(captions))
-    digest = hashlib.sha256(json.dumps([captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode())
-    for part in (pipe.vae, *text_encoders(pipe)):
-        for p in part.parameters():
-            digest.update(p.flatten()[:16].float().cpu().numpy().tobytes())  # enough: training changes every tensor
-    for path in paths:
-        digest.update(path.read_bytes())
-    file = Path(cache) / f"{Path(folder).name}-{digest.hexdigest()[:16]}.safetensors" if cache else None
+    said = json.dumps([captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode() + b"".join(path.read_bytes() for path in paths)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    make = lambda: encode_images(pipe, torch.stack([read_image(path, side) for path in paths]), captions)
+    return kept(make, sorted(set(captions)), pipe.unet.device, cache, Path(folder).name, said, pipe.vae, *text_encoders(pipe))
+
+
+def kept(make, prompts, device, cache, name, said, *parts):
+    """The `ConceptSet` that `make` makes, from the file <cache>/<name>-<digest>.safetensors where it has been made before; without `cache`, made.
+
+    said: bytes, all that it is made from, of which the digest is, and of some weights of each of `parts`: the file cannot be stale."""
+    digest = hashlib.sha256(said)
+    for p in (p for part in parts for p in part.parameters()):
+        digest.update(p.flatten()[:16].float().cpu().numpy().tobytes())  # enough: training changes every tensor
+    file = Path(cache) / f"{name}-{digest.hexdigest()[:16]}.safetensors" if cache else None
     if file and file.exists():
         tensors = load_file(file)
     else:
-        made = encode_images(pipe, torch.stack([read_image(path, pipe.unet.config.sample_size * pipe.vae_scale_factor) for path in paths]), captions)
+        made = make()
         tensors = {"mean": made.mean, "std": made.std, "prompt": made.prompt} | made.conditioning
         if file:
             save_tensors(tensors, file)
-    tensors = {name: value.to(pipe.unet.device) for name, value in tensors.items()}
+    tensors = {name: value.to(device) for name, value in tensors.items()}
     conditioning = {name: value for name, value in tensors.items() if name not in ("mean", "std", "prompt")}
     return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)
 

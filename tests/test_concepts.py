@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from mu.concepts import encode_folder, fewer, random_prompts, read_folder, read_image
+from mu.concepts import drawn_set, encode_folder, fewer, random_prompts, read_folder, read_image
 
 CAPTIONS = ["a cat", "a photo of a cat", "a cat"] * 4  # more images than the VAE reads at a time
 
@@ -43,6 +43,18 @@ def test_fewer_images_come_from_the_whole_set(pipe, folder):
     assert equal(fewer(whole, 0), whole) and equal(fewer(whole, 12), whole)
     with pytest.raises(ValueError, match="has 12 images, asked for are 13"):
         fewer(whole, 13)
+
+
+def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weights(pipe, tmp_path, monkeypatch):
+    options = dict(prompts=["a tiger", "a cat"], count=3, seed=5, guidance=2.0, steps=2, cache=tmp_path / "cache")
+    first = drawn_set(pipe, **options)
+    assert equal(first, drawn_set(pipe, **options | {"cache": None})) and first.prompts == ["a cat", "a tiger"] and first.prompt.tolist() == [1, 0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("mu.concepts.draw_images", lambda *_: pytest.fail("drawn again"))
+        assert equal(first, drawn_set(pipe, **options))
+    next(pipe.unet.parameters()).data += 0.5
+    second = drawn_set(pipe, **options)
+    assert not equal(first, second) and len(list((tmp_path / "cache").iterdir())) == 2 and not equal(second, drawn_set(pipe, **options | {"seed": 6}))
 
 
 def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_path):
