@@ -50,6 +50,7 @@ for name, step in WALK.items():
             output=str(REPORT / "notebooks" / f"{name}.ipynb"),
             parameters=step["parameters"],
         threads: step.get("threads", 1)
+        priority: step.get("priority", 0)
         resources:
             **{name: step[name] for name in ("gpu", "runtime") if name in step},
         script:

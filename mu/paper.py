@@ -152,32 +152,33 @@ def by_method(rows, attacks, group="forget"):
 
 
 def angles(records):
-    """Figure: inner product and cosine of the gradients of the concept's and the related loss over training, with regression lines, a column a method. Returns (figure, table of slopes)."""
+    """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a column a method. Returns (figure, table of `turns`)."""
     records = records[records.panel.eq("") & records.model.isin(VARIANTS) & ~records.run.str.endswith("-first")].dropna(subset=["cosine"])
     methods = in_order(pd.DataFrame({"method": records.method.map(shown).unique()})).method
     fig, axes = plt.subplots(2, len(methods), figsize=(2.1 * len(methods) + 0.6, 4.4), sharex="col", squeeze=False)
     for j, method in enumerate(methods):
         part = records[records.method.map(shown) == method]
         part = part.assign(model=pd.Categorical(part.model, VARIANTS)).sort_values("model")
-        for i, what in enumerate(("inner product", "cosine")):
+        for i, what in enumerate(("inner product", "angle")):
             trend(part.assign(model=part.model.astype(str)), what, axes[i][j], legend=False)
-            axes[i][j].set(title=method if i == 0 else "", ylabel=what if j == 0 else "", xlabel="step of training" if i else "")
+            axes[i][j].set(title=method if i == 0 else "", ylabel={"angle": "angle, degrees"}.get(what, what) if j == 0 else "", xlabel="step of training" if i else "")
             axes[i][j].tick_params(labelsize=7)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
     fig.tight_layout(rect=(0, 0.09, 1, 1))
-    return fig, slopes(records)
+    return fig, turns(records)
 
 
-def slopes(records):
-    """How the cosine of the two gradients changes over a training: a line a method and variant with the mean over its first and its last quarter, and how many trainings fall."""
+def turns(records):
+    """How the angle of the two gradients changes over a training: a line a method and variant with its mean over the first and the last quarter (degrees, from the recorded cosines; above 90
+    a step towards the concept leads away from its relatives), and in how many trainings its regression line rises."""
     found = []
     for (method, model), part in records.groupby(["method", "model"], sort=False):
-        each = [one.sort_values("step").cosine.to_numpy() for _, one in part.groupby("training")]
+        each = [np.degrees(np.arccos(one.sort_values("step").cosine.clip(-1, 1).to_numpy())) for _, one in part.groupby("training")]
         quarter = [max(1, len(values) // 4) for values in each]
         first, last = (np.array([values[pick(n)].mean() for values, n in zip(each, quarter)]) for pick in (lambda n: slice(None, n), lambda n: slice(-n, None)))
-        falls = sum(np.polyfit(np.arange(len(values)), values, 1)[0] < 0 for values in each if len(values) > 1)
-        found.append((shown(method), model, first.mean(), last.mean(), falls, len(each)))
-    return in_order(pd.DataFrame(found, columns=["method", "variant", "cosine, first quarter", "cosine, last quarter", "trainings that fall", "trainings"]))
+        rises = sum(np.polyfit(np.arange(len(values)), values, 1)[0] > 0 for values in each if len(values) > 1)
+        found.append((shown(method), model, first.mean(), last.mean(), rises, len(each)))
+    return in_order(pd.DataFrame(found, columns=["method", "variant", "angle, first quarter", "angle, last quarter", "trainings in which it rises", "trainings"]))
 
 
 def search_table(rows, searches=("random", SEARCH)):
@@ -275,10 +276,10 @@ def claims(rows, table):
     return said
 
 
-def turning(slopes):
-    """What the table of `slopes` says, in a sentence."""
-    words = lambda v: "; ".join(f"{r.method} {r[3]:+.2f} → {r[4]:+.2f}" for r in slopes[slopes.variant == v].itertuples())
-    return f"Mean cosine in the first → last quarter of the training. Meta-unlearned: {words('meta-unlearned') or 'not recorded'}. Unlearned: {words('unlearned') or 'not recorded'}."
+def turning(table):
+    """What the table of `turns` says, in a sentence."""
+    words = lambda v: "; ".join(f"{line['method']} {line['angle, first quarter']:.0f}° → {line['angle, last quarter']:.0f}°" for line in table[table.variant == v].to_dict("records"))
+    return f"Mean angle in the first → last quarter of the training. Meta-unlearned: {words('meta-unlearned') or 'not recorded'}. Unlearned: {words('unlearned') or 'not recorded'}."
 
 
 def said_by_words(table):

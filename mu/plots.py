@@ -88,13 +88,14 @@ def curves(table, title, ax=None, y="hit", legend=True):
 
 
 def trend(records, y, ax=None, legend=True):
-    """`y` ("inner product" or "cosine" of the two gradients) against the step of training, where it was recorded: a point a measurement, and for each model a regression line
-    with its 95 % band (bootstrap over the points). Returns the axes."""
+    """`y` ("inner product" of the two gradients, or their "angle" in degrees, from the recorded cosine) against the step of training, where it was recorded: a point a measurement, and
+    for each model a regression line with its 95 % band (bootstrap over the points). The dotted line is the right angle. Returns the axes."""
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
+    records = records.assign(angle=np.degrees(np.arccos(records.cosine.clip(-1, 1))))
     for model, part in records.dropna(subset=[y]).groupby("model", sort=False):
         sns.regplot(part, x="step", y=y, ax=ax, color=COLORS.get(model, OTHER), label=model, seed=0, scatter_kws={"s": 10, "alpha": 0.5}, line_kws={"lw": 1.8})
-    ax.axhline(0, color="#888888", lw=0.8, ls=":")
-    ax.set(xlabel="step of training", title=y, ylabel="")
+    ax.axhline(90 if y == "angle" else 0, color="#555555", lw=1, ls=":")
+    ax.set(xlabel="step of training", title=f"{y}, degrees" if y == "angle" else y, ylabel="")
     if legend:
         ax.legend(fontsize=8)
     return ax

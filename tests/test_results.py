@@ -133,9 +133,10 @@ def test_the_quality_table_and_the_others(gathered):
     assert table[table.source == "published, SD-v1-4"].set_index(["method", "variant"]).loc[("UCE", "unlearned"), "FID"] == "17.59"
     destroyed = paper.destruction_table(found.rows[found.rows.panel == ""]).set_index(["method", "variant", "attack"])["self-destruct index"]
     assert destroyed["UCE", "meta-unlearned", "HRM-m"] == pytest.approx(0.5) and destroyed["UCE", "unlearned", "HRM-m"] == 0
-    slopes = paper.slopes(found.records[found.records.panel == ""])
-    meta = slopes[slopes.variant == "meta-unlearned"].iloc[0]
-    assert (meta["cosine, first quarter"], meta["cosine, last quarter"], meta["trainings that fall"]) == (pytest.approx(0.2), pytest.approx(-0.2), 2)
+    turns = paper.turns(found.records[found.records.panel == ""])
+    meta = turns[turns.variant == "meta-unlearned"].iloc[0]  # cosines 0.2 and -0.2: 78.46 and 101.54 degrees
+    assert (meta["angle, first quarter"], meta["angle, last quarter"], meta["trainings in which it rises"]) == (pytest.approx(78.463, abs=1e-3), pytest.approx(101.537, abs=1e-3), 2)
+    assert "ESD-u-3 78° → 102°" in paper.turning(turns)
     words = paper.search_table(found.rows)
     assert words[words.search == "unlearn-diff-atk"].score.eq(0.5).all() and "ESD-u-3 unlearned (50%, random words 0%)" in paper.said_by_words(words)
     assert paper.panel_table(found.rows).set_index(["variant", "group"]).loc[("unlearned", "forget"), "after 100 steps"].startswith("90 (")
