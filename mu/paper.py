@@ -9,7 +9,6 @@ import pandas as pd
 
 from mu.comparison import mean_interval, self_destruction
 from mu.plots import COLORS, panel, trend
-from mu.statistics import relearning_area
 
 VARIANTS = ("unlearned", "meta-unlearned")
 ATTACKS = ("none", "HRM-s", "HRM-m", "CLEAN", "adversarial prompts")  # columns of the table, in the paper's order
@@ -107,17 +106,20 @@ def quality_table(rows, numbers, published):
     ours = pd.DataFrame([dict(zip(keys, key)) | line | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"} for key, line in kept.items()])
     table = in_order(pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True))
     columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
-    text = lambda column: lambda value: "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
-    return table.reindex(columns=columns).assign(**{c: table.get(c, pd.Series(np.nan, table.index)).map(text(c)) for c in columns[3:]})
+    text = lambda value: "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
+    table = table.reindex(columns=columns)
+    return table.assign(**{column: table[column].map(text) for column in columns[3:]})
 
 
 def count(rows):
     """What a caption says of the rows that a figure is made from: trainings with their seeds, seeds of the attack, pictures."""
     seeds = sorted(rows.training.unique())
     attack = sorted(rows.attack_seed.dropna().unique())
-    each = rows.groupby([c for c in ("panel", "method", "model", "training", "attack", "attack_seed", "step", "group") if c in rows], dropna=False).size().median()
-    return (f"{len(seeds)} training{'s' * (len(seeds) > 1)} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}), attack seed{'s' * (len(attack) > 1)} {', '.join(f'{a:g}' for a in attack)}, "
-            f"{each:.0f} pictures of each group a training")
+    keys = [c for c in ("panel", "method", "model", "training", "attack", "attack_seed", "step", "group") if c in rows]
+    each = rows.groupby(keys, dropna=False).size().groupby("group").median()
+    pictures = ", ".join(f"{each[group]:.0f} {words}" for group, words in (("forget", "of the concept"), ("related", "related"), ("unrelated", "unrelated")) if group in each)
+    return (f"{len(seeds)} training{'s' * (len(seeds) > 1)} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}), attack seed{'s' * (len(attack) > 1)} {', '.join(f'{a:g}' for a in attack)}; "
+            f"pictures a training and step: {pictures}")
 
 
 def lines(rows, ax, legend=False):
@@ -233,15 +235,6 @@ def panels(course, step=None, prompts=(2, 2, 1)):
     cells = [[course.pictures[m, s, i] for m, s in columns] for i in chosen]
     titles = [course.models[m] + (f"\n+ {course.steps[at]} steps" if s else "") for m, s in columns]
     return panel(cells, [course.items[i]["prompt"] for i in chosen], titles)
-
-
-def areas(rows):
-    """Mean height of each relearning curve (0…1, `mu.statistics.relearning_area`), a line a method, variant, attack and training."""
-    part = of_concept(rows)
-    part = part[part.attack.isin(["HRM-s", "HRM-m"])]
-    mean = part.groupby(["method", "model", "attack", "training", "step"]).hit.mean().reset_index()
-    found = [(*key, relearning_area(c.step, c.hit)) for key, c in mean.groupby(["method", "model", "attack", "training"], sort=False) if len(c) > 1]
-    return pd.DataFrame(found, columns=["method", "variant", "attack", "training", "area"])
 
 
 def opening(attacked, method, met):
