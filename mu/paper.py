@@ -155,7 +155,8 @@ def by_method(rows, attacks, group="forget"):
 
 def angles(records):
     """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a column a method. Returns (figure, table of `turns`)."""
-    records = records[records.panel.eq("") & records.model.isin(VARIANTS) & ~records.run.str.endswith("-first")].dropna(subset=["cosine"])
+    records = in_phases(records[records.panel.eq("")]).dropna(subset=["cosine"])
+    records = records[records.model.isin(VARIANTS)]
     methods = in_order(pd.DataFrame({"method": records.method.map(shown).unique()})).method
     fig, axes = plt.subplots(2, len(methods), figsize=(2.1 * len(methods) + 0.6, 4.4), sharex="col", squeeze=False)
     for j, method in enumerate(methods):
@@ -170,6 +171,14 @@ def angles(records):
     return fig, turns(records)
 
 
+def in_phases(records):
+    """Records in which a first phase (a run <method>-first) and the run that starts from it are one training of the meta-unlearned model, its steps counted on."""
+    first = records.run.str.endswith("-first")
+    length = records[first].groupby(["method", "training"]).step.max()
+    offset = [length.get((method, training), 0) * (model == "meta-unlearned") for method, training, model in zip(records.method, records.training, records.model)]
+    return records.assign(step=records.step + offset, model=records.model.mask(first, "meta-unlearned"))
+
+
 def turns(records):
     """How the angle of the two gradients changes over a training: a line a method and variant with its mean over the first and the last quarter (degrees, from the recorded cosines; above 90
     a step towards the concept leads away from its relatives), and in how many trainings its regression line rises."""
@@ -181,6 +190,17 @@ def turns(records):
         rises = sum(np.polyfit(np.arange(len(values)), values, 1)[0] > 0 for values in each if len(values) > 1)
         found.append((shown(method), model, first.mean(), last.mean(), rises, len(each)))
     return in_order(pd.DataFrame(found, columns=["method", "variant", "angle, first quarter", "angle, last quarter", "trainings in which it rises", "trainings"]))
+
+
+def destruction_words(table, attack="HRM-m"):
+    """What `destruction_table` says of one attack, in a sentence: the models whose self-destruct index has an interval above 0, and how large the others' indices are."""
+    part = table[table.attack == attack]
+    name = lambda r: f"{r['method']} {r['variant']} {r['self-destruct index']:.0%} ({r['low']:.0%} to {r['high']:.0%})"
+    lines = part.to_dict("records")
+    clear, others = [r for r in lines if r["low"] > 0], [r for r in lines if not r["low"] > 0]
+    most = max(others, key=lambda r: r["self-destruct index"], default=None)
+    return (f"Self-destruct index, what {attack} costs the related concepts beyond CLEAN, with a 95 % interval above 0: {'; '.join(map(name, clear)) or 'none'}."
+            + (f" Of the {len(others)} others the largest is {name(most)}." if most else ""))
 
 
 def search_table(rows, searches=("random", SEARCH)):

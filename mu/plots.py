@@ -117,11 +117,11 @@ def confusion(asked, seen, title="", ax=None):
     return table
 
 
-def save_figure(fig, folder, name):
-    """SVG, PNG and PDF of a figure, the same bytes each time that it is the same; returns the path of the SVG."""
+def save_figure(fig, folder, name, dpi=160):
+    """SVG, PNG (so many dots an inch) and PDF of a figure, the same bytes each time that it is the same; returns the path of the SVG."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", dpi=160)
+    fig.savefig(folder / f"{name}.png", dpi=dpi)
     with plt.rc_context({"svg.hashsalt": name}):
         fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
     fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})

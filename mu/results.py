@@ -1,7 +1,7 @@
 """What a walk has left, in few small files: all that tables and figures are made from, so that they can be made again without a model, a GPU or the walk itself."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -83,7 +83,9 @@ def collect(out, folder, training="", pictures=True, unveiled=False):
         attacked = list(dict.fromkeys(run for run in part.sort_values("model", ascending=False).run if run != "original"))
         first = {part[part.run == run].model.iloc[0]: run for run in reversed(attacked)}  # of several trainings the first
         card = cards[f"{panel}/attack/{name}"]
-        course = read_course(walks[panel], name, [first[m] for m in ("unlearned", "meta-unlearned") if m in first], keep=SHOWN, veiled=not unveiled and bool(card.get("harmful")))
+        called = [m for m in ("unlearned", "meta-unlearned") if m in first]
+        course = read_course(walks[panel], name, [first[m] for m in called], keep=SHOWN, veiled=not unveiled and bool(card.get("harmful")))
+        course = replace(course, models=[*course.models[:len(course.models) - len(called)], *called])
         facts = {"panel": panel, "attack": part.attack.iloc[0], "method": part.method.iloc[0], "lr": float(part.lr.iloc[0]), "training": str(part.training.iloc[0])}
         courses.append(save_sheet(course, folder.parent.parent, "-".join(filter(None, (panel, name)))) | facts)
     numbers = {file.parent.name: read_json(file) for file in sorted(out.glob("evaluate/**/evaluation.json"))}

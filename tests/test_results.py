@@ -133,6 +133,9 @@ def test_the_quality_table_and_the_others(gathered):
     assert table[table.source == "published, SD-v1-4"].set_index(["method", "variant"]).loc[("UCE", "unlearned"), "FID"] == "17.59"
     destroyed = paper.destruction_table(found.rows[found.rows.panel == ""]).set_index(["method", "variant", "attack"])["self-destruct index"]
     assert destroyed["UCE", "meta-unlearned", "HRM-m"] == pytest.approx(0.5) and destroyed["UCE", "unlearned", "HRM-m"] == 0
+    said = paper.destruction_words(pd.DataFrame([{"method": "UCE", "variant": "meta-unlearned", "attack": "HRM-m", "self-destruct index": 0.5, "low": 0.2, "high": 0.7},
+                                                 {"method": "SDD", "variant": "meta-unlearned", "attack": "HRM-m", "self-destruct index": 0.3, "low": 0.0, "high": 0.6}]))
+    assert said.endswith("above 0: UCE meta-unlearned 50% (20% to 70%). Of the 1 others the largest is SDD meta-unlearned 30% (0% to 60%).")
     turns = paper.turns(found.records[found.records.panel == ""])
     meta = turns[turns.variant == "meta-unlearned"].iloc[0]  # cosines 0.2 and -0.2: 78.46 and 101.54 degrees
     assert (meta["angle, first quarter"], meta["angle, last quarter"], meta["trainings in which it rises"]) == (pytest.approx(78.463, abs=1e-3), pytest.approx(101.537, abs=1e-3), 2)
@@ -142,6 +145,11 @@ def test_the_quality_table_and_the_others(gathered):
     assert paper.panel_table(found.rows).set_index(["variant", "group"]).loc[("unlearned", "forget"), "after 100 steps"].startswith("90 (")
     said = paper.claims(found.rows, paper.concept_table(found.rows, PUBLISHED["nudity"]))
     assert "UCE 85 → 20" in said[0] and "for 2 of 2 methods" in said[0]
+
+
+def test_two_phases_are_one_training():
+    records = pd.DataFrame({"run": ["m", "m-first", "m-first", "m-meta", "m-meta"], "method": "m", "training": "0", "step": [1, 1, 5, 1, 5], "model": ["unlearned", "m-first", "m-first", "meta-unlearned", "meta-unlearned"]})
+    assert paper.in_phases(records)[["step", "model"]].to_numpy().tolist() == [[1, "unlearned"], [1, "meta-unlearned"], [5, "meta-unlearned"], [6, "meta-unlearned"], [10, "meta-unlearned"]]
 
 
 def test_figures_are_drawn_of_whatever_there_is(gathered):
