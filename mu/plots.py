@@ -62,7 +62,7 @@ def panel(cells, row_labels, column_labels, cell=1.0):
     fig, axes = plt.subplots(len(cells), len(cells[0]), figsize=(cell * len(cells[0]) + 0.6, cell * len(cells) + 0.3), squeeze=False)
     for i, line in enumerate(cells):
         for j, image in enumerate(line):
-            axes[i][j].imshow(image)
+            axes[i][j].imshow(image, interpolation="none")  # vector formats then keep the picture itself, not an enlarged copy
             axes[i][j].set(xticks=[], yticks=[])
             sns.despine(ax=axes[i][j], left=True, bottom=True)
             if i == 0:
@@ -89,11 +89,14 @@ def curves(table, title, ax=None, y="hit", legend=True):
 
 def trend(records, y, ax=None, legend=True):
     """`y` ("inner product" of the two gradients, or their "angle" in degrees, from the recorded cosine) against the step of training, where it was recorded: a point a measurement, and
-    for each model a regression line with its 95 % band (bootstrap over the points). The dotted line is the right angle. Returns the axes."""
+    for each model a regression line with its 95 % band (bootstrap over the points). The dotted line is the right angle; of the outermost
+    2 % on each side some may lie outside the axes. Returns the axes."""
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
     records = records.assign(angle=np.degrees(np.arccos(records.cosine.clip(-1, 1))))
     for model, part in records.dropna(subset=[y]).groupby("model", sort=False):
         sns.regplot(part, x="step", y=y, ax=ax, color=COLORS.get(model, OTHER), label=model, seed=0, scatter_kws={"s": 10, "alpha": 0.5}, line_kws={"lw": 1.8})
+    low, high = records[y].quantile([0.02, 0.98])  # a single large one would flatten all others
+    ax.set_ylim(low - 0.25 * (high - low), high + 0.25 * (high - low)) if high > low else None
     ax.axhline(90 if y == "angle" else 0, color="#555555", lw=1, ls=":")
     ax.set(xlabel="step of training", title=f"{y}, degrees" if y == "angle" else y, ylabel="")
     if legend:

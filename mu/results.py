@@ -63,12 +63,12 @@ def _one_walk(out, panel, training):
     return table.assign(asked=table.get("asked", table.prompt).fillna(table.prompt)) if len(table) else table, pd.DataFrame(records), cards
 
 
-def collect(out, folder, training="", pictures=True, unveiled=False):
+def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
     """Gather one training of a walk, `out`, in `folder`: rows.csv.gz (a row for every judged picture, before and under all attacks), records.csv.gz (losses and the angle of the
     gradients, by step), cards.json (protocols), numbers.json (of 50_evaluate) and, with `pictures`, sheets of what was drawn (courses.json).
 
     A folder below `out` that is a small walk of its own is a panel. training: what this training is called; empty: the number at the end of each run's name.
-    unveiled: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
+    main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; empty: of all of them. unveiled: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
     out, folder = Path(out), Path(folder)
     walks = {"": out} | {p.name: p for p in sorted(out.iterdir()) if p.is_dir() and list(p.glob("*/metrics.json"))} if out.is_dir() else {}
     rows, records, cards, courses = [], [], {}, []
@@ -79,6 +79,7 @@ def collect(out, folder, training="", pictures=True, unveiled=False):
     if rows.empty:
         raise FileNotFoundError(f"nothing was judged below {out}: run 20_unlearn, 21_meta_unlearn, 30_attack_finetune there first (make demo, or make paper)")
     trained = rows[rows.attack.isin(SETS) & rows.model.isin(["unlearned", "meta-unlearned"])]
+    trained = trained[trained.attack.eq("HRM-m") | trained.method.isin([main or method for method in trained.method.unique()])]
     for (panel, name), part in trained.groupby(["panel", "name"], sort=False) if pictures else ():
         attacked = list(dict.fromkeys(run for run in part.sort_values("model", ascending=False).run if run != "original"))
         first = {part[part.run == run].model.iloc[0]: run for run in reversed(attacked)}  # of several trainings the first
