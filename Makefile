@@ -54,7 +54,7 @@ attacks: .venv/installed
 
 paper ablations: .venv/installed
 	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
-	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html (answers of make ablations join it when make paper, or 90_figures, is run after)")
+	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
 
 test: .venv/installed
 	@$(BIN)/pytest -q

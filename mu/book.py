@@ -44,7 +44,7 @@ def dressed(file, notebooks, at):
         known = next((cell for cell in read.cells if "contents" in cell.metadata.get("tags", [])), None)
         if known is None:
             known = nbformat.v4.new_markdown_cell(metadata={"tags": ["contents"]}, id="contents")
-            read.cells.append(known)
+            read.cells.insert(len(read.cells) - 1, known)  # what this showed, and what is next, stays the last
         known.source = contents(notebooks)
     return read
 

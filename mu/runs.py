@@ -157,7 +157,8 @@ def finish(folder, unet):
     without_lora(unet, fuse=True)
     if main:
         save_model(unet, folder / "unet")
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        for file in [folder / "checkpoint.safetensors", *folder.glob(".tmp*"), *folder.glob(".*.tmp")]:  # and what a kill has left of a file that was being written (safetensors has a name of its own for it)
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
     PartialState().wait_for_everyone()
 
 

@@ -93,7 +93,7 @@ def test_an_address_gives_badges_and_a_clone_and_its_absence_takes_them_away(not
     lines = read.cells[0].source.splitlines()
     assert "https://colab.research.google.com/github/somebody/mu/blob/main/notebooks/20_unlearn.ipynb" in lines[3] and lines[4] == "[← 00_start_here](00_start_here.ipynb) · [contents](00_start_here.ipynb#Contents)"
     assert lines[0].endswith("?") and colab.CLONE.format(address=at, name="mu") in read.cells[1].source and "**Goes in:**" in read.cells[0].source
-    assert nbformat.read(notebooks[0], 4).cells[-1].source.splitlines()[2:] == [f"- [{f.stem}]({f.name}): {nbformat.read(f, 4).cells[0].source.splitlines()[0][2:]}" for f in notebooks]
+    assert nbformat.read(notebooks[0], 4).cells[-2].source.splitlines()[2:] == [f"- [{f.stem}]({f.name}): {nbformat.read(f, 4).cells[0].source.splitlines()[0][2:]}" for f in notebooks]
     book.write(folder, at)
     assert [f.read_text() for f in notebooks] == written and not book.stale(folder, at) and book.stale(folder, "") == notebooks
     book.write(folder, "")

@@ -113,7 +113,7 @@ def test_a_grid_fits_its_notebooks(name, model):
     for name, step in walk.items():
         notebook = ROOT / "notebooks" / f"{step['notebook']}.ipynb"
         check_parameters(notebook, step["parameters"])
-        assert set(step) <= {"notebook", "after", "threads", "gpu", "runtime", "leaves", "parameters"} and set(step["after"]) <= set(walk)
+        assert set(step) <= {"notebook", "after", "threads", "priority", "gpu", "runtime", "leaves", "parameters"} and set(step["after"]) <= set(walk)
         assert all(file.startswith((grid["runs"].format(model=model), grid["report"].format(model=model))) and "{" not in file for file in step["leaves"]), step["leaves"]
         left += step["leaves"]
         p = effective(notebook, changes=step["parameters"])
