@@ -1,5 +1,6 @@
 """What a walk has left, in few small files: all that tables and figures are made from, so that they can be made again without a model, a GPU or the walk itself."""
 
+import gzip
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("rows", rows.reindex(columns=ROWS)), ("records", records)):
         with atomic(folder / f"{name}.csv.gz") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g", compression={"method": "gzip", "mtime": 0})
+            temporary.write_bytes(gzip.compress(table.to_csv(index=False, float_format="%.6g").encode(), mtime=0))  # pandas would put the temporary name into it
     save_json(cards, folder / "cards.json")
     save_json(numbers, folder / "numbers.json")
     if pictures:

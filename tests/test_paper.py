@@ -1,6 +1,8 @@
 """The committed page of `make paper MODEL=pocket` is what its committed rows say: a cell, a table and a figure are made again from them, and compared."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 
 from mu import paper
+from mu.notebooks import execute
 from mu.plots import save_figure
 from mu.report import save_table
 from mu.results import read_results
@@ -77,3 +80,18 @@ def test_the_page_shows_every_figure_and_the_opening_is_what_the_rows_say(result
         course = ", ".join(f"{x:.0%}" for x in mine[mine.model == model].groupby("step").hit.mean())
         assert course in page and course in readme
     assert all((REPORT / course["sheet"]).is_file() for course in results.courses)
+
+
+def test_the_whole_page_is_made_again_from_the_rows_alone(tmp_path, monkeypatch):
+    """90_figures without any run: the same tables, the same figures, and pages of the same words."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    report = tmp_path / "pocket"
+    for part in ("raw", "explorer", "ablations"):
+        if (REPORT / part).is_dir():
+            shutil.copytree(REPORT / part, report / part)
+    execute(ROOT / "notebooks" / "90_figures.ipynb", report / "notebooks" / "90_figures.ipynb", {"out": "", "report": str(report), "published": str(ROOT / "data")})
+    for file in sorted((REPORT / "tables").iterdir()):
+        assert (report / "tables" / file.name).read_text() == file.read_text(), file.name
+    assert {f.name for f in (report / "figures").iterdir()} == {f.name for f in (REPORT / "figures").iterdir()}
+    words = lambda page: re.findall(r"<p[^>]*>(.*?)</p>", page.read_text(), re.S)
+    assert words(report / "index.html") == words(REPORT / "index.html")

@@ -57,7 +57,8 @@ def test_everything_that_was_judged_is_gathered_once(gathered):
     assert read_results(gathered / "raw", ["1"]).rows.training.unique().tolist() == ["1"]
 
 
-def test_the_same_walk_is_gathered_into_the_same_bytes(gathered, tmp_path):
+def test_the_same_walk_is_gathered_into_the_same_bytes(gathered, tmp_path, monkeypatch):
+    monkeypatch.setattr("mu.runs.os.getpid", lambda: 7)  # as another process would
     collect(gathered.parent / "1", tmp_path / "raw" / "1", "1", pictures=False)
     assert (tmp_path / "raw" / "1" / "rows.csv.gz").read_bytes() == (gathered / "raw" / "1" / "rows.csv.gz").read_bytes()
     assert gzip.decompress((tmp_path / "raw" / "1" / "rows.csv.gz").read_bytes()).startswith(b"panel,method,model,run,training,attack")
