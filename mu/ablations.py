@@ -21,6 +21,12 @@ def under_attack(rows, run, name):
     return picture_areas(forget)[[*PAIRED, "area"]], (at(part.step.min()) - at(part.step.max())).rename("lost").reset_index()
 
 
+def difference_interval(table):
+    """Mean of the column "difference" (−1…1) and its 95 % interval. Where no pair differs, as far to both sides as Wilson's interval reaches above 0: so many pairs say no more."""
+    mean, low, high = mean_interval(table, "difference")
+    return (mean, low, high) if table.difference.any() else (0.0, -high, high)
+
+
 def pairs(entry):
     """Choice → (run, attack) of a question: runs under the attack that has their name, or the run `base` under several attacks."""
     if "attacks" in entry:
@@ -44,7 +50,7 @@ def choices_table(rows, records, entry):
             line |= dict(zip((words, f"{words}, low", f"{words}, high"), mean_interval(table, value)))
             both = table.merge(reference, on=PAIRED, suffixes=("", " base"))
             both["difference"] = both[value] - both[f"{value} base"]
-            line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), mean_interval(both, "difference")))
+            line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), difference_interval(both)))
         start = rows[(rows.run == run) & (rows.name == attack) & (rows.step == 0)]
         line |= {f"{group} before": part.hit.mean() for group, part in start.groupby("group")}
         line |= {"passes a step": records[records.run == run].passes.mean(), "trainings": start.training.nunique()}
@@ -75,9 +81,9 @@ def choices_figure(table, factor, plain=None):
         if plain:
             ax.axvline(plain[name], color=COLORS["unlearned"], ls=":", lw=1.2, label="plainly unlearned")
         ax.set(xlabel=name)
-    for group, marker, color in (("forget", "x", "#000000"), ("related", "o", "#009e73"), ("unrelated", "s", "#e69f00")):
+    for shift, group, marker, color in ((-0.2, "forget", "x", "#000000"), (0.0, "related", "o", "#009e73"), (0.2, "unrelated", "s", "#e69f00")):
         if f"{group} before" in table:
-            axes[2].scatter(table[f"{group} before"], y, marker=marker, color=color, s=26, label=group)
+            axes[2].scatter(table[f"{group} before"], [at + shift for at in y], marker=marker, color=color, s=26, label=group)
     axes[0].set(xlim=(-0.03, 1.03), yticks=list(y), yticklabels=table.choice, ylabel=factor)
     axes[2].set(xlim=(-0.03, 1.03), xlabel="recognised, before the attack")
     axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
