@@ -59,13 +59,18 @@ def choices_table(rows, records, entry):
 
 
 def answer(table, first):
-    """One sentence: what the other choices change against the base, in points with 95 % intervals, first of how much comes back, then of what is destroyed."""
+    """One sentence: what the other choices change against the base, in points with 95 % intervals, first of how much comes back, then of what is destroyed; and which of them draw, before
+    any attack, more than 3 points less of the related or unrelated concepts than the base: their protection is bought."""
     said = []
     for words, name in (("concept coming back (mean over the attack)", "concept under attack"), ("related concepts lost to it", "related lost")):
         base = table.set_index("choice").loc[first]
         others = [f"{r['choice']} {100 * r[f'{name}: difference']:+.0f} ({100 * r[f'{name}: difference, low']:+.0f} to {100 * r[f'{name}: difference, high']:+.0f})"
                   for r in table.to_dict("records") if r["choice"] != first]
         said.append(f"{words}: {100 * base[name]:.0f} % with {first}; in points against that, {', '.join(others)}")
+    base = table.set_index("choice").loc[first]
+    harmed = [f"{r['choice']} (related {100 * r['related before']:.0f} %, unrelated {100 * r['unrelated before']:.0f} %)" for r in table.to_dict("records")
+              if any(r[f"{group} before"] < base[f"{group} before"] - 0.03 for group in ("related", "unrelated"))]
+    said += [f"not of the base's quality even before the attack: {', '.join(harmed)}"] if harmed else []
     text = "; ".join(said) + "."
     return text[0].upper() + text[1:]
 
@@ -84,7 +89,8 @@ def choices_figure(table, factor, plain=None):
     for shift, group, marker, color in ((-0.2, "forget", "x", "#000000"), (0.0, "related", "o", "#009e73"), (0.2, "unrelated", "s", "#e69f00")):
         if f"{group} before" in table:
             axes[2].scatter(table[f"{group} before"], [at + shift for at in y], marker=marker, color=color, s=26, label=group)
-    axes[0].set(xlim=(-0.03, 1.03), yticks=list(y), yticklabels=table.choice, ylabel=factor)
+    axes[0].set(xlim=(-0.03, 1.03), yticks=list(y), yticklabels=table.choice)
+    axes[0].set_title(factor, loc="left", fontsize=11)
     axes[2].set(xlim=(-0.03, 1.03), xlabel="recognised, before the attack")
     axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     if plain:

@@ -65,7 +65,7 @@ def expand(grid, model, seeds):
             chosen = {"model": model} | dict(zip(used, values))
             every = lambda texts: [found for text in texts for found in several(text, axes, chosen)]
             (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
-            walk[name] = {fact: value for fact, value in step.items() if fact not in ("each", "parameters")} | {
+            walk[name] = {fact: value for fact, value in step.items() if fact != "parameters"} | {
                 "notebook": notebook, "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))), "after": every(step.get("after", [])), "leaves": every(step.get("leaves", [])),
                 "parameters": parameters(step.get("parameters", {}), axes, chosen)}
     for name, step in walk.items():

@@ -231,7 +231,7 @@ def search_figure(table):
 
 
 def destruction_table(rows):
-    """Self-destruct index of every method under HRM-s and HRM-m (`mu.comparison.self_destruction`, CLEAN taken off, percent): method, variant, attack, after, lost to the attack, lost to CLEAN, index, low, high."""
+    """Self-destruct index of every method under HRM-s and HRM-m (`mu.comparison.self_destruction`, CLEAN taken off; shares, −1…1): method, variant, attack, after, lost to the attack, lost to CLEAN, index, low, high."""
     part = rows[(rows.panel == "") & rows.model.isin(VARIANTS)]
     found = []
     for method, one in part.groupby("method", sort=False):

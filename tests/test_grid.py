@@ -236,7 +236,6 @@ def test_notebooks_side_by_side_have_a_gpu_each(tmp_path):
 
 # --- make paper
 
-@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_make_paper_hands_over_words_as_they_are(tmp_path):
     (tmp_path / "bin").mkdir()
     for name in ("snakemake", "python"):
