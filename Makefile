@@ -1,7 +1,6 @@
 # make demo   the walk on the pocket model, and where its report is
-# make pocket the same with three trainings of each model, controls and more attacks: two hours, into reports/pocket-full
 # make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*
-# make attacks  every attack, by training and by prompts, on the models of make pocket (which it trains if they are not there) and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
+# make attacks  every attack, by training and by prompts, on three trainings of each model and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
 # make paper  the paper's grid of notebooks, into reports/<model>: make paper MODEL=pocket SEEDS="0 1 2" MACHINE=laptop (a folder of notebooks/machines); with DRY=1 only how many notebooks that would run, and for how long
 # make ablations  trainings that differ in one thing each, into reports/<model>/ablations; the same variables as make paper
 # make test   the tests
@@ -32,22 +31,17 @@ WALK = $(BIN)/snakemake --cores $(CORES) $(HOW)
 GRID = $(BIN)/snakemake $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $(HOW) --keep-going --profile "notebooks/machines/$$MACHINE" \
 	--configfile notebooks/profiles/$@.yaml --config model="$$MODEL" seeds="$$SEEDS"
 
-.PHONY: demo pocket methods attacks paper ablations test
+.PHONY: demo methods attacks paper ablations test
 
 demo: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/pocket-demo.yaml
 	@echo "The report: file://$(CURDIR)/reports/demo/index.html"
-
-pocket: .venv/installed
-	@$(WALK) --configfile notebooks/profiles/pocket.yaml
-	@echo "The report: file://$(CURDIR)/reports/pocket-full/index.html"
 
 methods: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/methods-pocket.yaml
 	@$(WALK) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
 
 attacks: .venv/installed
-	@$(WALK) --configfile notebooks/profiles/pocket.yaml --until 21_meta_unlearn-0 21_meta_unlearn-1 21_meta_unlearn-2
 	@$(WALK) --configfile notebooks/profiles/attacks-pocket.yaml
 	@$(WALK) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"

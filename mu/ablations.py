@@ -21,12 +21,6 @@ def under_attack(rows, run, name):
     return picture_areas(forget)[[*PAIRED, "area"]], (at(part.step.min()) - at(part.step.max())).rename("lost").reset_index()
 
 
-def difference_interval(table):
-    """Mean of the column "difference" (−1…1) and its 95 % interval. Where no pair differs, as far to both sides as Wilson's interval reaches above 0: so many pairs say no more."""
-    mean, low, high = mean_interval(table, "difference")
-    return (mean, low, high) if table.difference.any() else (0.0, -high, high)
-
-
 def pairs(entry):
     """Choice → (run, attack) of a question: runs under the attack that has their name, or the run `base` under several attacks."""
     if "attacks" in entry:
@@ -50,7 +44,7 @@ def choices_table(rows, records, entry):
             line |= dict(zip((words, f"{words}, low", f"{words}, high"), mean_interval(table, value)))
             both = table.merge(reference, on=PAIRED, suffixes=("", " base"))
             both["difference"] = both[value] - both[f"{value} base"]
-            line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), difference_interval(both)))
+            line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), mean_interval(both, "difference", signed=True)))
         start = rows[(rows.run == run) & (rows.name == attack) & (rows.step == 0)]
         line |= {f"{group} before": part.hit.mean() for group, part in start.groupby("group")}
         line |= {"passes a step": records[records.run == run].passes.mean(), "trainings": start.training.nunique()}

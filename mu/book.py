@@ -1,7 +1,9 @@
-"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.book` writes it, `python -m mu.book --check` only says what is stale."""
+"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.book` writes it, `python -m mu.book --check` only says what is stale;
+`python -m mu.book --minutes reports/pocket/notebooks ...` also takes over how long the executed notebooks of these folders took."""
 
 import sys
 from pathlib import Path
+from statistics import median
 
 import nbformat
 
@@ -55,6 +57,25 @@ def stale(folder, at):
     return [file for file in notebooks if nbformat.writes(dressed(file, notebooks, at)) != nbformat.writes(nbformat.read(file, 4))]
 
 
+def timed(folders):
+    """Notebook → minutes, as papermill measured them, the median over its executed copies in these folders. Copies that only found what others had done count as well: name folders of first runs."""
+    found = {}
+    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.ipynb"))):
+        ran = nbformat.read(file, 4).metadata.get("papermill", {})
+        if ran.get("duration") and not file.stem.endswith(".unfinished"):
+            found.setdefault(Path(ran["input_path"]).stem, []).append(ran["duration"] / 60)
+    return {name: round(median(minutes), 1) for name, minutes in found.items()}
+
+
+def write_minutes(folder, minutes):
+    """Put measured minutes (`timed`) into the metadata of the notebooks of a folder."""
+    for file in sorted(Path(folder).glob("*.ipynb")):
+        if file.stem in minutes:
+            read = nbformat.read(file, 4)
+            read.metadata["mu"]["minutes"] = minutes[file.stem]
+            nbformat.write(read, file)
+
+
 def write(folder, at):
     """Write what is generated into each notebook of a folder; the same again changes nothing."""
     notebooks = sorted(Path(folder).glob("*.ipynb"))
@@ -66,5 +87,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
         found = stale(ROOT / "notebooks", address())
         sys.exit(f"stale: {', '.join(file.name for file in found)}; python -m mu.book writes them anew" if found else 0)
+    if sys.argv[1:2] == ["--minutes"]:
+        write_minutes(ROOT / "notebooks", timed(sys.argv[2:]))
     write(ROOT / "notebooks", address())
     fill(ROOT / "README.md", overview(ROOT / "notebooks"), "notebooks")

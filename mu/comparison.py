@@ -80,12 +80,17 @@ def _wider(found, means):
     return found[0], *(pick(one, other) for pick, one, other in zip((min, max), found[1:], student_interval(means)[1:]))
 
 
-def mean_interval(part, value="hit"):
-    """Mean and interval over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them, of hits."""
+def mean_interval(part, value="hit", signed=False):
+    """Mean and interval over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them, of hits.
+
+    signed: the values are differences of hits (−1…1). Where all of them are 0, it reaches as far to both sides as Wilson's above 0: so many pairs say no more."""
     over, values = _over(part), part[value]
-    if values.nunique() < 2 or not over:
-        return score(values) if set(values) <= {0, 1} else (values.mean(), float("nan"), float("nan"))
-    return _wider(interval(part, over, value), part.groupby("training")[value].mean())
+    if values.nunique() > 1 and over:
+        return _wider(interval(part, over, value), part.groupby("training")[value].mean())
+    if signed and set(values) in ({0}, {-1}):
+        _, low, high = score(values.abs())
+        return (-1.0, -1.0, -low) if values.any() else (0.0, -high, high)
+    return score(values) if set(values) <= {0, 1} else (values.mean(), float("nan"), float("nan"))
 
 
 def picture_areas(forget):
@@ -234,7 +239,7 @@ def self_destruction(rows, clean, group="related", by="model"):
             at = lambda table, step: table[table.step == step].groupby(one).hit.mean()
             lost, lost_anyway = (at(table, 0) - at(table, common[-1]) for table in (part, reference))
             index = (lost - lost_anyway).dropna().rename("index").reset_index()
-            mean, low, high = mean_interval(index, "index")
+            mean, low, high = mean_interval(index, "index", signed=True)
             found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": lost.mean(), "lost to CLEAN": lost_anyway.mean(), "self-destruct index": mean, "low": np.clip(low, -1, 1), "high": np.clip(high, -1, 1)})
     return pd.DataFrame(found, columns=["attack", by, "after", "lost to the attack", "lost to CLEAN", "self-destruct index", "low", "high"])
 

@@ -131,9 +131,9 @@ def read_results(folder, trainings=()):
     of_panel = {panel: {f"{t}:{name}": card for t, found in cards.items() for name, card in found.items() if name.split("/")[0] == panel} for panel in rows.panel.unique()}
     for panel, found in of_panel.items():
         same_protocol({name: {fact: card.get(fact) for fact in SAME} for name, card in found.items()}, may_differ=())
-        for attack, part in rows[(rows.panel == panel) & ~rows.attack.eq("none")].groupby("attack"):
+        for _, part in rows[(rows.panel == panel) & ~rows.attack.eq("none")].groupby(["attack", "lr"], dropna=False):
             alike = {f"{t}:{name}": found[f"{t}:{panel}/attack/{name}"] for t, name in part[["folder", "name"]].drop_duplicates().itertuples(index=False) if f"{t}:{panel}/attack/{name}" in found}
-            if part.lr.nunique() == 1 and alike:
+            if alike:
                 same_protocol({name: {fact: card.get(fact) for fact in TRAINED} for name, card in alike.items()}, may_differ=())
     courses = next((found for t in wanted if (found := read_json(Path(folder) / t / "courses.json"))), [])
     return Results(rows, read("records"), cards, each("numbers"), courses)

@@ -100,6 +100,21 @@ def test_an_address_gives_badges_and_a_clone_and_its_absence_takes_them_away(not
     assert [f.read_text() for f in notebooks] == before
 
 
+def test_minutes_are_those_of_the_executed_notebooks(notebooks, tmp_path):
+    """The median over the copies of one notebook, whatever the steps of the walk are called; a notebook that nobody ran keeps what it says."""
+    executed = tmp_path / "executed"
+    executed.mkdir()
+    for name, notebook, seconds in (("20_a", "20_unlearn", 60), ("20_b", "20_unlearn", 150), ("20_c", "20_unlearn", 240), ("20_d.unfinished", "20_unlearn", 9000), ("21_a", "21_meta_unlearn", 30), ("x", "20_unlearn", None)):
+        read = nbformat.v4.new_notebook(metadata={"papermill": {"input_path": f"notebooks/{notebook}.ipynb", "duration": seconds}})
+        nbformat.write(read, executed / f"{name}.ipynb")
+    minutes = book.timed([executed])
+    assert minutes == {"20_unlearn": 2.5, "21_meta_unlearn": 0.5} and book.timed([tmp_path / "none"]) == {}
+    before = nbformat.read(notebooks[0], 4)
+    book.write_minutes(tmp_path, minutes)
+    assert nbformat.read(notebooks[1], 4).metadata["mu"]["minutes"] == 2.5 and nbformat.read(notebooks[0], 4) == before
+    assert "| no | 2.5 | " in book.overview(tmp_path)
+
+
 def test_the_cell_clones_once_and_prepares(tmp_path, monkeypatch):
     source = colab.bootstrap("https://github.com/somebody/mu").replace("/content/", f"{tmp_path}/")
     calls, cwd = [], os.getcwd()

@@ -143,6 +143,17 @@ def test_few_trainings_make_a_wide_interval(tmp_path):
         student_interval([0.5])
 
 
+def test_differences_that_are_all_alike_have_an_interval_to_the_right_sides():
+    """Twenty pairs that agree: Wilson's interval of 20 misses of 20 ends at 0.161. No difference may be one to either side, and −1 is 1 seen from the other."""
+    pairs = pd.DataFrame({"training": "0", "asked": "a", "seed": range(20), "index": 0.0})
+    found = {value: mean_interval(pairs.assign(index=value), "index", signed=True) for value in (0.0, 1.0, -1.0)}
+    edge = 1.959964 ** 2 / (20 + 1.959964 ** 2)
+    assert found[0.0] == pytest.approx((0, -edge, edge)) and found[1.0] == pytest.approx((1, 1 - edge, 1)) and found[-1.0] == pytest.approx((-1, -1, edge - 1))
+    assert np.isnan(mean_interval(pairs.assign(index=-0.5), "index", signed=True)[1:]).all(), "half a picture is no hit"
+    mixed = pairs.assign(index=[1.0, -1.0] * 10)
+    assert mean_interval(mixed, "index", signed=True) == interval(mixed, ["seed"], "index")
+
+
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
 def test_the_intervals_over_three_trainings_hold_what_they_say(spread):
     """Three trainings of two models that are alike, of sixteen pictures each: how often the truth, and the difference of none, lie inside. A bootstrap alone is too narrow."""
