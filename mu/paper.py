@@ -257,6 +257,22 @@ def panels(course, step=None, prompts=(2, 2, 1)):
     return panel(cells, [course.items[i]["prompt"] for i in chosen], titles)
 
 
+def destruction_panel(attack, clean):
+    """Figure: related concepts as each model draws them before, after the attack, and after CLEAN, at the last step that both have.
+
+    attack, clean: `mu.explorer.Course`s of the same models. Raises ValueError where they share no related picture or no step of fine-tuning."""
+    step = max(set(attack.steps) & set(clean.steps), default=0)
+    place = {course.name: {(item["prompt"], item["seed"]): i for i, item in enumerate(course.items) if item["group"] == "related"} for course in (attack, clean)}
+    shared = [key for key in place[attack.name] if key in place[clean.name]]
+    if not step or not shared or attack.models != clean.models:
+        raise ValueError(f"{attack.name} and {clean.name} have no related picture of the same models and step in common")
+    columns = [(attack, m, s, words) for m, model in enumerate(attack.models) for s, words in ((0, model), (step, f"{model}\n+ {step} steps\nHRM")) if model != "original" or not s]
+    after = [(clean, m, step, f"{model}\n+ {step} steps\nCLEAN") for m, model in enumerate(clean.models) if model != "original"]
+    columns = sorted([*columns, *after], key=lambda column: column[1])  # each model's together
+    cells = [[course.pictures[m, course.steps.index(s), place[course.name][key]] for course, m, s, _ in columns] for key in shared]
+    return panel(cells, [prompt for prompt, _ in shared], [words for *_, words in columns])
+
+
 def opening(attacked, method, met):
     """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.marks.marks`."""
     mean = attacked.groupby(["model", "group", "step"]).hit.mean()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,21 @@ def test_figures_are_drawn_of_whatever_there_is(gathered):
     assert [ax.get_title() for ax in fig.axes[:2]] == ["ESD-u-3", "UCE"] and fig.axes[0].get_lines()[1].get_ydata().tolist() == [1.0, 0.5, 0.5]
     fig, table = paper.angles(read_results(gathered / "raw").records)
     assert len(fig.axes) == 4 and len(table) == 4
+
+
+def test_related_concepts_under_the_attack_and_under_clean_stand_side_by_side(gathered):
+    told = {(c["method"], c["attack"]): c for c in read_results(gathered / "raw").courses if not c["panel"]}
+    attack, clean = (read_sheet(told["uce", name], gathered) for name in ("HRM-m", "CLEAN"))
+    fig = paper.destruction_panel(attack, clean)
+    lines = len({(i["prompt"], i["seed"]) for i in attack.items if i["group"] == "related"})
+    assert len(fig.axes) == 7 * lines and [ax.get_title().split("\n") for ax in fig.axes[:7]] == [
+        ["original"], *([model, *after] for model in ("unlearned", "meta-unlearned") for after in ([], ["+ 100 steps", "HRM"], ["+ 100 steps", "CLEAN"]))]
+    first = next(i for i, item in enumerate(attack.items) if item["group"] == "related")
+    same = next(i for i, item in enumerate(clean.items) if item == attack.items[first])
+    shown = [np.asarray(ax.get_images()[0].get_array()) for ax in fig.axes[:7]]
+    assert (shown[5] == attack.pictures[2, attack.steps.index(100), first]).all() and (shown[6] == clean.pictures[2, clean.steps.index(100), same]).all()
+    with pytest.raises(ValueError, match="no related picture of the same models and step in common"):
+        paper.destruction_panel(attack, replace(clean, steps=[0, 51, 101]))
 
 
 def test_marks_of_one_method(gathered):
