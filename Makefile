@@ -51,7 +51,7 @@ paper ablations: .venv/installed
 	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
 
 test: .venv/installed
-	@$(BIN)/pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(CORES) --dist loadfile
 
 # nudenet (AGPL-3.0) is there for the tests. torchvision, torch-fidelity and lpips lie apart: a torchvision of another build than torch breaks every import of
 # transformers, and only the tests of FID and LPIPS look there. pip is quiet and leaves nothing outside .venv; torch goes first, so that whatever build the index offers is the one that stays

@@ -81,12 +81,13 @@ def _wider(found, means):
 
 
 def mean_interval(part, value="hit", signed=False):
-    """Mean and interval over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them, of hits.
+    """Mean and 95 % interval, within 0…1, over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them, of hits.
 
-    signed: the values are differences of hits (−1…1). Where all of them are 0, it reaches as far to both sides as Wilson's above 0: so many pairs say no more."""
+    signed: the values are differences of hits, within −1…1. Where all of them are 0, it reaches as far to both sides as Wilson's above 0: so many pairs say no more."""
     over, values = _over(part), part[value]
     if values.nunique() > 1 and over:
-        return _wider(interval(part, over, value), part.groupby("training")[value].mean())
+        mean, low, high = _wider(interval(part, over, value), part.groupby("training")[value].mean())
+        return mean, max(low, -1.0 if signed else 0.0), min(high, 1.0)
     if signed and set(values) in ({0}, {-1}):
         _, low, high = score(values.abs())
         return (-1.0, -1.0, -low) if values.any() else (0.0, -high, high)
@@ -113,9 +114,9 @@ def against(rows, budget, threshold=0.5, by="model"):
         area, area_low, area_high = mean_interval(picture_areas(forget), "area") if len(mean) > 1 else [float("nan")] * 3
         rest = {group: part[(part.group == group) & (part.step == step)].hit.mean() for group in ("related", "unrelated")}
         spent = budget[(budget.name == name) & (budget[by] == model) & (budget.step == step)][["images", "passes", "seconds"]].mean()
-        found.append({"attack": name, by: model, "by words": bool(part.attack.eq("prompt").all()), "start": mean.iloc[0], "peak": peak, "low": np.clip(low, 0, 1), "high": np.clip(high, 0, 1), "step": step,
+        found.append({"attack": name, by: model, "by words": bool(part.attack.eq("prompt").all()), "start": mean.iloc[0], "peak": peak, "low": low, "high": high, "step": step,
                       "revived": median_revival([steps_to_revival(one.index, one, threshold) for one in curves]),
-                      "area": area, "area low": np.clip(area_low, 0, 1), "area high": np.clip(area_high, 0, 1), **rest, **spent})
+                      "area": area, "area low": area_low, "area high": area_high, **rest, **spent})
     return pd.DataFrame(found)
 
 
@@ -240,7 +241,7 @@ def self_destruction(rows, clean, group="related", by="model"):
             lost, lost_anyway = (at(table, 0) - at(table, common[-1]) for table in (part, reference))
             index = (lost - lost_anyway).dropna().rename("index").reset_index()
             mean, low, high = mean_interval(index, "index", signed=True)
-            found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": lost.mean(), "lost to CLEAN": lost_anyway.mean(), "self-destruct index": mean, "low": np.clip(low, -1, 1), "high": np.clip(high, -1, 1)})
+            found.append({"attack": name, by: model, "after": common[-1], "lost to the attack": lost.mean(), "lost to CLEAN": lost_anyway.mean(), "self-destruct index": mean, "low": low, "high": high})
     return pd.DataFrame(found, columns=["attack", by, "after", "lost to the attack", "lost to CLEAN", "self-destruct index", "low", "high"])
 
 

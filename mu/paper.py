@@ -44,7 +44,7 @@ def concept_table(rows, published):
     95 % interval over trainings, prompts and pictures, `mu.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
     found = []
     for key, part in _cells(of_concept(rows)):
-        value, low, high = (100 * np.clip(x, 0, 1) for x in mean_interval(part))
+        value, low, high = (100 * x for x in mean_interval(part))
         found.append((*key, value, low, high, part.training.nunique(), len(part)))
     keys = ["method", "variant", "attack", "steps"]
     ours = pd.DataFrame(found, columns=[*keys, "ours", "low", "high", "trainings", "pictures"])
@@ -93,7 +93,7 @@ def quality_table(rows, numbers, published):
     before = rows[(rows.panel == "") & rows.attack.eq("none") & rows.model.isin([*VARIANTS, "original"])]
     kept, of_run = {}, before.drop_duplicates("run").set_index("run")[["method", "model"]]
     for (method, model, group), part in before[before.group != "forget"].groupby(["method", "model", "group"], sort=False):
-        value, low, high = (100 * np.clip(x, 0, 1) for x in mean_interval(part))
+        value, low, high = (100 * x for x in mean_interval(part))
         line = kept.setdefault((shown(method) if method else "original", model), {"trainings": part.training.nunique()})
         line[f"{group} kept"] = f"{value:.1f} ({low:.0f}–{high:.0f})"
     measured = [(of_run.loc[run], found[run]) for places in numbers.values() for found in (place["numbers"] for place in places.values()) for run in found if run in of_run.index]
@@ -129,7 +129,7 @@ def lines(rows, ax, legend=False):
         if points:
             step, value, low, high = zip(*points)
             ax.plot(step, value, color=COLORS[model], label=model, marker="os"[VARIANTS.index(model)], ms=4)
-            ax.fill_between(step, np.clip(low, 0, 1), np.clip(high, 0, 1), color=COLORS[model], alpha=0.15, lw=0)
+            ax.fill_between(step, low, high, color=COLORS[model], alpha=0.15, lw=0)
     ax.set(ylim=(-0.03, 1.03))
     if legend:
         ax.legend(fontsize=8)
@@ -223,7 +223,7 @@ def search_figure(table):
         for k, model in enumerate(VARIANTS):
             part = table[(table.search == search) & (table.variant == model)]
             y = [methods.index(m) + 0.18 * (0.5 - k) * 2 for m in part.method]
-            ax.hlines(y, part.low.clip(0, 1), part.high.clip(0, 1), color=COLORS[model], lw=2, alpha=0.5)
+            ax.hlines(y, part.low, part.high, color=COLORS[model], lw=2, alpha=0.5)
             ax.scatter(part.score, y, color=COLORS[model], label=model, s=24, marker="os"[k], zorder=3)
         ax.set(yticks=range(len(methods)), yticklabels=methods, xlim=(-0.03, 1.03), xlabel="concept recognised", title=search)
     axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
@@ -326,7 +326,7 @@ def panel_table(rows):
     for (panel_, model, group), one in part.groupby(["panel", "model", "group"], sort=False):
         line = {"panel": panel_, "variant": model, "group": group}
         for words, step in (("before", one.step.min()), (f"after {one.step.max():g} steps", one.step.max())):
-            value, low, high = (100 * np.clip(x, 0, 1) for x in mean_interval(one[one.step == step]))
+            value, low, high = (100 * x for x in mean_interval(one[one.step == step]))
             line[words] = f"{value:.0f} ({low:.0f}–{high:.0f})"
         found.append(line)
     return pd.DataFrame(found)

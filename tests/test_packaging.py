@@ -9,12 +9,14 @@ from importlib.metadata import packages_distributions, version
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
 from mu.book import overview
+from mu.results import read_results
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,6 +69,16 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_report():
     for model, group in product(("unlearned", "meta-unlearned"), ("forget", "related")):
         course = ", ".join(f"{score:.0%}" for score in table[(table.model == model) & (table.group == group)].sort_values("step").score)
         assert course.count("%") == 4 and course in figures, f"{model}, {group}: {course} is not what the README says"
+
+
+def test_what_the_readme_says_of_self_destruction_is_in_the_rows():
+    text, rows = (ROOT / "README.md").read_text(), read_results(ROOT / "reports" / "pocket" / "raw").rows
+    mine = rows[rows.panel.eq("") & rows.method.eq("esd-f-1") & rows.model.eq("meta-unlearned") & rows.attack.eq("HRM-m") & np.isclose(rows.lr, 6e-5)]
+    score = 100 * mine.groupby(["group", "training", "step"]).hit.mean().unstack("step")
+    said = re.search(r"have lost (\d+), (\d+) and (\d+) points of their related.*?in one training up to (\d+) points", text, re.S).groups()
+    lost = score.loc["related"][0] - score.loc["related"][200]
+    harm = (score.loc["unrelated"][0] - score.loc["unrelated"].min(axis=1)).max()
+    assert [f"{x:.0f}" for x in [*lost, harm]] == list(said)
 
 
 @pytest.mark.parametrize("name", ["attacks-pocket", "attacks-pocket-sdxl"])
