@@ -1,22 +1,27 @@
 # make demo   the walk on the pocket model, and where its report is
 # make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*
 # make attacks  every attack, by training and by prompts, on three trainings of each model and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
-# make paper  the paper's grid of notebooks, into reports/<model>: make paper MODEL=pocket SEEDS="0 1 2" MACHINE=laptop (a folder of notebooks/machines); with DRY=1 only how many notebooks that would run, and for how long
+# make paper  the paper's grid of notebooks, into reports/<model>: make paper MODEL=pocket SEEDS="0 1 2" MACHINE=laptop (a folder of notebooks/machines), which is what it does by itself;
+#             SEEDS=0 is one training of each model; with DRY=1 only how many notebooks that would run, and for how long
 # make ablations  trainings that differ in one thing each, into reports/<model>/ablations; the same variables as make paper
 # make test   the tests
-# Both set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
+# All of them set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 CORES ?= 2
 MODEL ?= pocket
-SEEDS ?= 0
 MACHINE ?= laptop
 DRY ?=
 BIN := .venv/bin
 # what is said from outside is text: neither make nor the shell reads it for more than that
 override MODEL := $(value MODEL)
+ifneq ($(origin SEEDS),undefined)
 override SEEDS := $(value SEEDS)
+endif
 override MACHINE := $(value MACHINE)
+ifndef SEEDS
+SEEDS := $(if $(filter pocket,$(MODEL)),0 1 2,0)
+endif
 export MODEL SEEDS MACHINE
 # the pocket models are here; others are fetched
 ifneq ($(filter pocket%,$(MODEL)),)
@@ -46,12 +51,17 @@ attacks: .venv/installed
 	@$(WALK) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
-paper ablations: .venv/installed
+# what only large models and clusters need: the extras of pyproject.toml
+paper ablations: .venv/installed $(if $(DRY)$(filter pocket%,$(MODEL)),,.venv/with-measures) $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
 	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
 	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
 
 test: .venv/installed
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(CORES) --dist loadfile
+
+.venv/with-%: .venv/installed
+	@$(BIN)/python -m pip install -qq -e ".[$*]"
+	@touch $@
 
 # nudenet (AGPL-3.0) is there for the tests. torchvision, torch-fidelity and lpips lie apart: a torchvision of another build than torch breaks every import of
 # transformers, and only the tests of FID and LPIPS look there. pip is quiet and leaves nothing outside .venv; torch goes first, so that whatever build the index offers is the one that stays

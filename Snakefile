@@ -2,8 +2,9 @@
 
     snakemake --cores 2 --configfile notebooks/profiles/pocket-demo.yaml
 
-A notebook runs again if it, its parameters or one before it has changed, or if something that it left is gone. A changed `mu` is
-only reported: the runs below `runs/` go on where they stopped, so running a notebook once more would not bring them up to date."""
+A notebook runs again if it, its parameters or one before it has changed, or if something that it left is gone; a run that has then other
+parameters, or comes from other weights, begins anew, and the old one is put aside. A changed `mu` is only reported: the runs below `runs/`
+go on where they stopped, so running a notebook once more would not bring them up to date."""
 
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ for name, step in WALK.items():
             name
         input:
             [DONE / other for other in step.get("after", [])],
+            [file for file in step.get("shows", []) if Path(file).exists()],
             notebook=f"notebooks/{step['notebook']}.ipynb",
         output:
             touch(DONE / name),
@@ -60,3 +62,7 @@ for name, step in WALK.items():
 onerror:
     for file in REPORT.glob("notebooks/*.unfinished.ipynb"):
         print(f"as far as it came: {file}", file=sys.stderr)
+    for name, step in WALK.items():
+        if step["notebook"] == "90_figures":
+            told = " ".join(f'-p {key} "{value}"' for key, value in step["parameters"].items())
+            print(f"what is there can be shown all the same: python -m mu.notebooks notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)

@@ -44,7 +44,8 @@ def choices_table(rows, records, entry):
             line |= dict(zip((words, f"{words}, low", f"{words}, high"), mean_interval(table, value)))
             both = table.merge(reference, on=PAIRED, suffixes=("", " base"))
             both["difference"] = both[value] - both[f"{value} base"]
-            line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), mean_interval(both, "difference", signed=True)))
+            between = mean_interval(both, "difference", signed=True) if choice != first else (0.0, float("nan"), float("nan"))  # from itself it differs by nothing
+            line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), between))
         start = rows[(rows.run == run) & (rows.name == attack) & (rows.step == 0)]
         line |= {f"{group} before": part.hit.mean() for group, part in start.groupby("group")}
         line |= {"passes a step": records[records.run == run].passes.mean(), "trainings": start.training.nunique()}
@@ -53,15 +54,18 @@ def choices_table(rows, records, entry):
 
 
 def answer(table, first):
-    """One sentence: what the other choices change against the base, in points with 95 % intervals, first of how much comes back, then of what is destroyed; and which of them draw, before
-    any attack, more than 3 points less of the related or unrelated concepts than the base: their protection is bought."""
-    said = []
+    """What the other choices change against the base, in points with 95 % intervals: first of how much comes back, then of what is destroyed. Those whose interval excludes 0 come first; where none
+    does, the sentence says so, and how far the widest reaches. And which of them draw, before any attack, more than 3 points less of the related or unrelated concepts than the base:
+    their protection is bought."""
+    said, base = [], table.set_index("choice").loc[first]
+    points = lambda r, name: f"“{r['choice']}” {100 * r[f'{name}: difference']:+.0f} ({100 * r[f'{name}: difference, low']:+.0f} to {100 * r[f'{name}: difference, high']:+.0f})"
     for words, name in (("concept coming back (mean over the attack)", "concept under attack"), ("related concepts lost to it", "related lost")):
-        base = table.set_index("choice").loc[first]
-        others = [f"{r['choice']} {100 * r[f'{name}: difference']:+.0f} ({100 * r[f'{name}: difference, low']:+.0f} to {100 * r[f'{name}: difference, high']:+.0f})"
-                  for r in table.to_dict("records") if r["choice"] != first]
-        said.append(f"{words}: {100 * base[name]:.0f} % with {first}; in points against that, {', '.join(others)}")
-    base = table.set_index("choice").loc[first]
+        others = [r for r in table.to_dict("records") if r["choice"] != first]
+        clear = [r for r in others if r[f"{name}: difference, low"] > 0 or r[f"{name}: difference, high"] < 0]
+        rest = [r for r in others if r not in clear]
+        alike = rest and all(r[f"{name}: difference"] == 0 for r in rest)
+        said.append(f"{words}: {100 * base[name]:.0f} % with “{first}”; clearly different, in points: {', '.join(points(r, name) for r in clear) or 'none'}"
+                    + (f"; not clearly: {'all others, 0 (within ±' + format(100 * max(r[f'{name}: difference, high'] for r in rest), '.0f') + ')' if alike else ', '.join(points(r, name) for r in rest)}" if rest else ""))
     harmed = [f"{r['choice']} (related {100 * r['related before']:.0f} %, unrelated {100 * r['unrelated before']:.0f} %)" for r in table.to_dict("records")
               if any(r[f"{group} before"] < base[f"{group} before"] - 0.03 for group in ("related", "unrelated"))]
     said += [f"not of the base's quality even before the attack: {', '.join(harmed)}"] if harmed else []
@@ -79,11 +83,11 @@ def choices_figure(table, factor, plain=None):
         ax.scatter(table[name], y, color=COLORS["meta-unlearned"], s=28, zorder=3)
         if plain:
             ax.axvline(plain[name], color=COLORS["unlearned"], ls=":", lw=1.2, label="plainly unlearned")
-        ax.set(xlabel=name)
+        ax.set(xlabel=name, xlim=(-0.38, 1.03) if name == "related lost" else (-0.03, 1.03))
     for shift, group, marker, color in ((-0.2, "forget", "x", "#000000"), (0.0, "related", "o", "#009e73"), (0.2, "unrelated", "s", "#e69f00")):
         if f"{group} before" in table:
             axes[2].scatter(table[f"{group} before"], [at + shift for at in y], marker=marker, color=color, s=26, label=group)
-    axes[0].set(xlim=(-0.03, 1.03), yticks=list(y), yticklabels=table.choice)
+    axes[0].set(yticks=list(y), yticklabels=table.choice)
     axes[0].set_title(factor, loc="left", fontsize=11)
     axes[2].set(xlim=(-0.03, 1.03), xlabel="recognised, before the attack")
     axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))

@@ -81,7 +81,7 @@ def _wider(found, means):
 
 
 def mean_interval(part, value="hit", signed=False):
-    """Mean and 95 % interval, within 0…1, over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them, of hits.
+    """Mean and 95 % interval, within 0…1, over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them.
 
     signed: the values are differences of hits, within −1…1. Where all of them are 0, it reaches as far to both sides as Wilson's above 0: so many pairs say no more."""
     over, values = _over(part), part[value]
@@ -91,7 +91,14 @@ def mean_interval(part, value="hit", signed=False):
     if signed and set(values) in ({0}, {-1}):
         _, low, high = score(values.abs())
         return (-1.0, -1.0, -low) if values.any() else (0.0, -high, high)
-    return score(values) if set(values) <= {0, 1} else (values.mean(), float("nan"), float("nan"))
+    if set(values) <= {0, 1}:
+        return score(values)
+    share, n = values.mean(), len(values)
+    if not 0 < share < 1:
+        return share, float("nan"), float("nan")
+    z2, middle = 1.96**2, share + 1.96**2 / (2 * n)  # all alike, and neither 0 nor 1: Wilson's as well, of so many pictures with that share
+    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
+    return share, (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
 
 
 def picture_areas(forget):

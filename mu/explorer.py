@@ -49,13 +49,16 @@ def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled
         found = {"original": dict.fromkeys(steps, _tiles(read_json(untouched)["rows"], untouched.with_name("samples.png")))} | found
     common = set.intersection(*(set(by_step[step]) for by_step in found.values() for step in steps))
     rows = [row | {"prompt": row.get("asked", row["prompt"])} for row in read_json(folders[runs[0]] / f"step-{steps[0]:04d}.json")]
-    kept = {}
+    kept = set()
     for group, most in keep.items():
-        prompts, seeds = (sorted({row[what] for row in rows if row["group"] == group}, key=[row[what] for row in rows].index) for what in ("prompt", "seed"))
-        most = most if isinstance(most, tuple) else (len(prompts), most)
-        kept[group] = prompts[:most[0]], sorted(seeds)[:most[1]]
-    items = [{key: row[key] for key in ("group", "prompt", "seed")} for row in rows
-             if (row["prompt"], row["seed"]) in common and row["group"] in kept and all(row[what] in some for what, some in zip(("prompt", "seed"), kept[row["group"]]))]
+        known = {}  # prompt → its seeds: of a list of prompts each may have its own
+        for row in rows:
+            if row["group"] == group and (row["prompt"], row["seed"]) in common:
+                known.setdefault(row["prompt"], []).append(row["seed"])
+        prompts, seeds = most if isinstance(most, tuple) else (len(known), most)
+        each = min(seeds, min(map(len, known.values()), default=1))
+        kept |= {(prompt, seed) for prompt in list(known)[:prompts * seeds // each] for seed in sorted(known[prompt])[:seeds]}  # more prompts where each has few pictures
+    items = [{key: row[key] for key in ("group", "prompt", "seed")} for row in rows if row["group"] in keep and (row["prompt"], row["seed"]) in kept]
     if not items:
         raise ValueError(f"the runs {', '.join(runs)} have no picture of {name} in common: they were judged with different probes")
     at = [[[by_step[step][item["prompt"], item["seed"]] for item in items] for step in steps] for by_step in found.values()]
@@ -106,7 +109,8 @@ def explore(courses, scale=2):
         kept = prompt.value if prompt.value in prompts else prompts[0]
         models.options = course.models
         models.value = course.models
-        prompt.options, prompt.value, step.options = prompts, kept, course.steps
+        step.options = course.steps  # first: what is drawn in between must find its step
+        prompt.options, prompt.value = prompts, kept
         seeds()
 
     def seeds(*_):

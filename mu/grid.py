@@ -43,14 +43,14 @@ def expand(grid, model, seeds):
     """The walk (name → notebook, after, leaves, parameters, ...; see Snakefile) of a grid.
 
     grid: {"models": {name: facts}, "axes": {name: list or {value: facts}, or a path such as "model.panels"}, "walk": {pattern: step}}. A step whose pattern names axes, as
-    "30_{method}-{attack}-{seed}", is there once for each combination of their values; in its texts {axis} is the value and {axis.fact} what the axis says of it. In `after` and
-    `leaves`, an axis that the pattern does not name stands for all its values. Besides the file's axes there are `model` (the chosen one) and `seed`.
+    "30_{method}-{attack}-{seed}", is there once for each combination of their values; in its texts {axis} is the value and {axis.fact} what the axis says of it. In `after`,
+    `shows` (files that it reads where they are there) and `leaves`, an axis that the pattern does not name stands for all its values. Besides the file's axes there are `model` (the chosen one) and `seed`.
     A step with `gpu: true` takes a GPU where the model's facts say `gpu: true`, too: the walk's "gpu" is their number, 0 or 1.
     Raises ValueError for an unknown model, for no seeds or others than whole numbers, for a step that waits for one that is not there, for an axis that nobody knows."""
     if model not in grid["models"]:
         raise ValueError(f"unknown model {model!r}: allowed are {', '.join(grid['models'])}")
     words = str(seeds).replace(",", " ").split()
-    if not words or not all(word.isdigit() for word in words):
+    if not words or not all(word.isdecimal() for word in words):
         raise ValueError(f"seeds must be whole numbers with spaces, as in \"0 1 2\"; got {seeds!r}")
     axes = {"model": {model: grid["models"][model]}, "seed": dict.fromkeys(sorted({int(word) for word in words}), {})}
     for name, values in grid.get("axes", {}).items():
@@ -66,7 +66,7 @@ def expand(grid, model, seeds):
             every = lambda texts: [found for text in texts for found in several(text, axes, chosen)]
             (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
             walk[name] = {fact: value for fact, value in step.items() if fact != "parameters"} | {
-                "notebook": notebook, "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))), "after": every(step.get("after", [])), "leaves": every(step.get("leaves", [])),
+                "notebook": notebook, "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))), "after": every(step.get("after", [])), "shows": every(step.get("shows", [])), "leaves": every(step.get("leaves", [])),
                 "parameters": parameters(step.get("parameters", {}), axes, chosen)}
     for name, step in walk.items():
         if missing := [other for other in step["after"] if other not in walk]:

@@ -64,8 +64,9 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
         at = found[np.isclose(found.lr, rate)].set_index("model")
         steps = at.revived.clip(upper=at.looked_at_up_to)
         least = steps.get(meta, np.nan) / (steps.get(plain, 0) or np.nan)
-        unknown = np.isinf(at.revived.get(plain, np.nan)) or least < 4 and np.isinf(at.revived.get(meta, np.nan))
-        return np.nan if unknown else least  # nothing came back, or nobody looked long enough to tell
+        if np.isinf(at.revived.get(plain, np.nan)):
+            return f"unlearned: not revived in {steps[plain]:g}"
+        return f"{least:.3g} at least, looked at up to {steps[meta]:g}" if least < 4 and np.isinf(at.revived.get(meta, np.nan)) else least
 
     claims = [
         ("original: concept recognised, at least 0.95", start.get(("original", "forget"), np.nan), 0.95, 1),

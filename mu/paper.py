@@ -3,12 +3,15 @@
 Ours are not the paper's measure: on the pocket models the score is the share of pictures in which the pocket judge recognises the concept; in the paper it is the share of 142 prompts
 of I2P in whose picture NudeNet flags nudity. Both are in percent, so that they can stand in one layout, and every number says where it comes from."""
 
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from mu.comparison import mean_interval, self_destruction
 from mu.plots import COLORS, panel, trend
+from mu.statistics import student_interval
 
 VARIANTS = ("unlearned", "meta-unlearned")
 ATTACKS = ("none", "HRM-s", "HRM-m", "CLEAN", "adversarial prompts")  # columns of the table, in the paper's order
@@ -102,7 +105,8 @@ def quality_table(rows, numbers, published):
         mine = [found for who, found in measured if (shown(who.method) if who.method else "original", who.model) == (method, model)]
         for name, column in names.items():
             values = [found[name] for found in mine if name in found]
-            line |= {column: np.mean(values)} if values else {}
+            low, high = np.clip(student_interval(values)[1:], 0, None) if len(values) > 1 else (0, 0)
+            line |= {column: f"{np.mean(values):.2f}" + (f" ({low:.2f}–{high:.2f})" if high else "")} if values else {}
     ours = pd.DataFrame([dict(zip(keys, key)) | line | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"} for key, line in kept.items()])
     table = in_order(pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True))
     columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
@@ -111,15 +115,31 @@ def quality_table(rows, numbers, published):
     return table.assign(**{column: table[column].map(text) for column in columns[3:]})
 
 
+def course_words(told):
+    """What the slider calls a course: the method, or the panel, the attack and its learning rate."""
+    return f"{told['panel'] or shown(told['method'])}, {told['attack']}, learning rate {told['lr']:g}"
+
+
+def panel_title(rows, cards, name):
+    """What a panel shows: a style, another concept, or the same on another model. rows: of `mu.results`, of all panels; cards: those of one training."""
+    whose = {panel: next(card for key, card in cards.items() if key.split("/")[0] == panel) for panel in ("", name)}
+    concept, model = (whose[name][what].split()[0] for what in ("sets", "model"))
+    style = rows[(rows.panel == name) & (rows.group == "forget")].expected.str.startswith("style:").all()
+    same = whose[name]["sets"] == whose[""]["sets"]
+    return f"{'A style' if style else 'The same concept on another model' if same else 'Another concept'}: {concept.split('/')[-1]}, {model}"
+
+
 def count(rows):
     """What a caption says of the rows that a figure is made from: trainings with their seeds, seeds of the attack, pictures."""
-    seeds = sorted(rows.training.unique())
-    attack = sorted(rows.attack_seed.dropna().unique())
+    seeds, attack = sorted(rows.training.unique()), sorted(rows.attack_seed.dropna().unique()) if "attack_seed" in rows else []
+    several = lambda name, values: [f"{name}{'s' * (len(values) > 1)} {', '.join(v if isinstance(v, str) else f'{v:g}' for v in values)}"] if values else []
+    said = [f"{len(seeds)} training{'s' * (len(seeds) > 1)} ({several('seed', seeds)[0]})", *several("attack seed", attack)]
+    if "group" not in rows:
+        return ", ".join(said)
     keys = [c for c in ("panel", "method", "model", "training", "attack", "attack_seed", "step", "group") if c in rows]
     each = rows.groupby(keys, dropna=False).size().groupby("group").median()
     pictures = ", ".join(f"{each[group]:.0f} {words}" for group, words in (("forget", "of the concept"), ("related", "related"), ("unrelated", "unrelated")) if group in each)
-    return (f"{len(seeds)} training{'s' * (len(seeds) > 1)} (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}), attack seed{'s' * (len(attack) > 1)} {', '.join(f'{a:g}' for a in attack)}; "
-            f"pictures a training and step: {pictures}")
+    return f"{', '.join(said)}; pictures a training and step: {pictures}"
 
 
 def lines(rows, ax, legend=False):
@@ -136,38 +156,53 @@ def lines(rows, ax, legend=False):
     return ax
 
 
+def facets(methods, whats, xlabel, width=7.2, columns=4):
+    """A figure of panels, a row a `what` and a column a method, no wider than a page: of more than `columns` methods each `what` has several rows. Returns (figure, {(what, method): axes})."""
+    deep, columns = -(-len(methods) // columns), min(columns, len(methods))
+    fig, axes = plt.subplots(deep * len(whats), columns, figsize=(width * max(columns, 2) / 4, 1.55 * deep * len(whats) + 0.5), squeeze=False, layout="constrained")
+    place = {(what, method): axes[i * deep + j // columns][j % columns] for i, what in enumerate(whats) for j, method in enumerate(methods)}
+    for (what, method), ax in place.items():
+        ax.set_title(method, fontsize=9)
+        ax.tick_params(labelsize=7)
+        ax.set_ylabel(what if ax in axes[:, 0] else "", fontsize=8)
+    for method in methods[-columns:]:  # the lowest of each column
+        place[whats[-1], method].set_xlabel(xlabel, fontsize=8)
+    for ax in {*axes.flat} - {*place.values()}:
+        ax.remove()
+    return fig, place
+
+
+def legend_below(fig, ax):
+    """The lines of one panel, named below all of them."""
+    named = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named) or 1, fontsize=8, frameon=False)
+
+
 def by_method(rows, attacks, group="forget"):
-    """Figure: `lines` of one group of concepts, a row an attack, a column a method."""
+    """Figure: `lines` of one group of concepts, a block an attack, a panel a method."""
     rows = rows[(rows.panel == "") & (rows.group == group) & rows.attack.isin(attacks)]
-    methods = in_order(pd.DataFrame({"method": rows.method.map(shown).unique()})).method
-    fig, axes = plt.subplots(len(attacks), len(methods), figsize=(1.75 * len(methods) + 0.6, 1.75 * len(attacks) + 0.6), sharex="row", sharey=True, squeeze=False)
-    for i, attack in enumerate(attacks):
-        for j, method in enumerate(methods):
-            lines(rows[(rows.attack == attack) & (rows.method.map(shown) == method)], axes[i][j])
-            axes[i][j].set(xlabel="steps" if i == len(attacks) - 1 else "", ylabel=attack if j == 0 else "")
-            axes[i][j].set_title(method if i == 0 else "", fontsize=10)
-            axes[i][j].tick_params(labelsize=8)
-    handles = dict(zip(*reversed(axes[0][-1].get_legend_handles_labels()))) or {}
-    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=2, fontsize=9, frameon=False)
-    fig.tight_layout(rect=(0, 0.45 / fig.get_figheight(), 1, 1))
+    methods = list(in_order(pd.DataFrame({"method": rows.method.map(shown).unique()})).method)
+    fig, place = facets(methods, [f"recognised, {attack}" for attack in attacks], "steps of fine-tuning")
+    for attack, method in product(attacks, methods):
+        ax = place[f"recognised, {attack}", method]
+        lines(rows[(rows.attack == attack) & (rows.method.map(shown) == method)], ax).set_xlim(-0.04 * rows.step.max(), 1.04 * rows.step.max())
+    legend_below(fig, place[f"recognised, {attacks[0]}", methods[0]])
     return fig
 
 
 def angles(records):
-    """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a column a method. Returns (figure, table of `turns`)."""
+    """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a panel a method. Returns (figure, table of `turns`)."""
     records = in_phases(records[records.panel.eq("")]).dropna(subset=["cosine"])
     records = records[records.model.isin(VARIANTS)]
-    methods = in_order(pd.DataFrame({"method": records.method.map(shown).unique()})).method
-    fig, axes = plt.subplots(2, len(methods), figsize=(2.1 * len(methods) + 0.6, 4.4), sharex="col", squeeze=False)
-    for j, method in enumerate(methods):
-        part = records[records.method.map(shown) == method]
+    methods = list(in_order(pd.DataFrame({"method": records.method.map(shown).unique()})).method)
+    fig, place = facets(methods, ["inner product", "angle, degrees"], "step of training")
+    for (what, method), ax in place.items():
+        part, words = records[records.method.map(shown) == method], {"title": method, "xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
         part = part.assign(model=pd.Categorical(part.model, VARIANTS)).sort_values("model")
-        for i, what in enumerate(("inner product", "angle")):
-            trend(part.assign(model=part.model.astype(str)), what, axes[i][j], legend=False)
-            axes[i][j].set(title=method if i == 0 else "", ylabel={"angle": "angle, degrees"}.get(what, what) if j == 0 else "", xlabel="step of training" if i else "")
-            axes[i][j].tick_params(labelsize=7)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9, frameon=False)
-    fig.tight_layout(rect=(0, 0.09, 1, 1))
+        trend(part.assign(model=part.model.astype(str)), what.split(",")[0], ax, legend=False)
+        ax.set(**words)  # trend has its own
+        ax.title.set_fontsize(9)
+    legend_below(fig, place["inner product", methods[0]])
     return fig, turns(records)
 
 
@@ -181,15 +216,16 @@ def in_phases(records):
 
 def turns(records):
     """How the angle of the two gradients changes over a training: a line a method and variant with its mean over the first and the last quarter (degrees, from the recorded cosines; above 90
-    a step towards the concept leads away from its relatives), and in how many trainings its regression line rises."""
+    a step towards the concept leads away from its relatives), the change between the two with Student's 95 % interval over the trainings, and in how many its regression line rises."""
     found = []
     for (method, model), part in records.groupby(["method", "model"], sort=False):
         each = [np.degrees(np.arccos(one.sort_values("step").cosine.clip(-1, 1).to_numpy())) for _, one in part.groupby("training")]
         quarter = [max(1, len(values) // 4) for values in each]
         first, last = (np.array([values[pick(n)].mean() for values, n in zip(each, quarter)]) for pick in (lambda n: slice(None, n), lambda n: slice(-n, None)))
         rises = sum(np.polyfit(np.arange(len(values)), values, 1)[0] > 0 for values in each if len(values) > 1)
-        found.append((shown(method), model, first.mean(), last.mean(), rises, len(each)))
-    return in_order(pd.DataFrame(found, columns=["method", "variant", "angle, first quarter", "angle, last quarter", "trainings in which it rises", "trainings"]))
+        _, low, high = student_interval(last - first) if len(each) > 1 else [np.nan] * 3
+        found.append((shown(method), model, first.mean(), last.mean(), (last - first).mean(), low, high, rises, len(each)))
+    return in_order(pd.DataFrame(found, columns=["method", "variant", "angle, first quarter", "angle, last quarter", "change", "low", "high", "trainings in which it rises", "trainings"]))
 
 
 def destruction_words(table, attack="HRM-m"):
@@ -283,7 +319,7 @@ def opening(attacked, method, met):
     return [f"{shown(method)}: after {', '.join(map(str, told))} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
             f"{course('meta-unlearned', 'forget')} of those of the meta-unlearned one ({count} training{'s' * (count > 1)}; the defender has seen none of the attacker's images and prompts).",
             f"Under that attack the related concepts are recognised in {course('unlearned', 'related')} of the pictures of the unlearned model and in {course('meta-unlearned', 'related')} "
-            f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met."]
+            f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met{', ' + str(open_) + ' cannot be told' if (open_ := (met.met == '?').sum()) else ''}."]
 
 
 def claims(rows, table):

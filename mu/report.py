@@ -46,7 +46,7 @@ def picture(card, folder, what):
     """A card with its figure as a link, and with an alt text."""
     if "figure" not in card:
         return card
-    alt = card.get("alt") or card.get("caption") or card.get("answer")
+    alt = card.get("alt") or " ".join(filter(None, (card.get("question"), card.get("answer")))) or card.get("caption")
     if not alt:
         raise ValueError(f"{what}: {card['figure']} has no words: give it an alt, a caption or an answer")
     return card | {"figure": inside(card["figure"], folder, what), "alt": alt}
@@ -65,7 +65,7 @@ def as_table(table):
 
 
 def save_table(table, folder, name, caption=""):
-    """A table as `<folder>/tables/<name>.csv`, .md and .tex (booktabs), numbers to four figures, missing ones as a dash. Returns it."""
+    """A table as `<folder>/tables/<name>.csv`, .md and .tex (booktabs; wide ones scaled by graphicx), numbers to four figures, missing ones as a dash. Returns it."""
     folder = Path(folder) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
@@ -73,7 +73,9 @@ def save_table(table, folder, name, caption=""):
     lines = [[str(column) for column in table.columns], ["---"] * len(table.columns), *(map(text, line) for line in table.itertuples(index=False))]
     (folder / f"{name}.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
     latex = table.map(text).replace("–", "--").to_latex(index=False, escape=True, caption=caption or None, label=f"tab:{name}")
-    (folder / f"{name}.tex").write_text(latex.replace("–", "--").replace("→", r"$\to$").replace("÷", r"$\div$").replace("−", "$-$").replace("ζ", r"$\zeta$").replace("τ", r"$\tau$").replace("η", r"$\eta$"))
+    if len(table.columns) > 7:  # wider than a page
+        latex = latex.replace(r"\begin{tabular}", "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}").replace(r"\end{tabular}", r"\end{tabular}}")
+    (folder / f"{name}.tex").write_text(latex.replace("–", "--").replace("→", r"$\to$").replace("✓", "yes").replace("✗", "no").replace("÷", r"$\div$").replace("−", "$-$").replace("ζ", r"$\zeta$").replace("τ", r"$\tau$").replace("η", r"$\eta$"))
     return table
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from mu.cards import same_protocol
 from mu.comparison import SAME
 from mu.explorer import read_course, save_sheet
-from mu.runs import atomic, read_json, save_json
+from mu.runs import ASIDE, atomic, read_json, save_json
 from mu.walk import label
 
 ROWS = ["panel", "method", "model", "run", "training", "attack", "name", "lr", "attack_seed", "step", "group", "asked", "prompt", "seed", "expected", "seen", "hit"]
@@ -69,9 +69,9 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
     gradients, by step), cards.json (protocols), numbers.json (of 50_evaluate) and, with `pictures`, sheets of what was drawn (courses.json).
 
     A folder below `out` that is a small walk of its own is a panel. training: what this training is called; empty: the number at the end of each run's name.
-    main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; empty: of all of them. unveiled: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
+    main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; one that is not there: the first; empty: all of them. unveiled: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
     out, folder = Path(out), Path(folder)
-    walks = {"": out} | {p.name: p for p in sorted(out.iterdir()) if p.is_dir() and list(p.glob("*/metrics.json"))} if out.is_dir() else {}
+    walks = {"": out} | {p.name: p for p in sorted(out.iterdir()) if p.name != ASIDE and p.is_dir() and list(p.glob("*/metrics.json"))} if out.is_dir() else {}
     rows, records, cards, courses = [], [], {}, []
     for panel, place in walks.items():
         found = _one_walk(place, panel, training)
@@ -80,7 +80,8 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
     if rows.empty:
         raise FileNotFoundError(f"nothing was judged below {out}: run 20_unlearn, 21_meta_unlearn, 30_attack_finetune there first (make demo, or make paper)")
     trained = rows[rows.attack.isin(SETS) & rows.model.isin(["unlearned", "meta-unlearned"])]
-    trained = trained[trained.attack.eq("HRM-m") | trained.method.isin([main or method for method in trained.method.unique()])]
+    methods = list(dict.fromkeys(trained[trained.model == "meta-unlearned"].method))
+    trained = trained[trained.attack.eq("HRM-m") | trained.method.isin([main] if main in methods else methods[:1] if main else methods)]
     for (panel, name), part in trained.groupby(["panel", "name"], sort=False) if pictures else ():
         attacked = list(dict.fromkeys(run for run in part.sort_values("model", ascending=False).run if run != "original"))
         first = {part[part.run == run].model.iloc[0]: run for run in reversed(attacked)}  # of several trainings the first
@@ -97,7 +98,9 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
             temporary.write_bytes(gzip.compress(table.to_csv(index=False, float_format="%.6g").encode(), mtime=0))  # pandas would put the temporary name into it
     save_json(cards, folder / "cards.json")
     save_json(numbers, folder / "numbers.json")
-    if pictures:
+    if pictures:  # the sheets of one training take the place of another's
+        for other in folder.parent.glob("*/courses.json"):
+            other.unlink()
         save_json(courses, folder / "courses.json")
     return folder
 

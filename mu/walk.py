@@ -157,5 +157,6 @@ def compare(columns, each=2, veiled=False):
 
 
 def bars(*claims):
-    """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden."""
-    return pd.DataFrame([{"asked": words, "measured": value, "met": "✓" if least <= value <= most else "✗"} for words, value, least, most in claims])
+    """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told."""
+    met = lambda value, least, most: "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
+    return pd.DataFrame([{"asked": words, "measured": value, "met": met(value, least, most)} for words, value, least, most in claims])

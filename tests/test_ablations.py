@@ -44,7 +44,8 @@ def test_a_line_a_choice_with_differences_from_the_base(results):
     assert table["related lost"].tolist() == [0, pytest.approx(0.5)] and table["related lost: difference"].tolist() == [pytest.approx(-0.5), 0]
     assert table.trainings.eq(2).all() and table["forget before"].eq(0).all() and table["passes a step"].eq(8).all()
     said = answer(table.reset_index(), base_of(entry))
-    assert said.startswith("Concept coming back (mean over the attack): 20 % with 30 (base); in points against that, 0 +0 (-16 to +16); ") and "related concepts lost to it: 50 % with 30 (base); in points against that, 0 -50 (" in said
+    assert said.startswith("Concept coming back (mean over the attack): 20 % with “30 (base)”; clearly different, in points: none; not clearly: all others, 0 (within ±16); ")
+    assert "related concepts lost to it: 50 % with “30 (base)”; clearly different, in points: none; not clearly: “0” -50 (" in said
     fig = choices_figure(table.reset_index(), "ζ", {"concept under attack": 0.5, "related lost": 0.0})
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["0", "30 (base)"] and fig.axes[0].get_xlabel() == "concept under attack"
 

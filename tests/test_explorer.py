@@ -63,7 +63,15 @@ def test_only_steps_and_pictures_that_all_have_are_shown(out):
     (out / "attack" / "meta-0" / "full-0" / "step-0050.json").unlink()
     save(out / "attack" / "meta-0" / "full-0", "meta-0", 100, ITEMS[2:])
     course = read_course(out, "full", list(RUNS))
-    assert course.steps == [0, 100] and [item["seed"] for item in course.items if item["group"] == "forget"] == list(range(2, 8))
+    assert course.steps == [0, 100] and [item["seed"] for item in course.items if item["group"] == "forget"] == list(range(2, 10)), "eight of those that all have"
+
+
+def test_prompts_may_have_seeds_of_their_own(tmp_path):
+    items = [{"group": "forget", "prompt": f"prompt {n}", "seed": 1000 * n + 7} for n in range(9)] + [{"group": "related", "prompt": "a tiger", "seed": 3}]
+    for run in RUNS:
+        save(tmp_path / "attack" / run / "full-0", run, 0, items)
+    course = read_course(tmp_path, "full", list(RUNS), keep={"forget": (2, 3), "related": (4, 1)}, original=False)
+    assert course.items == [*items[:6], items[9]], "as many pictures as of two prompts with three seeds"
 
 
 def test_what_is_not_there_is_named(out):
@@ -107,7 +115,10 @@ def test_the_page_holds_the_pictures_and_what_the_judge_said(out, tmp_path):
 
 
 def test_the_widget_shows_what_is_chosen(out):
-    courses = [read_course(out, name, list(RUNS), original=name == "full") for name in ("full", "words")]
+    for run in RUNS:
+        for step in (0, 20):
+            save(out / "attack" / run / "dogs-0", run, step, [{"group": "related", "prompt": "a dog", "seed": 1}])
+    courses = [read_course(out, name, list(RUNS), original=name == "full") for name in ("full", "words", "dogs")]
     box = explore(courses, scale=1)
     (attack, prompt, seed, models), step, shown = box.children[0].children, box.children[1], box.children[2]
 
@@ -124,6 +135,8 @@ def test_the_widget_shows_what_is_chosen(out):
     assert [frame.children[0].value for frame in shown.children] == ["original", "meta-unlearned"]
     attack.value = "words"
     assert prompt.value == "a cat" and len(shown.children) == 2
+    step.value, attack.value = 100, "dogs"
+    assert list(step.options) == [0, 20] and (prompt.value, seed.value) == ("a dog", 1) and greys() == pytest.approx([shade(run, step.value, 0) for run in RUNS], abs=0.003), "other steps, other prompts"
 
 
 def test_a_sheet_is_read_back_as_the_course_it_was(out, tmp_path):

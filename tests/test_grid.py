@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_a_grid_fits_its_notebooks(name, model):
     for name, step in walk.items():
         notebook = ROOT / "notebooks" / f"{step['notebook']}.ipynb"
         check_parameters(notebook, step["parameters"])
-        assert set(step) <= {"notebook", "after", "threads", "priority", "gpu", "runtime", "leaves", "parameters"} and set(step["after"]) <= set(walk)
+        assert set(step) <= {"notebook", "after", "threads", "priority", "gpu", "runtime", "shows", "leaves", "parameters"} and set(step["after"]) <= set(walk)
         assert all(file.startswith((grid["runs"].format(model=model), grid["report"].format(model=model))) and "{" not in file for file in step["leaves"]), step["leaves"]
         left += step["leaves"]
         p = effective(notebook, changes=step["parameters"])
@@ -122,6 +123,10 @@ def test_a_grid_fits_its_notebooks(name, model):
         assert not place or all(p[part] for part in place[1]) and p["out"].startswith(grid["runs"].format(model=model)), "a place of its own"
     twice = lambda places: [place for place, n in Counter(places).items() if n > 1]
     assert not twice(left) and not twice(written), twice(left) + twice(written)
+    for step in walk.values():
+        if step["notebook"] == "90_figures":
+            main = {effective(ROOT / "notebooks" / "30_attack_finetune.ipynb", changes=walk[other]["parameters"])["lr"] for other in step["after"] if other.endswith(("-hrm-m-0", "-clean-0"))}
+            assert main == {effective(ROOT / "notebooks" / "90_figures.ipynb", changes=step["parameters"])["lr"]}, "the page shows another learning rate than the attacks have"
     one, three = (Counter(step["notebook"] for step in read_walk(grid | {"model": model, "seeds": seeds})[1].values()) for seeds in ("0", "0 1 2"))
     assert all(three[kind] in (n, 3 * n) for kind, n in one.items()) and three["21_meta_unlearn"] == 3 * one["21_meta_unlearn"]
 
@@ -244,16 +249,24 @@ def test_make_paper_hands_over_words_as_they_are(tmp_path):
     outside = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "CORES", "MODEL", "SEEDS", "MACHINE", "DRY", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")}
 
     def make(*words):
-        done = subprocess.run(["make", "-C", ROOT, "--no-print-directory", "-o", ".venv/installed", "paper", f"BIN={tmp_path}/bin", *words], capture_output=True, text=True, env=outside)
+        done = subprocess.run(["make", "-C", ROOT, "--no-print-directory", "-o", ".venv/installed", "-o", ".venv/with-measures", "-o", ".venv/with-slurm", "paper", f"BIN={tmp_path}/bin", *words], capture_output=True, text=True, env=outside)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[0]), done.stdout.splitlines()[1:]
 
     (program, *words, offline), rest = make()
     assert program.endswith("snakemake") and "--cores" not in words and offline == "1" and rest == [f"The report: file://{ROOT}/reports/pocket/index.html"]
-    assert {"--keep-going", "model=pocket", "seeds=0", "notebooks/machines/laptop", "notebooks/profiles/paper.yaml", "mtime", "params", "input"} <= set(words)
+    assert {"--keep-going", "model=pocket", "seeds=0 1 2", "notebooks/machines/laptop", "notebooks/profiles/paper.yaml", "mtime", "params", "input"} <= set(words)
     wild = f"""0 1 2"; touch {tmp_path}/a; '$(touch {tmp_path}/b)`touch {tmp_path}/c`$(shell touch {tmp_path}/d)"""
     (_, *words, offline), rest = make(f"SEEDS={wild}", "MODEL=sdxl", "MACHINE=gpus", "CORES=8")
     assert f"seeds={wild}" in words and "model=sdxl" in words and "notebooks/machines/gpus" in words and words[words.index("--cores") + 1] == "8" and offline is None
     assert [file.name for file in tmp_path.iterdir()] == ["bin"] and rest == [f"The report: file://{ROOT}/reports/sdxl/index.html"]
-    (program, *words, _), rest = make("SEEDS=0 1 2", "DRY=1")
-    assert program.endswith("python") and words[:2] == ["-m", "mu.forecast"] and words[2].endswith("snakemake") and "seeds=0 1 2" in words and not rest
+    assert "seeds=0" in make("MODEL=sdxl")[0]
+    (program, *words, _), rest = make("SEEDS=1 3", "DRY=1")
+    assert program.endswith("python") and words[:2] == ["-m", "mu.forecast"] and words[2].endswith("snakemake") and "seeds=1 3" in words and not rest
+
+
+@pytest.mark.parametrize("said, installs", [(["MODEL=sd-v1-4"], [".[measures]"]), (["MODEL=sdxl", "MACHINE=slurm"], [".[measures]", ".[slurm]"]), (["MODEL=pocket"], []), (["MODEL=sdxl", "DRY=1"], [])])
+def test_large_models_and_clusters_get_what_only_they_need(said, installs):
+    outside = {name: value for name, value in os.environ.items() if name not in ("MODEL", "SEEDS", "MACHINE", "DRY", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")}
+    told = subprocess.run(["make", "-C", ROOT, "-n", "-o", ".venv/installed", "paper", *said], capture_output=True, text=True, env=outside).stdout
+    assert re.findall(r'pip install -qq -e "([^"]*)"', told) == installs

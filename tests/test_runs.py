@@ -105,6 +105,15 @@ def test_a_folder_holds_one_run(tmp_path):
     assert (folder / "params.json").stat().st_mtime_ns == written
 
 
+def test_a_walk_puts_a_stale_run_aside(tmp_path, monkeypatch):
+    monkeypatch.setenv("MU_STALE", "aside")
+    for lr in (1.0, 2.0, 2.0, 3.0):
+        folder = open_run(tmp_path / "run", {"lr": lr})
+        (folder / "metrics.json").write_text(str(lr))
+    assert read_json(folder / "params.json") == {"lr": 3.0} and sorted(p.name for p in folder.iterdir()) == ["metrics.json", "params.json"], "begun anew"
+    assert [(tmp_path / "aside" / f"run-{n}" / "metrics.json").read_text() for n in (1, 2)] == ["1.0", "2.0"], "and nothing lost"
+
+
 def test_protocol_holds_versions_machine_and_commit():
     card = protocol(judge="abc", seeds=[0, 1])
     assert card["judge"] == "abc" and card["seeds"] == [0, 1]
