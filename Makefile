@@ -52,7 +52,7 @@ attacks: .venv/installed
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
 # what only large models and clusters need: the extras of pyproject.toml
-paper ablations: .venv/installed $(if $(DRY)$(filter pocket%,$(MODEL)),,.venv/with-measures) $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
+paper ablations: .venv/installed $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures)) $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
 	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
 	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
 
@@ -61,6 +61,8 @@ test: .venv/installed
 
 .venv/with-%: .venv/installed
 	@$(BIN)/python -m pip install -qq -e ".[$*]"
+	@$(BIN)/python -c 'import importlib.util as i; i.find_spec("torchvision") and __import__("torchvision")' 2>/dev/null || { $(BIN)/python -m pip uninstall -qq -y torchvision; \
+		echo "error: the index has a torchvision of another build than torch, with which nothing would run; it was taken out again: install both from one index, then: touch $@" >&2; exit 1; }
 	@touch $@
 
 # nudenet (AGPL-3.0) is there for the tests. torchvision, torch-fidelity and lpips lie apart: a torchvision of another build than torch breaks every import of

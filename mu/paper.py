@@ -117,7 +117,7 @@ def quality_table(rows, numbers, published):
 
 def course_words(told):
     """What the slider calls a course: the method, or the panel, the attack and its learning rate."""
-    return f"{told['panel'] or shown(told['method'])}, {told['attack']}, learning rate {told['lr']:g}"
+    return f"{told['panel'] or shown(told['method'])}, {told['attack']}, lr {told['lr']:g}"
 
 
 def panel_title(rows, cards, name):
@@ -130,7 +130,9 @@ def panel_title(rows, cards, name):
 
 
 def count(rows):
-    """What a caption says of the rows that a figure is made from: trainings with their seeds, seeds of the attack, pictures."""
+    """What a caption says of the rows that a figure is made from: trainings with their seeds, seeds of the attack, pictures; of none, nothing."""
+    if rows.empty:
+        return ""
     seeds, attack = sorted(rows.training.unique()), sorted(rows.attack_seed.dropna().unique()) if "attack_seed" in rows else []
     several = lambda name, values: [f"{name}{'s' * (len(values) > 1)} {', '.join(v if isinstance(v, str) else f'{v:g}' for v in values)}"] if values else []
     said = [f"{len(seeds)} training{'s' * (len(seeds) > 1)} ({several('seed', seeds)[0]})", *several("attack seed", attack)]

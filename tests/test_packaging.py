@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from mu.book import overview
 from mu.results import read_results
+from mu.runs import read_json
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -69,6 +70,12 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_report():
     for model, group in product(("unlearned", "meta-unlearned"), ("forget", "related")):
         course = ", ".join(f"{score:.0%}" for score in table[(table.model == model) & (table.group == group)].sort_values("step").score)
         assert course.count("%") == 4 and course in figures, f"{model}, {group}: {course} is not what the README says"
+
+
+def test_the_answers_of_the_readme_are_those_of_the_ablations():
+    said = (ROOT / "README.md").read_text().split("<!-- pocket-ablations -->\n")[1].split("<!-- /pocket-ablations -->")[0].splitlines()
+    known = {f"- {entry['question']} {entry['answer']}" for entry in read_json(ROOT / "reports" / "pocket" / "ablations" / "answers.json")}
+    assert len(said) == 2 and set(said) <= known
 
 
 def test_what_the_readme_says_of_self_destruction_is_in_the_rows():
