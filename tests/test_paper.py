@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu import paper
+from mu import figures, paper
 from mu.notebooks import execute
 from mu.plots import save_figure
 from mu.report import save_table
@@ -60,7 +60,7 @@ def curves(svg):
 def test_the_figure_of_relearning_is_drawn_again(at_lr, tmp_path):
     kept = (REPORT / "figures" / "relearning.svg").read_text()
     with matplotlib.rc_context():
-        again = save_figure(paper.by_method(at_lr, ["HRM-m", "HRM-s"]), tmp_path, "relearning").read_text()
+        again = save_figure(figures.by_method(at_lr, ["HRM-m", "HRM-s"]), tmp_path, "relearning").read_text()
     plt.close("all")
     mine, theirs = curves(again), curves(kept)
     assert len(mine) == len(theirs) >= 20

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from mu import paper
+from mu import figures, paper
 from mu.explorer import read_sheet
 from mu.marks import marks, revivals
 from mu.results import attack_name, collect, method_of, read_results, variant
@@ -71,7 +71,7 @@ def test_pictures_are_kept_as_sheets_that_the_page_and_the_panels_share(gathered
     course = read_sheet(next(c for c in courses if c["panel"]), gathered)
     assert course.models == ["original", "unlearned", "meta-unlearned"] and course.steps == [0, 100]
     assert course.pictures[1, 1].mean() / 255 == pytest.approx(0.4, abs=0.02) and course.pictures[0].mean() / 255 == pytest.approx(0.5, abs=0.02)
-    fig = paper.panels(course, prompts=(2, 1, 1))
+    fig = figures.panels(course, prompts=(2, 1, 1))
     assert [ax.get_title() for ax in fig.axes[:5]] == ["original", "unlearned", "unlearned\n+ 100 steps", "meta-unlearned", "meta-unlearned\n+ 100 steps"] and len(fig.axes) == 20
 
 
@@ -156,16 +156,16 @@ def test_two_phases_are_one_training():
 
 def test_figures_are_drawn_of_whatever_there_is(gathered):
     rows = read_results(gathered / "raw").rows
-    fig = paper.by_method(rows, ["HRM-m", "CLEAN"], "related")
+    fig = figures.by_method(rows, ["HRM-m", "CLEAN"], "related")
     assert [ax.get_title() for ax in fig.axes[:2]] == ["ESD-u-3", "UCE"] and fig.axes[0].get_lines()[1].get_ydata().tolist() == [1.0, 0.5, 0.5]
-    fig, table = paper.angles(read_results(gathered / "raw").records)
+    fig, table = figures.angles(read_results(gathered / "raw").records)
     assert len(fig.axes) == 4 and len(table) == 4
 
 
 def test_related_concepts_under_the_attack_and_under_clean_stand_side_by_side(gathered):
     told = {(c["method"], c["attack"]): c for c in read_results(gathered / "raw").courses if not c["panel"]}
     attack, clean = (read_sheet(told["uce", name], gathered) for name in ("HRM-m", "CLEAN"))
-    fig = paper.destruction_panel(attack, clean)
+    fig = figures.destruction_panel(attack, clean)
     lines = len({(i["prompt"], i["seed"]) for i in attack.items if i["group"] == "related"})
     assert len(fig.axes) == 7 * lines and [ax.get_title().split("\n") for ax in fig.axes[:7]] == [
         ["original"], *([model, *after] for model in ("unlearned", "meta-unlearned") for after in ([], ["+ 100 steps", "HRM"], ["+ 100 steps", "CLEAN"]))]
@@ -174,7 +174,7 @@ def test_related_concepts_under_the_attack_and_under_clean_stand_side_by_side(ga
     shown = [np.asarray(ax.get_images()[0].get_array()) for ax in fig.axes[:7]]
     assert (shown[5] == attack.pictures[2, attack.steps.index(100), first]).all() and (shown[6] == clean.pictures[2, clean.steps.index(100), same]).all()
     with pytest.raises(ValueError, match="no related picture of the same models and step in common"):
-        paper.destruction_panel(attack, replace(clean, steps=[0, 51, 101]))
+        figures.destruction_panel(attack, replace(clean, steps=[0, 51, 101]))
 
 
 def test_marks_of_one_method(gathered):
