@@ -88,6 +88,22 @@ def test_what_the_readme_says_of_self_destruction_is_in_the_rows():
     assert [f"{x:.0f}" for x in [*lost, harm]] == list(said)
 
 
+def test_what_the_readme_says_of_controls_rates_and_a_single_prompt_is_in_the_table():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    table = pd.read_csv(ROOT / "reports" / "pocket" / "tables" / "attacks.csv").query("group == 'forget'")
+    score = table.set_index(["method", "attack", "lr", "model", "step"]).score
+    at = lambda model, lr, step: f"{score['esd-f-1', 'HRM-m', lr, model, step]:.0%}"
+    ascents = ("ascent only, weak", "ascent only", "ascent only, strong")
+    usual = re.search(r"is recognised in (\d+%), where it is (\d+%) after the usual 72 steps.*?more: (\d+%), (\d+%) and (\d+%); meta-unlearning (\d+%)\.", text).groups()
+    assert list(usual) == [at(model, 6e-5, 200) for model in ("unlearned, longer", "unlearned", *ascents, "meta-unlearned")]
+    fast = re.search(r"brings (\d+%) back in 200 steps, against (\d+%) from plain unlearning and (\d+%), (\d+%) and (\d+%) from ascent alone; one who trains three times as slowly, (\d+%) in 800", text).groups()
+    assert list(fast) == [*(at(model, 1.8e-4, 200) for model in ("meta-unlearned", "unlearned", *ascents)), at("meta-unlearned", 2e-5, 800)]
+    single = score.xs("HRM-s", level="attack").xs(6e-5, level="lr").unstack("model")
+    fewer = (single["meta-unlearned"] < single["unlearned"]).unstack("step")
+    said = re.search(r"after 50 steps less for (\d) of (\d) methods\), but after 300 steps as much or more is back for (\d) of (\d)", text).groups()
+    assert [int(n) for n in said] == [fewer[50].sum(), len(fewer), (~fewer[300]).sum(), len(fewer)]
+
+
 @pytest.mark.parametrize("name", ["attacks-pocket", "attacks-pocket-sdxl"])
 def test_the_readme_names_the_strongest_attack_as_its_table_does(name):
     text = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
