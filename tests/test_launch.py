@@ -179,7 +179,7 @@ def train(folder):
     from mu.launch import train_run
     train_run(folder)
     from accelerate import PartialState
-    print("process", PartialState().process_index, "of", PartialState().num_processes, flush=True)
+    print(f"process {PartialState().process_index} of {PartialState().num_processes}\\n", end="", flush=True)  # in one piece: two print at once
 
 notebook_launcher(train, (sys.argv[1],), num_processes=2, use_port=sys.argv[2])
 """
