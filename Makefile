@@ -15,13 +15,8 @@ DRY ?=
 BIN := .venv/bin
 # what is said from outside is text: neither make nor the shell reads it for more than that
 override MODEL := $(value MODEL)
-ifneq ($(origin SEEDS),undefined)
-override SEEDS := $(value SEEDS)
-endif
+override SEEDS := $(or $(value SEEDS),$(if $(filter pocket,$(MODEL)),0 1 2,0))
 override MACHINE := $(value MACHINE)
-ifndef SEEDS
-SEEDS := $(if $(filter pocket,$(MODEL)),0 1 2,0)
-endif
 export MODEL SEEDS MACHINE
 # the pocket models are here; others are fetched
 ifneq ($(filter pocket%,$(MODEL)),)

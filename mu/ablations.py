@@ -63,9 +63,10 @@ def answer(table, first):
         others = [r for r in table.to_dict("records") if r["choice"] != first]
         clear = [r for r in others if r[f"{name}: difference, low"] > 0 or r[f"{name}: difference, high"] < 0]
         rest = [r for r in others if r not in clear]
-        alike = rest and all(r[f"{name}: difference"] == 0 for r in rest)
-        said.append(f"{words}: {100 * base[name]:.0f} % with “{first}”; clearly different, in points: {', '.join(points(r, name) for r in clear) or 'none'}"
-                    + (f"; not clearly: {'all others, 0 (within ±' + format(100 * max(r[f'{name}: difference, high'] for r in rest), '.0f') + ')' if alike else ', '.join(points(r, name) for r in rest)}" if rest else ""))
+        not_clearly = ", ".join(points(r, name) for r in rest)
+        if rest and all(r[f"{name}: difference"] == 0 for r in rest):
+            not_clearly = f"all others, 0 (within ±{100 * max(r[f'{name}: difference, high'] for r in rest):.0f})"
+        said.append(f"{words}: {100 * base[name]:.0f} % with “{first}”; clearly different, in points: {', '.join(points(r, name) for r in clear) or 'none'}" + (f"; not clearly: {not_clearly}" if rest else ""))
     harmed = [f"{r['choice']} (related {100 * r['related before']:.0f} %, unrelated {100 * r['unrelated before']:.0f} %)" for r in table.to_dict("records")
               if any(r[f"{group} before"] < base[f"{group} before"] - 0.03 for group in ("related", "unrelated"))]
     said += [f"not of the base's quality even before the attack: {', '.join(harmed)}"] if harmed else []

@@ -46,9 +46,9 @@ def picture(card, folder, what):
     """A card with its figure as a link, and with an alt text."""
     if "figure" not in card:
         return card
-    alt = card.get("alt") or " ".join(filter(None, (card.get("question"), card.get("answer")))) or card.get("caption")
+    alt = card.get("alt") or card.get("question") or card.get("caption") or card.get("answer")  # the answer stands beside it
     if not alt:
-        raise ValueError(f"{what}: {card['figure']} has no words: give it an alt, a caption or an answer")
+        raise ValueError(f"{what}: {card['figure']} has no words: give it an alt, a question, a caption or an answer")
     return card | {"figure": inside(card["figure"], folder, what), "alt": alt}
 
 

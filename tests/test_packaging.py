@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from mu.book import overview
+from mu.marks import protection
 from mu.results import read_results
 from mu.runs import read_json
 
@@ -94,10 +95,22 @@ def test_what_the_readme_says_of_controls_rates_and_a_single_prompt_is_in_the_ta
     score = table.set_index(["method", "attack", "lr", "model", "step"]).score
     at = lambda model, lr, step: f"{score['esd-f-1', 'HRM-m', lr, model, step]:.0%}"
     ascents = ("ascent only, weak", "ascent only", "ascent only, strong")
-    usual = re.search(r"is recognised in (\d+%), where it is (\d+%) after the usual 72 steps.*?more: (\d+%), (\d+%) and (\d+%); meta-unlearning (\d+%)\.", text).groups()
-    assert list(usual) == [at(model, 6e-5, 200) for model in ("unlearned, longer", "unlearned", *ascents, "meta-unlearned")]
+    usual = re.search(r"is recognised in (\d+%), where it is (\d+%) after the usual 72 steps; after 300 steps it is (\d+%) against (\d+%)\. .*?leaves (\d+%), (\d+%) and (\d+%) after 200 steps, "
+                      r"meta-unlearning (\d+%)\.", text).groups()
+    assert list(usual) == [*(at(model, 6e-5, n) for n in (200, 300) for model in ("unlearned, longer", "unlearned")), *(at(model, 6e-5, 200) for model in (*ascents, "meta-unlearned"))]
     fast = re.search(r"brings (\d+%) back in 200 steps, against (\d+%) from plain unlearning and (\d+%), (\d+%) and (\d+%) from ascent alone; one who trains three times as slowly, (\d+%) in 800", text).groups()
     assert list(fast) == [*(at(model, 1.8e-4, 200) for model in ("meta-unlearned", "unlearned", *ascents)), at("meta-unlearned", 2e-5, 800)]
+    rows = read_results(ROOT / "reports" / "pocket" / "raw").rows
+    attacked = rows[rows.panel.eq("") & rows.method.eq("esd-f-1") & rows.attack.eq("HRM-m")]
+    usual_lr = attacked[np.isclose(attacked.lr, 6e-5) & attacked.group.eq("related")].groupby(["model", "step"]).hit.mean().unstack("step")
+    lost = 100 * usual_lr.rsub(usual_lr[0], axis=0).max(axis=1)
+    assert lost[["unlearned, longer", *ascents]].max() <= int(re.search(r"None of these controls loses more than (\d+) points", text)[1])
+    said = re.search(r"draws (\d+) points fewer .*? would be (\d+) points instead of (\d+), and (\d+) at the highest learning rate instead of (\d+)\.", text).groups()
+    found = [100 * (usual_lr[0]["meta-unlearned"] - usual_lr[0]["ascent only, strong"])]
+    for lr in (6e-5, 1.8e-4):
+        missing = 100 * protection(attacked[np.isclose(attacked.lr, lr)])[0].groupby("model").mean()
+        found += [missing["meta-unlearned"] - missing["ascent only, strong"], missing["meta-unlearned"] - missing[["ascent only, weak", "ascent only"]].max()]
+    assert [f"{x:.0f}" for x in found] == list(said)
     single = score.xs("HRM-s", level="attack").xs(6e-5, level="lr").unstack("model")
     fewer = (single["meta-unlearned"] < single["unlearned"]).unstack("step")
     said = re.search(r"after 50 steps less for (\d) of (\d) methods\), but after 300 steps as much or more is back for (\d) of (\d)", text).groups()
