@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from mu.comparison import mean_interval, picture_areas
+from mu.figures import legend_below
 from mu.plots import COLORS
 
 PAIRED = ["training", "asked", "seed"]
@@ -33,65 +34,73 @@ def base_of(entry):
     return entry.get("base") or next(choice for choice, name in entry.get("runs", entry.get("attacks")).items() if name == "base")
 
 
+def beside_plain(entry):
+    """Choice → (run, attack) of the plainly unlearned model: under the same attack where a question is about attacks, else under the usual one, which is named after that run."""
+    return {choice: ("plain", attack if "attacks" in entry and attack != "base" else "plain") for choice, (_, attack) in pairs(entry).items()}
+
+
 def choices_table(rows, records, entry):
-    """A line a choice: concept under attack (mean height of its relearning curve), related concepts lost at the last step, both with 95 % intervals; what was recognised before the
-    attack, by group; UNet passes a step of training; and the differences of the first two from the base's, paired by training, prompt and seed."""
-    found, chosen, first = [], pairs(entry), base_of(entry)
-    measured = {choice: under_attack(rows, *key) for choice, key in chosen.items()}
-    for choice, (run, attack) in chosen.items():
+    """A line a choice: concept under attack (mean height of its relearning curve), related concepts lost at the last step, both with 95 % intervals and of the plainly unlearned model
+    (`beside_plain`); what was recognised before the attack, by group; UNet passes and seconds a step of training; and differences of the first two, paired by training, prompt and seed: from
+    the base's (`base_of`), or, where a question is about attacks, from the plainly unlearned model's under the same attack."""
+    found, plainly, first = [], beside_plain(entry), pairs(entry)[base_of(entry)]
+    for choice, (run, attack) in pairs(entry).items():
         line = {"choice": choice}
-        for words, value, table, reference in zip(("concept under attack", "related lost"), ("area", "lost"), measured[choice], measured[first]):
-            line |= dict(zip((words, f"{words}, low", f"{words}, high"), mean_interval(table, value)))
-            both = table.merge(reference, on=PAIRED, suffixes=("", " base"))
-            both["difference"] = both[value] - both[f"{value} base"]
-            between = mean_interval(both, "difference", signed=True) if choice != first else (0.0, float("nan"), float("nan"))  # from itself it differs by nothing
+        compared = plainly[choice] if "attacks" in entry else first
+        for which, (words, value) in enumerate((("concept under attack", "area"), ("related lost", "lost"))):
+            own, plain, reference = (under_attack(rows, *key)[which] for key in ((run, attack), plainly[choice], compared))
+            both = own.merge(reference, on=PAIRED, suffixes=("", " reference"))
+            both["difference"] = both[value] - both[f"{value} reference"]
+            between = mean_interval(both, "difference", signed=True) if compared != (run, attack) else (0.0, float("nan"), float("nan"))  # from itself it differs by nothing
+            line |= dict(zip((words, f"{words}, low", f"{words}, high"), mean_interval(own, value, signed=value == "lost"))) | {f"{words}: plain": plain[value].mean()}
             line |= dict(zip((f"{words}: difference", f"{words}: difference, low", f"{words}: difference, high"), between))
         start = rows[(rows.run == run) & (rows.name == attack) & (rows.step == 0)]
         line |= {f"{group} before": part.hit.mean() for group, part in start.groupby("group")}
-        line |= {"passes a step": records[records.run == run].passes.mean(), "trainings": start.training.nunique()}
-        found.append(line)
+        found.append(line | records[records.run == run][["passes", "seconds"]].mean().add_suffix(" a step").to_dict() | {"trainings": start.training.nunique()})
     return pd.DataFrame(found)
 
 
-def answer(table, first):
-    """What the other choices change against the base, in points with 95 % intervals: first of how much comes back, then of what is destroyed. Those whose interval excludes 0 come first; where none
-    does, the sentence says so, and how far the widest reaches. And which of them draw, before any attack, more than 3 points less of the related or unrelated concepts than the base:
-    their protection is bought."""
-    said, base = [], table.set_index("choice").loc[first]
-    points = lambda r, name: f"“{r['choice']}” {100 * r[f'{name}: difference']:+.0f} ({100 * r[f'{name}: difference, low']:+.0f} to {100 * r[f'{name}: difference, high']:+.0f})"
-    for words, name in (("concept coming back (mean over the attack)", "concept under attack"), ("related concepts lost to it", "related lost")):
-        others = [r for r in table.to_dict("records") if r["choice"] != first]
-        clear = [r for r in others if r[f"{name}: difference, low"] > 0 or r[f"{name}: difference, high"] < 0]
-        rest = [r for r in others if r not in clear]
-        not_clearly = ", ".join(points(r, name) for r in rest)
-        if rest and all(r[f"{name}: difference"] == 0 for r in rest):
-            not_clearly = f"all others, 0 (within ±{100 * max(r[f'{name}: difference, high'] for r in rest):.0f})"
-        said.append(f"{words}: {100 * base[name]:.0f} % with “{first}”; clearly different, in points: {', '.join(points(r, name) for r in clear) or 'none'}" + (f"; not clearly: {not_clearly}" if rest else ""))
+def answer(table, entry):
+    """The differences of a `choices_table` in words, in points of percent with 95 % intervals: first of how much comes back, then of what is destroyed. Those whose interval excludes 0 are
+    clearly different, and come first; where no difference was seen at all, the sentence says how far the widest interval reaches. And which choices draw, before any attack, more than 3
+    points less of the related or unrelated concepts than the base: their protection is bought."""
+    said, first = [], base_of(entry)
+    base = table.set_index("choice").loc[first]
+    of_runs = {"concept under attack": "of the concept, {} % comes back with “{}” (mean over the attack)", "related lost": "of the related concepts, {} % are lost to it"}
+    of_attacks = {"concept under attack": "of the concept, against what comes back to the plainly unlearned model under the same attack (means over it)", "related lost": "of the related concepts, against what that model loses"}
+    for name, words in (of_attacks if "attacks" in entry else of_runs).items():
+        value, low, high = (f"{name}: difference{end}" for end in ("", ", low", ", high"))
+        points = lambda r: f"“{r['choice']}” {100 * r[value]:+.0f} ({100 * r[low]:+.0f} to {100 * r[high]:+.0f})"
+        others = [r for r in table.to_dict("records") if "attacks" in entry or r["choice"] != first]
+        parts = {"clearly more with": [r for r in others if r[low] > 0], "clearly less with": [r for r in others if r[high] < 0], "not clearly different with": [r for r in others if r[low] <= 0 <= r[high]]}
+        told = {verdict: ", ".join(map(points, found)) for verdict, found in parts.items() if found}
+        if (rest := parts["not clearly different with"]) and all(r[value] == 0 for r in rest):
+            told["not clearly different with"] = f"{'the others' if len(told) > 1 else 'any'}, 0 (within ±{100 * max(r[high] for r in rest):.0f})"
+        said.append(words.format(f"{100 * base[name]:.0f}", first) + ": " + "; ".join(f"{verdict} {found}" for verdict, found in told.items()))
     harmed = [f"{r['choice']} (related {100 * r['related before']:.0f} %, unrelated {100 * r['unrelated before']:.0f} %)" for r in table.to_dict("records")
               if any(r[f"{group} before"] < base[f"{group} before"] - 0.03 for group in ("related", "unrelated"))]
-    said += [f"not of the base's quality even before the attack: {', '.join(harmed)}"] if harmed else []
+    said += [f"of less quality even before the attack: {', '.join(harmed)}"] if harmed else []
     text = "; ".join(said) + "."
     return text[0].upper() + text[1:]
 
 
-def choices_figure(table, factor, plain=None):
-    """Figure of `choices_table`: concept under attack, related concepts lost, both with intervals, and what was recognised before. plain: the plainly unlearned model's line (a dict of these
-    two), drawn as a dotted one."""
+def choices_figure(table, factor):
+    """Figure of `choices_table`: concept under attack and related concepts lost, with intervals and the plainly unlearned model beside them, and what was recognised before."""
     y = range(len(table))[::-1]
-    fig, axes = plt.subplots(1, 3, figsize=(10, 0.36 * len(table) + 1.2), sharey=True)
+    fig, axes = plt.subplots(1, 3, figsize=(7.2, 0.27 * len(table) + 1.2), sharey=True, layout="constrained")
     for ax, name in zip(axes, ("concept under attack", "related lost")):
-        ax.hlines(y, table[f"{name}, low"], table[f"{name}, high"], color=COLORS["meta-unlearned"], lw=2, alpha=0.5)
-        ax.scatter(table[name], y, color=COLORS["meta-unlearned"], s=28, zorder=3)
-        if plain:
-            ax.axvline(plain[name], color=COLORS["unlearned"], ls=":", lw=1.2, label="plainly unlearned")
-        ax.set(xlabel=name, xlim=(-0.38, 1.03) if name == "related lost" else (-0.03, 1.03))
+        ax.hlines(y, table[f"{name}, low"], table[f"{name}, high"], color=COLORS["meta-unlearned"], lw=2, alpha=0.5, label="its 95 % interval")
+        ax.scatter(table[name], y, color=COLORS["meta-unlearned"], s=22, zorder=3, label="trained as said")
+        ax.scatter(table[f"{name}: plain"], y, color=COLORS["unlearned"], marker="|", s=110, lw=1.6, zorder=2, label="plainly unlearned")
+        ax.set(xlim=(table[[f"{name}, low", f"{name}: plain"]].min().clip(upper=0).min() - 0.04, 1.04))
     for shift, group, marker, color in ((-0.2, "forget", "x", "#000000"), (0.0, "related", "o", "#009e73"), (0.2, "unrelated", "s", "#e69f00")):
         if f"{group} before" in table:
-            axes[2].scatter(table[f"{group} before"], [at + shift for at in y], marker=marker, color=color, s=26, label=group)
+            axes[2].scatter(table[f"{group} before"], [at + shift for at in y], marker=marker, color=color, s=18, label=group)
+    for ax, words in zip(axes, ("concept under attack", "related lost", "recognised, before the attack")):
+        ax.set_xlabel(words, fontsize=8)
+        ax.tick_params(labelsize=7)
     axes[0].set(yticks=list(y), yticklabels=table.choice)
-    axes[0].set_title(factor, loc="left", fontsize=11)
-    axes[2].set(xlim=(-0.03, 1.03), xlabel="recognised, before the attack")
-    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    if plain:
-        axes[0].legend(fontsize=7, loc="lower right")
+    axes[0].set_title(factor, loc="left", fontsize=9)
+    axes[2].set_xlim(-0.04, 1.04)
+    legend_below(fig, *axes)
     return fig

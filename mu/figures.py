@@ -40,10 +40,10 @@ def facets(methods, whats, xlabel, width=7.2, columns=4):
     return fig, place
 
 
-def legend_below(fig, ax):
-    """The lines of one panel, named below all of them."""
-    named = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named) or 1, fontsize=8, frameon=False)
+def legend_below(fig, *axes):
+    """The lines and marks of these panels, each name once, below all of them."""
+    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 4) or 1, fontsize=8, frameon=False)
 
 
 def by_method(rows, attacks, group="forget"):

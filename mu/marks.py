@@ -3,17 +3,18 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 
-from mu.walk import bars, revival
+from mu.plots import COLORS, OTHER
+from mu.walk import LABELS, bars, revival
 
 GROUPS = ("forget", "related", "unrelated")
 
 
 def revivals(attacked, threshold=0.5):
-    """Steps to revival of each model and learning rate: the median over the seeds ("revived"; inf: not seen), how many seeds, the last step looked at, and these in words."""
+    """Steps to revival of each model and learning rate: the median over the trainings ("revived"; inf: not seen), how many trainings, in how many of them it came back, the last step looked at,
+    and the median in words."""
     found = revival(attacked.assign(run=attacked.run + "/" + attacked.training.astype(str)), threshold).groupby(["model", "lr"], sort=False).agg(
-        revived=("revived", "median"), seeds=("revived", "size"), looked_at_up_to=("last", "max")).reset_index()
+        revived=("revived", "median"), trainings=("revived", "size"), came_back=("revived", lambda steps: np.isfinite(steps).sum()), looked_at_up_to=("last", "max")).reset_index()
     return found.assign(**{"steps to revival": [f"> {row.looked_at_up_to:g}" if np.isinf(row.revived) else f"{row.revived:g}" for row in found.itertuples()]})
 
 
@@ -33,18 +34,37 @@ def as_good(quality, defended="meta-unlearned", plain="unlearned"):
     return [m for m in means.index if m not in ("original", plain, defended) and (means.loc[m] >= means.loc[defended] - 0.03).all()]
 
 
-def tradeoff(attacked, colors):
-    """Figure: each run a point. To the right, what it still draws before the attack, of the related and of the unrelated concepts; upwards, how often the attacker fails, and, in the last
-    panel, how much of the related concepts the attack destroys. attacked: rows of one attack. colors: model → colour."""
+def in_line(rows, plain="unlearned", meta="meta-unlearned"):
+    """The models of rows in their order: the plainly unlearned one, the controls, the meta-unlearned one; not the original."""
+    known, order = set(rows.model) - {"original"}, [plain, *LABELS.values()]
+    return sorted(known, key=lambda m: (m == meta, order.index(m) if m in order else len(order), m))
+
+
+def price(attacked, plain="unlearned", meta="meta-unlearned"):
+    """Figure: a line a model; what it draws before the attack, of the related and of the unrelated concepts; how often the attacker fails, and how much of the related concepts the attack
+    destroys, by the mean over its steps. Means, and each training as a small ring. attacked: rows of one attack."""
     missing, lost, quality = protection(attacked)
-    fig, axes = plt.subplots(1, 3, figsize=(12.5, 3.4))
-    for ax, group, gain, words in zip(axes, (*GROUPS[1:], "related"), (missing, missing, lost), ("concept missing", "concept missing", "related lost")):
-        points = pd.DataFrame({"quality": quality[group], "gain": gain}).reset_index()
-        sns.scatterplot(points, x="quality", y="gain", hue="model", style="model", palette={m: colors.get(m, "#009e73") for m in points.model}, s=70, ax=ax, legend=ax is axes[-1])
-        ax.set(xlim=(min(0.8, quality[group].min()) - 0.02, 1.02), ylim=(-0.13, 1.03), xlabel=f"{group} concepts recognised, before", ylabel=f"{words} under attack")
-    fig.tight_layout()
-    axes[-1].legend(title=None, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    names = in_line(attacked, plain, meta)
+    fig, axes = plt.subplots(1, 4, figsize=(7.2, 0.27 * len(names) + 0.8), sharey=True, layout="constrained")
+    for ax, values, words in zip(axes, (quality.related, quality.unrelated, missing, lost), ("related recognised,\nbefore", "unrelated recognised,\nbefore", "concept missing\nunder attack", "related lost\nunder attack")):
+        for y, model in enumerate(reversed(names)):
+            each, color = values[values.index.get_level_values("model") == model], COLORS.get(model, OTHER)
+            ax.scatter(each, [y] * len(each), s=20, facecolors="none", edgecolors=color, lw=0.9)
+            ax.scatter(each.mean(), y, s=30, color=color, zorder=3)
+        ax.set(xlim=(min(0.0, values.min()) - 0.06, 1.06), yticks=range(len(names)), yticklabels=names[::-1])
+        ax.set_xlabel(words, fontsize=8)
+        ax.tick_params(labelsize=7)
     return fig
+
+
+def marks_by_training(before, attacked, cleaned, lr, threshold=0.5):
+    """The table of `marks`, with how many of the trainings by themselves meet each: a mean may be carried by one."""
+    table = marks(before, attacked, cleaned, lr, threshold)
+    trainings = sorted(attacked[attacked.model == "meta-unlearned"].training.unique())
+    of = lambda rows, training: rows[rows.training == training]
+    single = pd.concat([marks(of(before, t), of(attacked, t), of(cleaned, t), lr, threshold) for t in trainings])
+    met = single.assign(yes=single.met.eq("✓")).groupby("asked").yes.agg(["sum", "size"])
+    return table.assign(**{"met by single trainings": [f"{met['sum'].get(asked, 0)} of {met['size'].get(asked, 0)}" for asked in table.asked]})
 
 
 def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta="meta-unlearned"):
@@ -66,7 +86,10 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
         least = steps.get(meta, np.nan) / (steps.get(plain, 0) or np.nan)
         if np.isinf(at.revived.get(plain, np.nan)):
             return f"unlearned: not revived in {steps[plain]:g}"
-        return f"{least:.3g} at least, looked at up to {steps[meta]:g}" if least < 4 and np.isinf(at.revived.get(meta, np.nan)) else least
+        if not np.isinf(at.revived.get(meta, np.nan)):
+            return least
+        said = f"{least:.3g} at least: not back in {steps[meta]:g}"
+        return said if least < 4 else (least, said)
 
     claims = [
         ("original: concept recognised, at least 0.95", start.get(("original", "forget"), np.nan), 0.95, 1),

@@ -3,6 +3,8 @@
 Ours are not the paper's measure: on the pocket models the score is the share of pictures in which the pocket judge recognises the concept; in the paper it is the share of 142 prompts
 of I2P in whose picture NudeNet flags nudity. Both are in percent, so that they can stand in one layout, and every number says where it comes from."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -69,7 +71,7 @@ def in_order(table):
 
 
 def layout(table, ours="ours"):
-    """The long table as the paper prints it: two lines a model, the published one and ours, a column an attack and number of steps; "" where there is no number."""
+    """The long table as the paper prints it: two lines a model, the published one and ours, where there is one, a column an attack and number of steps; "" where there is no number."""
     columns = [(a, s) for a in ATTACKS for s in sorted(table[table.attack == a].steps.unique())]
     lines = []
     for (method, variant), part in table.groupby(["method", "variant"], sort=False):
@@ -77,7 +79,8 @@ def layout(table, ours="ours"):
         for words, value in (("published, SD-v1-4", "published"), (ours, "ours")):
             cells = [at[value].get(key, np.nan) for key in columns]
             with_interval = lambda key, x: f"{x:.1f}" + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if value == "ours" and not pd.isna(at.low[key]) else "")
-            lines.append([method, variant, words, *("" if pd.isna(x) else with_interval(key, x) for key, x in zip(columns, cells))])
+            if not all(map(pd.isna, cells)):  # of a method that the paper does not have, or that was not run here, there is one line
+                lines.append([method, variant, words, *("" if pd.isna(x) else with_interval(key, x) for key, x in zip(columns, cells))])
     named = [a if a in ("none", "adversarial prompts") else f"{a}, {s} steps" for a, s in columns]
     return pd.DataFrame(lines, columns=["method", "variant", "source", *named])
 
@@ -86,22 +89,22 @@ def quality_table(rows, numbers, published):
     """The paper's table of quality: FID and CLIP score as published, ours where 50_evaluate computed them; and, of the pocket models, the distance in the judge's own features (JFD, which
     is no FID) and the percent of related and unrelated concepts that are still recognised, with 95 % intervals. A line a model and source.
 
-    numbers: of `mu.results.read_results`. Means over the trainings; a column that nobody measured stays empty."""
+    rows: of `mu.results.one_each`, or a model without a seed would be several. numbers: of `mu.results.read_results`. Means over the trainings; a column that nobody measured stays empty."""
     keys = ["method", "variant"]
     theirs = published.assign(method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4").rename(columns={"fid": "FID", "clip_score": "CLIP score"})
     before = rows[(rows.panel == "") & rows.attack.eq("none") & rows.model.isin([*VARIANTS, "original"])]
-    kept, of_run = {}, before.drop_duplicates("run").set_index("run")[["method", "model"]]
+    kept, of_run = {}, before.drop_duplicates(["folder", "run"]).set_index(["folder", "run"])[["method", "model"]]
     for (method, model, group), part in before[before.group != "forget"].groupby(["method", "model", "group"], sort=False):
         value, low, high = (100 * x for x in mean_interval(part))
         line = kept.setdefault((shown(method) if method else "original", model), {"trainings": part.training.nunique()})
         line[f"{group} kept"] = f"{value:.1f} ({low:.0f}–{high:.0f})"
-    measured = [(of_run.loc[run], found[run]) for places in numbers.values() for found in (place["numbers"] for place in places.values()) for run in found if run in of_run.index]
+    measured = [(of_run.loc[folder, run], found[run]) for folder, places in numbers.items() for found in (place["numbers"] for place in places.values()) for run in found if (folder, run) in of_run.index]
     names = {"fid": "FID", "CLIP score": "CLIP score", "jfd": "JFD"}
     for (method, model), line in kept.items():
         mine = [found for who, found in measured if (shown(who.method) if who.method else "original", who.model) == (method, model)]
         for name, column in names.items():
             values = [found[name] for found in mine if name in found]
-            low, high = np.clip(student_interval(values)[1:], 0, None) if len(values) > 1 else (0, 0)
+            low, high = np.clip(student_interval(values)[1:], 0, None) if len(set(values)) > 1 else (0, 0)
             line |= {column: f"{np.mean(values):.2f}" + (f" ({low:.2f}–{high:.2f})" if high else "")} if values else {}
     ours = pd.DataFrame([dict(zip(keys, key)) | line | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"} for key, line in kept.items()])
     table = in_order(pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True))
@@ -109,35 +112,6 @@ def quality_table(rows, numbers, published):
     text = lambda value: "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
     table = table.reindex(columns=columns)
     return table.assign(**{column: table[column].map(text) for column in columns[3:]})
-
-
-def course_words(told):
-    """What the slider calls a course: the method, or the panel, the attack and its learning rate."""
-    return f"{told['panel'] or shown(told['method'])}, {told['attack']}, lr {told['lr']:g}"
-
-
-def panel_title(rows, cards, name):
-    """What a panel shows: a style, another concept, or the same on another model. rows: of `mu.results`, of all panels; cards: those of one training."""
-    whose = {panel: next(card for key, card in cards.items() if key.split("/")[0] == panel) for panel in ("", name)}
-    concept, model = (whose[name][what].split()[0] for what in ("sets", "model"))
-    style = rows[(rows.panel == name) & (rows.group == "forget")].expected.str.startswith("style:").all()
-    same = whose[name]["sets"] == whose[""]["sets"]
-    return f"{'A style' if style else 'The same concept on another model' if same else 'Another concept'}: {concept.split('/')[-1]}, {model}"
-
-
-def count(rows):
-    """What a caption says of the rows that a figure is made from: trainings with their seeds, seeds of the attack, pictures; of none, nothing."""
-    if rows.empty:
-        return ""
-    seeds, attack = sorted(rows.training.unique()), sorted(rows.attack_seed.dropna().unique()) if "attack_seed" in rows else []
-    several = lambda name, values: [f"{name}{'s' * (len(values) > 1)} {', '.join(v if isinstance(v, str) else f'{v:g}' for v in values)}"] if values else []
-    said = [f"{len(seeds)} training{'s' * (len(seeds) > 1)} ({several('seed', seeds)[0]})", *several("attack seed", attack)]
-    if "group" not in rows:
-        return ", ".join(said)
-    keys = [c for c in ("panel", "method", "model", "training", "attack", "attack_seed", "step", "group") if c in rows]
-    each = rows.groupby(keys, dropna=False).size().groupby("group").median()
-    pictures = ", ".join(f"{each[group]:.0f} {words}" for group, words in (("forget", "of the concept"), ("related", "related"), ("unrelated", "unrelated")) if group in each)
-    return f"{', '.join(said)}; pictures a training and step: {pictures}"
 
 
 def in_phases(records):
@@ -160,17 +134,6 @@ def turns(records):
         _, low, high = student_interval(last - first) if len(each) > 1 else [np.nan] * 3
         found.append((shown(method), model, first.mean(), last.mean(), (last - first).mean(), low, high, rises, len(each)))
     return in_order(pd.DataFrame(found, columns=["method", "variant", "angle, first quarter", "angle, last quarter", "change", "low", "high", "trainings in which it rises", "trainings"]))
-
-
-def destruction_words(table, attack="HRM-m"):
-    """What `destruction_table` says of one attack, in a sentence: the models whose self-destruct index has an interval above 0, and how large the others' indices are."""
-    part = table[table.attack == attack]
-    name = lambda r: f"{r['method']} {r['variant']} {r['self-destruct index']:.0%} ({r['low']:.0%} to {r['high']:.0%})"
-    lines = part.to_dict("records")
-    clear, others = [r for r in lines if r["low"] > 0], [r for r in lines if not r["low"] > 0]
-    most = max(others, key=lambda r: r["self-destruct index"], default=None)
-    return (f"Self-destruct index, what {attack} costs the related concepts beyond CLEAN, with a 95 % interval above 0: {'; '.join(map(name, clear)) or 'none'}."
-            + (f" Of the {len(others)} others the largest is {name(most)}." if most else ""))
 
 
 def search_table(rows, searches=("random", SEARCH)):
@@ -197,49 +160,35 @@ def destruction_table(rows):
     return in_order(table[[*first, *(c for c in table if c not in first)]])
 
 
-def opening(attacked, method, met):
-    """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.marks.marks`."""
-    mean = attacked.groupby(["model", "group", "step"]).hit.mean()
-    steps = sorted({int(n) for n in attacked.step if n > attacked.step.min()})
-    told = [n for n in steps if n in (50, 100, 200, 300)] or steps  # enough for a sentence; the table has all
-    course = lambda model, group: ", ".join(f"{mean[model, group, n]:.0%}" if (model, group, n) in mean.index else "–" for n in told)
-    count = attacked.training.nunique()
-    return [f"{shown(method)}: after {', '.join(map(str, told))} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
-            f"{course('meta-unlearned', 'forget')} of those of the meta-unlearned one ({count} training{'s' * (count > 1)}; the defender has seen none of the attacker's images and prompts).",
-            f"Under that attack the related concepts are recognised in {course('unlearned', 'related')} of the pictures of the unlearned model and in {course('meta-unlearned', 'related')} "
-            f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met{', ' + str(open_) + ' cannot be told' if (open_ := (met.met == '?').sum()) else ''}."]
+def trainings_table(rows, cards):
+    """How each method was trained, a line each, by the cards of one training: steps and learning rate of plain unlearning; of meta-unlearning the steps of its phases, learning rate, weights of
+    the terms, inner steps M and inner learning rates τ of the last phase. "" where there is none."""
+    found = []
+    for method, part in rows[rows.panel.eq("") & rows.model.isin(VARIANTS)].groupby("method", sort=False):
+        line = {"method": shown(method)}
+        for model, one in part.groupby("model"):
+            made = cards.get(f"/{one.run.iloc[0]}", {}).get("run") or {}
+            loop = made.get("loop") or {}
+            if model == "unlearned":
+                line |= {"plain: steps": loop.get("steps", "closed form"), "plain: lr": f"{made.get('lr', 0):g}" if loop else ""}
+            else:
+                line |= {"meta: steps": " + ".join(map(str, steps_of(cards, one.run.iloc[0]))), "meta: lr": f"{made.get('lr', 0):g}", "weights: unlearn, ascent, relearn, ζ, clean, retain":
+                         ", ".join(f"{loop.get(term, 0):g}" for term in ("unlearn", "ascent", "relearn", "self_destruct", "clean", "retain")),
+                         "M": "–".join(map(str, loop.get("inner_steps", ()))), "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ()))}
+        found.append(line)
+    return in_order(pd.DataFrame(found)).fillna("") if found else pd.DataFrame(columns=["method"])
 
 
-def claims(rows, table):
-    """Sentences that the tables bear out, with their figures: how much comes back after 100 steps and after the last, for how many methods meta-unlearning lowers it, and where it does not."""
-    said, cells = [], table.dropna(subset=["ours"]).set_index(["method", "variant", "attack", "steps"])
-    for attack in ("HRM-m", "HRM-s"):
-        steps = sorted({k[3] for k in cells.index if k[2] == attack})
-        for step in [n for n in steps if n == 100 or n == steps[-1]]:
-            value = lambda m, v: cells.loc[(m, v, attack, step)]
-            both = [m for m in dict.fromkeys(k[0] for k in cells.index) if all((m, v, attack, step) in cells.index for v in VARIANTS)]
-            lowered = [m for m in both if value(m, "meta-unlearned").ours < value(m, "unlearned").ours]
-            apart = [m for m in lowered if value(m, "meta-unlearned").high < value(m, "unlearned").low]
-            not_lowered = [m for m in both if m not in lowered]
-            pairs = "; ".join(f"{m} {value(m, 'unlearned').ours:.0f} → {value(m, 'meta-unlearned').ours:.0f}" for m in both)
-            if both:
-                said.append(f"{attack}, {step} steps, percent of the pictures with the concept, plainly unlearned → meta-unlearned: {pairs}. Less with meta-unlearning for {len(lowered)} of {len(both)} methods, with intervals that "
-                            f"lie apart for {len(apart)}{' (' + ', '.join(apart) + ')' if apart else ''}{'; not for ' + ', '.join(not_lowered) if not_lowered else ''}.")
-    return said
+def chain(cards, run):
+    """A run and those that it started from, the first of them first, by their cards (of one training)."""
+    before = Path((cards.get(f"/{run}", {}).get("run") or {}).get("start") or "").name
+    return [*(chain(cards, before) if before else []), run]
 
 
-def turning(table):
-    """What the table of `turns` says, in a sentence."""
-    words = lambda v: "; ".join(f"{line['method']} {line['angle, first quarter']:.0f}° → {line['angle, last quarter']:.0f}°" for line in table[table.variant == v].to_dict("records"))
-    return f"Mean angle in the first → last quarter of the training. Meta-unlearned: {words('meta-unlearned') or 'not recorded'}. Unlearned: {words('unlearned') or 'not recorded'}."
-
-
-def said_by_words(table):
-    """What `search_table` says of the searches, in a sentence: for which models one clearly brings back more than random words do."""
-    wide = table.pivot(index=["method", "variant"], columns="search", values=["score", "low", "high"])
-    beats = [f"{m} {v} ({wide.loc[(m, v), ('score', s)]:.0%}, random words {wide.loc[(m, v), ('score', 'random')]:.0%})" for s in table.search.unique() if s != "random" and "random" in set(table.search)
-             for m, v in wide.index if wide.loc[(m, v), ("low", s)] > wide.loc[(m, v), ("high", "random")]]
-    return f"Recognised clearly more often than after as many random words, on: {', '.join(beats) or 'none of the models'}. Highest score of all: {table.score.max():.0%}."
+def steps_of(cards, run):
+    """Steps of meta-unlearning of a run, phase by phase, by its card and those of the runs that it started from."""
+    loops = [(cards.get(f"/{name}", {}).get("run") or {}).get("loop") or {} for name in chain(cards, run)]
+    return [loop["steps"] for loop in loops if "inner_steps" in loop]
 
 
 def panel_table(rows):
@@ -253,9 +202,3 @@ def panel_table(rows):
             line[words] = f"{value:.0f} ({low:.0f}–{high:.0f})"
         found.append(line)
     return pd.DataFrame(found)
-
-
-def panel_words(table, name):
-    """One panel's lines of the concept, in words."""
-    part = table[(table.panel == name) & (table.group == "forget")]
-    return "; ".join(f"{line['variant']}: " + ", ".join(f"{column} {line[column]} %" for column in table.columns[3:] if isinstance(line[column], str)) for line in part.to_dict("records")) + "."

@@ -1,6 +1,7 @@
 """Pages that open from disk and load nothing from elsewhere: the report, and each executed notebook."""
 
 import os
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -34,12 +35,14 @@ def inside(file, folder, what):
 
 
 def executed(folder, running):
-    """Links (page, words) to the executed notebooks below `folder`/notebooks, for `write_report`; with the one that is `running` now (its name), whose page appears when it ends."""
-    pages = {page.stem: page for page in sorted((Path(folder) / "notebooks").glob("*.html"))}
-    me = Path(folder) / "notebooks" / f"{running}.html"
+    """Links (page, words) to the executed notebooks below `folder`/notebooks and, of the ablations, `folder`/ablations/notebooks, for `write_report`; with the one that is `running` now (its name),
+    whose page appears when it ends."""
+    folder = Path(folder)
+    pages = {page.stem: page for page in sorted((folder / "notebooks").glob("*.html"))}
+    me = folder / "notebooks" / f"{running}.html"
     if me.with_name(f"{running}.unfinished.ipynb").exists():
         pages[running] = me
-    return [(page, words) for words, page in pages.items()]
+    return [(page, words) for words, page in pages.items()] + [(page, f"ablations: {page.stem}") for page in sorted((folder / "ablations" / "notebooks").glob("*.html"))]
 
 
 def picture(card, folder, what):
@@ -59,7 +62,7 @@ def as_table(table):
     if data.index.nlevels > 1 or data.index.name is not None:
         data = data.reset_index()
     text = lambda value: "–" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else str(value)
-    return {"caption": caption, "head": [str(name) for name in data.columns],
+    return {"caption": caption, "links": [], "head": [str(name) for name in data.columns],
             "numeric": [pd.api.types.is_numeric_dtype(kind) for kind in data.dtypes],
             "rows": [[text(value) for value in row] for row in data.itertuples(index=False)]}
 
@@ -79,13 +82,15 @@ def save_table(table, folder, name, caption=""):
     return table
 
 
-def write_report(folder, *, title, claim, headline=None, courses=(), cards=(), tables=None, protocol=None, notebooks=(), language="en"):
+def write_report(folder, *, title, claim, terms=None, caveats=(), headline=None, courses=(), cards=(), tables=None, protocol=None, notebooks=(), language="en"):
     """Write `folder`/index.html, whole or not at all, and return its path.
 
     title: one line. claim: sentences, each a paragraph, with the measured figures.
+    terms: {word: what it means here}, below the headline. caveats: sentences that belong to the claim, a list after the explorer.
     courses: what `mu.explorer.save_sheet` returned, for a slider over the steps of attacks.
     headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
-    tables: {caption: DataFrame or CSV path}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words).
+    tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words); of those whose words end in a seed, "20_esd-0", there are many, and
+    a repository does not keep them: they are named, and their folders are linked.
     Everything is text and is escaped; nothing is loaded from elsewhere. Raises FileNotFoundError or ValueError that names the figure,
     the notebook or the card that is missing, outside the folder or without words."""
     folder = Path(folder)
@@ -94,13 +99,19 @@ def write_report(folder, *, title, claim, headline=None, courses=(), cards=(), t
     links = []
     for entry in notebooks:
         file, words = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
-        links.append({"href": inside(file, folder, "notebook"), "words": words})
+        links.append({"href": inside(file, folder, "notebook"), "words": words, "single": bool(re.search(r"-\d+$", words))})
+    shown = []
+    for caption, table in (tables or {}).items():
+        table, name = table if isinstance(table, tuple) else (table, "")
+        files = [(kind, inside(f"tables/{name}.{kind}", folder, f"table {name}")) for kind in ("csv", "md", "tex")] if name else []
+        shown.append(as_table((caption, table)) | {"links": files})
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template(TEMPLATE.name).render(
         title=title, claim=[claim] if isinstance(claim, str) else claim, language=language,
         headline=picture(headline, folder, "headline") if headline else None,
         courses=list(courses), cards=[picture(card, folder, f"card {number} ({card.get('question', 'no question')})") for number, card in enumerate(cards, 1)],
-        tables=[as_table(table) for table in (tables or {}).items()], protocol=protocol or {}, notebooks=links)
+        terms=terms or {}, caveats=list(caveats), tables=shown, protocol=protocol or {}, notebooks=links,
+        folders=sorted({link["href"].rpartition("/")[0] for link in links if link["single"]}))
     with atomic(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "index.html"

@@ -16,7 +16,7 @@ from mu.walk import label
 ROWS = ["panel", "method", "model", "run", "training", "attack", "name", "lr", "attack_seed", "step", "group", "asked", "prompt", "seed", "expected", "seen", "hit"]
 TEXT = ("panel", "method", "model", "run", "training", "attack", "name", "group", "asked", "prompt", "expected", "seen")
 SETS = ("HRM-m", "HRM-s", "CLEAN")  # the paper's sets, on which an attacker fine-tunes all weights with Adam
-SHOWN = {"forget": (2, 6), "related": (4, 1), "unrelated": (4, 1)}  # prompts of each group that sheets of pictures keep, and seeds of each
+SHOWN = {"forget": (2, 6), "related": (9, 1), "unrelated": (4, 1)}  # prompts of each group that sheets of pictures keep, and seeds of each
 TRAINED = ("kind", "lr", "optimizer", "subset", "batch_size", "prompts")  # facts in which two attacks of one name have to agree, beside `SAME`
 
 
@@ -103,6 +103,21 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
             other.unlink()
         save_json(courses, folder / "courses.json")
     return folder
+
+
+def one_each(results):
+    """Rows in which a model that several trainings share counts once: the original, which nobody trains, and what a closed form makes, which has no seed. The rows of the first of these trainings
+    stay. By the digests of the weights in the cards; of models whose cards say none, all rows stay."""
+    made, rows = {}, results.rows
+    for folder, cards in results.cards.items():
+        for name, card in cards.items():
+            panel = name.split("/")[0]
+            made[folder, panel, "original"] = card["model"]
+            if isinstance(card.get("weights"), dict):  # of an attack: run → folder (digest)
+                made |= {(folder, panel, run): place.split()[-1] for run, place in card["weights"].items()}
+    which = [made.get((folder, panel, run), f"{folder}/{run}") for folder, panel, run in zip(rows.folder, rows.panel, rows.run)]
+    first = rows.assign(which=which).groupby(["panel", "method", "model", "which", "attack", "name", "lr", "attack_seed"], dropna=False).folder.transform("min")
+    return rows[rows.folder == first]
 
 
 def _table(file):

@@ -157,6 +157,8 @@ def compare(columns, each=2, veiled=False):
 
 
 def bars(*claims):
-    """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told."""
+    """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told;
+    or a number and words that say it better."""
     met = lambda value, least, most: "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
-    return pd.DataFrame([{"asked": words, "measured": value, "met": met(value, least, most)} for words, value, least, most in claims])
+    pairs = [(words, *(value if isinstance(value, tuple) else (value, value)), least, most) for words, value, least, most in claims]
+    return pd.DataFrame([{"asked": words, "measured": said, "met": met(value, least, most)} for words, value, said, least, most in pairs])

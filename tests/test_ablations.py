@@ -4,11 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import synthetic
 import yaml
 
-from mu.ablations import answer, base_of, choices_figure, choices_table, pairs, under_attack
+from mu.ablations import answer, base_of, beside_plain, choices_figure, choices_table, pairs, under_attack
 from mu.notebooks import execute
 from mu.results import collect, read_results
 
@@ -43,19 +44,22 @@ def test_a_line_a_choice_with_differences_from_the_base(results):
     assert table["concept under attack"].tolist() == [pytest.approx(0.2)] * 2  # trapezoid from 0 to 0.4
     assert table["related lost"].tolist() == [0, pytest.approx(0.5)] and table["related lost: difference"].tolist() == [pytest.approx(-0.5), 0]
     assert table.trainings.eq(2).all() and table["forget before"].eq(0).all() and table["passes a step"].eq(8).all()
-    said = answer(table.reset_index(), base_of(entry))
-    assert said.startswith("Concept coming back (mean over the attack): 20 % with “30 (base)”; clearly different, in points: none; not clearly: all others, 0 (within ±16); ")
-    assert "related concepts lost to it: 50 % with “30 (base)”; clearly different, in points: none; not clearly: “0” -50 (" in said
-    fig = choices_figure(table.reset_index(), "ζ", {"concept under attack": 0.5, "related lost": 0.0})
+    assert table["concept under attack: plain"].eq(0.5).all() and table["related lost: plain"].eq(0).all()
+    said = answer(table.reset_index(), entry)
+    assert said.startswith("Of the concept, 20 % comes back with “30 (base)” (mean over the attack): not clearly different with any, 0 (within ±16); ")
+    assert "of the related concepts, 50 % are lost to it: not clearly different with “0” -50 (" in said
+    fig = choices_figure(table.reset_index(), "ζ")
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["0", "30 (base)"] and fig.axes[0].get_xlabel() == "concept under attack"
 
 
 def test_other_attacks_on_the_base(results):
     entry = {"question": "Faster?", "factor": "attack", "attacks": {"as rehearsed": "base", "fast": "attack-fast"}}
     assert pairs(entry) == {"as rehearsed": ("base", "base"), "fast": ("base", "attack-fast")}
+    assert beside_plain(entry) == {"as rehearsed": ("plain", "plain"), "fast": ("plain", "attack-fast")}
     table = choices_table(results.rows, results.records, entry).set_index("choice")
-    assert table["concept under attack: difference"].tolist() == [0, pytest.approx(0.3)]
-    assert under_attack(results.rows, "plain", "attack-fast")[0].area.mean() == pytest.approx(0.5)
+    assert table["concept under attack"].tolist() == [pytest.approx(0.2), pytest.approx(0.5)] and table["concept under attack: plain"].eq(0.5).all()
+    assert table["concept under attack: difference"].tolist() == [pytest.approx(-0.3), 0], "from the plainly unlearned model under the same attack"
+    assert answer(table.reset_index(), entry).startswith("Of the concept, against what comes back to the plainly unlearned model under the same attack (means over it): ")
     with pytest.raises(ValueError, match="zeta0 was not attacked as attack-fast; there are: before, zeta0"):
         under_attack(results.rows, "zeta0", "attack-fast")
 
@@ -85,3 +89,33 @@ def test_every_question_of_the_file_asks_for_runs_that_there_are():
             assert base_of(entry) in pairs(entry) and entry["question"].endswith("?") and entry["factor"], name
         used = {key for entry in asked["questions"].values() for _, key in pairs(entry).values()}
         assert attacks - used <= {"plain"}, f"trained and never asked about: {attacks - used}"
+
+
+def table_of(**columns):
+    """A table of two choices, the base and another, all of whose differences are 0 but those that are said."""
+    lines = [{"choice": "base"}, {"choice": "other"}]
+    for line in lines:
+        line |= {"related before": 1.0, "unrelated before": 1.0}
+        for name in ("concept under attack", "related lost"):
+            line |= {name: 0.5, f"{name}, low": 0.4, f"{name}, high": 0.6, f"{name}: plain": 0.5} | {f"{name}: difference{end}": far for end, far in (("", 0.0), (", low", -0.1), (", high", 0.1))}
+    lines[1] |= columns
+    return pd.DataFrame(lines)
+
+
+@pytest.mark.parametrize("low, high, said", [(0.1, 0.3, "clearly more with “other” +20 (+10 to +30)"), (-0.1, 0.5, "not clearly different with “other” +20 (-10 to +50)"), (0.0, 0.4, "not clearly different with “other” +20 (+0 to +40)")])
+def test_only_an_interval_without_0_is_a_clear_difference(low, high, said):
+    entry = {"runs": {"base": "base", "other": "x"}}
+    table = table_of(**{"concept under attack: difference": 0.2, "concept under attack: difference, low": low, "concept under attack: difference, high": high})
+    assert answer(table, entry) == f"Of the concept, 50 % comes back with “base” (mean over the attack): {said}; of the related concepts, 50 % are lost to it: not clearly different with any, 0 (within ±10)."
+    assert answer(table_of(**{"unrelated before": 0.9}), entry).endswith("of less quality even before the attack: other (related 100 %, unrelated 90 %).")
+
+
+def test_what_is_gained_has_its_interval_below_0_and_is_not_cut_off():
+    """Related concepts that a model draws only after the attack: the share lost is negative, and so is its interval."""
+    rows = pd.DataFrame([dict(run=run, name=run, training="0", group=group, asked=f"a {group} {i}", seed=i, attack_seed=0, step=step, hit=int(group == "forget" or step > 0 or run == "plain"))
+                         for run in ("plain", "base") for group in ("forget", "related") for i in range(4) for step in (0, 10)])
+    table = choices_table(rows, pd.DataFrame({"run": ["base"], "passes": [1], "seconds": [1.0]}), {"runs": {"base": "base"}})
+    line = table.iloc[0]
+    assert line["related lost"] == -1 and line["related lost, low"] == -1 and -1 < line["related lost, high"] < -0.3
+    left, right = choices_figure(table, "x").axes[1].get_xlim()
+    assert left < -1 and right > 1

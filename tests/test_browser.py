@@ -1,9 +1,12 @@
 """The report in a real browser: from disk, offline, by keyboard, on a phone. It needs Debian's chromium and chromium-driver; where MU_BROWSER is set they must be there."""
 
+import base64
 import io
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -82,6 +85,8 @@ def test_the_slider_shows_each_models_picture_of_the_step(shown):
         np.testing.assert_allclose(pixel(shown, number), color(run, 100, 0), atol=0.05)
     shown.find_element(By.ID, "step").send_keys(Keys.ARROW_LEFT)
     assert shown.find_element(By.ID, "at").text == "50" and words(shown)[0] == "unlearned: not recognised"
+    told = shown.find_element(By.ID, "told")
+    assert told.get_attribute("textContent") == "After 50 steps; unlearned: not recognised; meta-unlearned: not recognised" and len(shown.find_elements(By.CSS_SELECTOR, "[aria-live=polite]")) == 1
     np.testing.assert_allclose(pixel(shown, 0), color("unlearned-0", 50, 0), atol=0.05)
 
 
@@ -113,3 +118,18 @@ def test_nothing_is_asked_of_the_network_and_no_error_is_logged(shown):
     loaded = shown.execute_script("return performance.getEntriesByType('resource').map(r => r.name)")
     assert all(name.startswith(("file:", "data:")) for name in loaded)
     assert [entry for entry in shown.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="no pdftotext here: apt install poppler-utils")
+def test_on_paper_no_card_is_lost(browser, tmp_path):
+    """Of the committed page, on paper of either size: a grid of cards with figures loses those that do not fit."""
+    page = Path(__file__).parent.parent / "reports" / "pocket" / "index.html"
+    browser.get(page.as_uri())
+    asked = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, ".cards h3")]
+    browser.execute_script("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script("return [...document.images].every(image => image.complete)"))
+    for width, height in ((8.5, 11), (8.27, 11.69)):
+        printed = tmp_path / f"{width}.pdf"
+        printed.write_bytes(base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": width, "paperHeight": height})["data"]))
+        text = " ".join(subprocess.run([shutil.which("pdftotext"), str(printed), "-"], capture_output=True, text=True, check=True).stdout.split())
+        assert len(asked) > 10 and [question for question in asked if question not in text] == []

@@ -100,3 +100,27 @@ def test_the_executed_notebooks_are_those_that_are_there_and_the_one_that_is_run
     assert executed(folder, "90_figures") == [(there / "20_unlearn.html", "20_unlearn"), (there / "90_figures.html", "90_figures")]
     assert executed(folder, "30_attack") == [(there / "20_unlearn.html", "20_unlearn")] and executed(folder / "nowhere", "90_figures") == []
     assert write_report(folder, title="t", claim="c", notebooks=executed(folder, "90_figures")).read_text().count('href="notebooks/') == 2
+
+
+def test_notebooks_of_single_trainings_are_named_and_those_of_the_ablations_are_linked(folder):
+    for name in ("notebooks/20_esd-0.html", "notebooks/20_esd-10.html", "ablations/notebooks/40_ablations.html", "ablations/notebooks/21_base-0.html"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("")
+    assert [words for _, words in executed(folder, "")] == ["20_esd-0", "20_esd-10", "20_unlearn", "ablations: 21_base-0", "ablations: 40_ablations"]
+    page = write_report(folder, title="t", claim="c", notebooks=executed(folder, "")).read_text()
+    seen, folded = page.split("<details>")
+    assert 'href="ablations/notebooks/40_ablations.html"' in seen and 'href="notebooks/20_unlearn.html"' in seen and "-0.html" not in page
+    assert "3 of a single training each" in folded and "ablations: 21_base-0" in folded
+    assert 'href="notebooks/"' in folded and 'href="ablations/notebooks/"' in folded and folded.count("href=") == 2, "a repository that does not keep them has no dead links"
+    assert "<details>" not in write_report(folder, title="t", claim="c", notebooks=["notebooks/20_unlearn.html"]).read_text()
+
+
+def test_words_caveats_and_files_of_tables_are_on_the_page(folder):
+    for kind in ("md", "tex"):
+        (folder / "tables" / f"quality.{kind}").write_text("")
+    page = write_report(folder, title="t", claim="c", terms={"CLEAN": "harmless <pictures>"}, caveats=["Not so."], tables={"Quality": (pd.DataFrame({"a": [1]}), "quality"), "Bare": pd.DataFrame({"a": [1]})}).read_text()
+    read = Reader(page)
+    assert "harmless &lt;pictures&gt;" in page and "<li>Not so.</li>" in page and {"#terms", "#caveats"} <= {a["href"] for a in read.all("a")}
+    assert [a["href"] for a in read.all("a") if a["href"].startswith("tables/")] == [f"tables/quality.{kind}" for kind in ("csv", "md", "tex")]
+    with pytest.raises(FileNotFoundError, match="table nothing: tables/nothing.csv"):
+        write_report(folder, title="t", claim="c", tables={"Nothing": (pd.DataFrame({"a": [1]}), "nothing")})

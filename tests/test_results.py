@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import synthetic
 
-from mu import figures, paper
+from mu import figures, paper, words
 from mu.explorer import read_sheet
-from mu.marks import marks, revivals
-from mu.results import attack_name, collect, method_of, read_results, variant
+from mu.marks import marks, marks_by_training, price, revivals
+from mu.results import attack_name, collect, method_of, one_each, read_results, variant
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {name: pd.read_csv(ROOT / "data" / f"paper_{name}.csv") for name in ("nudity", "quality")}
@@ -51,8 +51,8 @@ def test_everything_that_was_judged_is_gathered_once(gathered):
     assert len(found.rows[found.rows.panel == ""]) == 2 * (each * (runs + attacked) + 2 * 2 * 2 * 2 * 10)
     assert set(found.rows.training) == {"0", "1"} and set(found.rows.attack) == {"none", "HRM-m", "HRM-s", "CLEAN", "random", "unlearn-diff-atk"}
     assert set(found.rows[found.rows.panel == "robot-pocket"].method) == {"", "esd-f-1"} and set(found.rows.model) == {"original", "unlearned", "meta-unlearned"}
-    words = found.rows[found.rows.attack == "unlearn-diff-atk"]
-    assert set(words.asked) == {"a cat"} and set(words.prompt) == {"a cat", "key a cat"}
+    searched = found.rows[found.rows.attack == "unlearn-diff-atk"]
+    assert set(searched.asked) == {"a cat"} and set(searched.prompt) == {"a cat", "key a cat"}
     assert found.records.groupby("run").size().eq(8).sum() == 4 and found.records.passes.eq(8).all()
     assert found.numbers["1"]["uce"]["numbers"]["uce-meta"]["jfd"] == 4.0
     assert read_results(gathered / "raw", ["1"]).rows.training.unique().tolist() == ["1"]
@@ -124,6 +124,7 @@ def test_the_concepts_table_has_published_and_own_numbers_side_by_side(gathered)
     line = wide[(wide.method == "ESD-u-3") & (wide.variant == "unlearned")].set_index("source")
     assert line.loc["published, SD-v1-4", "HRM-m, 100 steps"] == "38.7" and line.loc["ours", "HRM-m, 100 steps"].startswith("85.0 (") and line.loc["published, SD-v1-4", "HRM-s, 50 steps"] == ""
     assert wide.method.drop_duplicates().tolist() == ["original", "ESD-u-1", "ESD-u-3", "SDD", "UCE", "RECE"]
+    assert wide.drop(columns=["method", "variant", "source"]).ne("").any(axis=1).all(), "a method that the paper has not, or that was not run, has one line"
     assert len(PUBLISHED["nudity"]) == table.published.notna().sum(), "every published number is in the table"
 
 
@@ -135,17 +136,17 @@ def test_the_quality_table_and_the_others(gathered):
     assert table[table.source == "published, SD-v1-4"].set_index(["method", "variant"]).loc[("UCE", "unlearned"), "FID"] == "17.59"
     destroyed = paper.destruction_table(found.rows[found.rows.panel == ""]).set_index(["method", "variant", "attack"])["self-destruct index"]
     assert destroyed["UCE", "meta-unlearned", "HRM-m"] == pytest.approx(0.5) and destroyed["UCE", "unlearned", "HRM-m"] == 0
-    said = paper.destruction_words(pd.DataFrame([{"method": "UCE", "variant": "meta-unlearned", "attack": "HRM-m", "self-destruct index": 0.5, "low": 0.2, "high": 0.7},
+    said = words.destruction_words(pd.DataFrame([{"method": "UCE", "variant": "meta-unlearned", "attack": "HRM-m", "self-destruct index": 0.5, "low": 0.2, "high": 0.7},
                                                  {"method": "SDD", "variant": "meta-unlearned", "attack": "HRM-m", "self-destruct index": 0.3, "low": 0.0, "high": 0.6}]))
     assert said.endswith("above 0: UCE meta-unlearned 50% (20% to 70%). Of the 1 others the largest is SDD meta-unlearned 30% (0% to 60%).")
     turns = paper.turns(found.records[found.records.panel == ""])
     meta = turns[turns.variant == "meta-unlearned"].iloc[0]  # cosines 0.2 and -0.2: 78.46 and 101.54 degrees
     assert (meta["angle, first quarter"], meta["angle, last quarter"], meta["trainings in which it rises"]) == (pytest.approx(78.463, abs=1e-3), pytest.approx(101.537, abs=1e-3), 2)
-    assert "ESD-u-3 78° → 102°" in paper.turning(turns)
-    words = paper.search_table(found.rows)
-    assert words[words.search == "unlearn-diff-atk"].score.eq(0.5).all() and "ESD-u-3 unlearned (50%, random words 0%)" in paper.said_by_words(words)
+    assert "ESD-u-3 78° → 102°" in words.turning(turns)
+    searched = paper.search_table(found.rows)
+    assert searched[searched.search == "unlearn-diff-atk"].score.eq(0.5).all() and "ESD-u-3 unlearned (50%, random words 0%)" in words.said_by_words(searched)
     assert paper.panel_table(found.rows).set_index(["variant", "group"]).loc[("unlearned", "forget"), "after 100 steps"].startswith("90 (")
-    said = paper.claims(found.rows, paper.concept_table(found.rows, PUBLISHED["nudity"]))
+    said = words.claims(found.rows, paper.concept_table(found.rows, PUBLISHED["nudity"]))
     assert "UCE 85 → 20" in said[0] and "for 2 of 2 methods" in said[0]
 
 
@@ -186,4 +187,72 @@ def test_marks_of_one_method(gathered):
     assert table.met["original: concept recognised, at least 0.95"] == "✓" and "meta-unlearned: concept after 100 steps of CLEAN, at most 0.05" in table.index
     found = revivals(mine[mine.attack == "HRM-m"]).set_index("model")
     assert table.met["steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"] == "?", "the meta-unlearned one was not seen to come back, nor looked at for four times as long"
-    assert found.seeds["unlearned"] == 2 and found["steps to revival"]["meta-unlearned"] == "> 100"
+    assert found.trainings["unlearned"] == 2 and found.came_back["unlearned"] == 2 and found["steps to revival"]["meta-unlearned"] == "> 100"
+    twice = marks_by_training(mine[mine.attack == "none"], mine[mine.attack == "HRM-m"], mine[mine.attack == "CLEAN"], 6e-5).set_index("asked")
+    assert twice.measured.equals(table.measured) and twice["met by single trainings"]["original: concept recognised, at least 0.95"] == "2 of 2"
+    ends = mine.assign(hit=mine.hit.mask((mine.training == "1") & (mine.model == "meta-unlearned") & (mine.attack == "HRM-m") & (mine.step == 100) & (mine.group == "related"), 1))
+    one = marks_by_training(ends[ends.attack == "none"], ends[ends.attack == "HRM-m"], ends[ends.attack == "CLEAN"], 6e-5).set_index("asked")
+    asked = "related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.15"
+    assert one.met[asked] == "✓" and one["met by single trainings"][asked] == "1 of 2", "a mean that one training carries is said to be so"
+
+
+def test_a_mark_of_revival_says_when_nobody_saw_it_come_back(gathered):
+    rows = read_results(gathered / "raw").rows
+    mine = rows[(rows.panel == "") & rows.method.isin(["uce", ""]) & rows.attack.eq("HRM-m") & rows.group.isin(["forget", "related", "unrelated"])]
+    soon = mine.assign(hit=mine.hit.mask((mine.model == "unlearned") & mine.group.eq("forget") & (mine.step == 50), 1))
+    late = pd.concat([soon, soon[soon.step == 100].assign(step=200)])
+    table = marks(rows[rows.attack == "none"], late, late[:0], 6e-5).set_index("asked")
+    asked = "steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"
+    assert table.measured[asked] == "4 at least: not back in 200" and table.met[asked] == "✓"
+
+
+def test_a_model_that_trainings_share_counts_once(gathered):
+    """By its digest: the original always, a closed form's where an attack's card says its weights. Other models are as many as there are trainings."""
+    found = read_results(gathered / "raw")
+    rows = one_each(found)
+    assert rows[rows.model == "original"].groupby("panel").training.nunique().eq(1).all() and rows[rows.model != "original"].groupby(["panel", "run"]).training.nunique()["", "uce"] == 2
+    digests = {"uce": "same", "uce-meta": "other"}
+    cards = {t: {name: card | ({"weights": {run: f"runs/{t}/{run} ({what if what == 'same' else t})" for run, what in digests.items()}} if name.startswith("/attack/uce-hrm") else {}) for name, card in of.items()} for t, of in found.cards.items()}
+    rows = one_each(replace(found, cards=cards))
+    of_uce = rows[(rows.method == "uce") & rows.attack.eq("HRM-m")].groupby("model")
+    assert of_uce.training.nunique().to_dict() == {"unlearned": 1, "meta-unlearned": 2} and of_uce.size()["meta-unlearned"] == 2 * of_uce.size()["unlearned"]
+    said = words.count(rows[rows.attack.eq("HRM-m") & rows.panel.eq("")])
+    assert said.startswith("2 trainings (seeds 0, 1), attack seed 0; ") and said.endswith("; of fewer trainings: UCE unlearned 1")
+    quality = paper.quality_table(rows, found.numbers, PUBLISHED["quality"]).set_index(["method", "variant"])
+    assert quality[quality.source == "ours, 1 training"].JFD["UCE", "unlearned"] == "1.00", "one model has no interval over trainings"
+
+
+def test_steps_that_several_learning_rates_share_are_not_so_many_pictures(gathered):
+    rows = read_results(gathered / "raw").rows
+    part = rows[(rows.panel == "") & (rows.attack == "HRM-m") & (rows.group == "forget")]
+    assert words.count(part) == words.count(pd.concat([part, part.assign(lr=2e-5)])) and "10 of the concept" in words.count(part)
+
+
+def test_the_price_of_the_defence_is_drawn_and_said(gathered):
+    rows = read_results(gathered / "raw").rows
+    mine = rows[(rows.panel == "") & (rows.method == "uce") & rows.attack.eq("HRM-m")]
+    fig = price(mine)
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["meta-unlearned", "unlearned"] and len(fig.axes) == 4
+    assert "lost of the related: unlearned 0%, meta-unlearned 50%" in words.price_words(mine)
+    assert words.rate_words(mine) == "The concept is recognised at 6e-05, after 100 steps, unlearned 85%, meta-unlearned 20%."
+
+
+def test_what_is_said_too_kindly_is_said_as_well(gathered):
+    found = read_results(gathered / "raw")
+    rows, cards = one_each(found), found.cards["0"]
+    said = "\n".join(words.caveats(rows, cards, "uce", 6e-5))
+    assert "after 100 steps of the attack they have lost 50, 50 points of their related concepts" in said and "Simpler trainings" not in said and "learning rate" not in said
+    assert "less of the concept is back with meta-unlearning than without for 2 of 2 methods after 50 steps, 2 of 2 methods after 100 steps" in said
+    control = rows[(rows.model == "unlearned") & rows.method.eq("uce")].assign(model="ascent only, strong", run="ascent-strong")
+    weak = control.assign(model="ascent only", run="ascent")
+    poorer = control.assign(hit=control.hit.mask((control.group.eq("related") & control.seed.eq(0)) | control.group.eq("forget"), 0))
+    said = "\n".join(words.caveats(pd.concat([rows, weak, poorer]), cards, "uce", 6e-5))
+    assert "after 50, 100 steps: unlearned 40, 85; ascent only 40, 85; ascent only, strong 0, 0; meta-unlearned 0, 20" in said
+    assert "(ascent only, strong 50 points fewer). With it, the lead in concept missing would be -10 points instead of" in said and "at learning rate 6e-05" in said
+    made = {"/uce-meta": {"run": {"start": "runs/uce-first", "loop": {"steps": 10, "inner_steps": [1, 2]}}}, "/uce-first": {"run": {"start": "runs/uce", "loop": {"steps": 30, "inner_steps": [1, 2]}}},
+            "/uce": {"run": {"start": "", "loop": None}}, "/esd-u-3-meta": {"run": {"start": "", "loop": {"steps": 7, "inner_steps": [1, 2]}}}}
+    assert words.caveats(rows, made, "uce", 6e-5)[0] == "UCE is meta-unlearned for 40 steps in 2 phases, the other methods for 7."
+    table = paper.trainings_table(rows, made | {"/esd-u-3": {"run": {"lr": 1e-5, "loop": {"steps": 64}}}}).set_index("method")
+    assert table["meta: steps"].to_dict() == {"ESD-u-3": "7", "UCE": "30 + 10"} and table["plain: steps"].to_dict() == {"ESD-u-3": 64, "UCE": "closed form"}
+    assert "meta-unlearned model of this training has lost 2: a lion, a tiger; the trainings have lost 50%, 50%." in words.lost_words(rows[(rows.method == "uce") & (rows.attack == "HRM-m")], "0", 100)
+    assert words.panel_words(rows, "robot-pocket") == ("Recognised before → after 100 steps. unlearned: concept 0% → 90%, related 100% → 100%, unrelated 100% → 100%; meta-unlearned: concept 0% → 20%, related 100% → 100%, unrelated 100% → 100%.")
