@@ -47,16 +47,24 @@ def opening(attacked, method, met):
             f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met{f', {untold} cannot be told' if untold else ''}."]
 
 
-def lowered(rows, attacks=("HRM-m", "HRM-s")):
-    """How many methods meta-unlearning helps at all, in a sentence: under each attack, after 100 steps and after the last, less, and more, of the concept than with plain unlearning."""
-    concept, said = of_concept(rows), []
-    for attack in attacks:
-        part = concept[concept.attack == attack]
-        for step in [n for n in sorted(part.step.unique()) if n in (100, part.step.max())]:
-            score = part[part.step == step].groupby(["method", "model"]).hit.mean().unstack("model").reindex(columns=VARIANTS).dropna()
-            if len(score):
-                less, more = ((sign * (score["meta-unlearned"] - score["unlearned"]) > 0).sum() for sign in (-1, 1))
-                said.append(f"{attack}, {step:.0f} steps: less for {less} of {len(score)}, more for {more}")
+def compared(table):
+    """(attack, step) → (table of both variants' ours, low, high by method, methods with less, those of them whose intervals lie apart, methods with more): after 100 steps and after the last."""
+    found = {}
+    for attack in ("HRM-m", "HRM-s"):
+        part = table[(table.attack == attack) & table.ours.notna()]
+        for step in [n for n in sorted(part.steps.unique()) if n in (100, part.steps.max())]:
+            of = {v: part[(part.steps == step) & (part.variant == v)].set_index("method") for v in VARIANTS}
+            both = [m for m in of["unlearned"].index if m in of["meta-unlearned"].index]
+            plain, meta = (of[v].loc[both] for v in VARIANTS)
+            if both:
+                less = meta.ours < plain.ours
+                found[attack, step] = plain, meta, list(plain.index[less]), list(plain.index[less & (meta.high < plain.low)]), list(plain.index[meta.ours > plain.ours])
+    return found
+
+
+def lowered(table):
+    """For how many methods meta-unlearning lowers how much of the concept comes back, in a sentence on the table of `mu.paper.concept_table`."""
+    said = [f"{attack}, {step} steps: less for {len(less)} of {len(plain)} (intervals apart for {len(apart)}), more for {len(more)}" for (attack, step), (plain, _, less, apart, more) in compared(table).items()]
     return f"Over all methods, the concept with meta-unlearning against without: {'; '.join(said)}." if said else ""
 
 
@@ -67,21 +75,13 @@ def revival_words(revived, lr, threshold=0.5):
     return f"First step at which it is recognised in over {threshold:.0%} of its pictures, median: {each}."
 
 
-def claims(rows, table):
-    """Sentences that the tables bear out, with their figures: how much comes back after 100 steps and after the last, for how many methods meta-unlearning lowers it, and where it does not."""
-    said, cells = [], table.dropna(subset=["ours"]).set_index(["method", "variant", "attack", "steps"])
-    for attack in ("HRM-m", "HRM-s"):
-        steps = sorted({k[3] for k in cells.index if k[2] == attack})
-        for step in [n for n in steps if n == 100 or n == steps[-1]]:
-            value = lambda m, v: cells.loc[(m, v, attack, step)]
-            both = [m for m in dict.fromkeys(k[0] for k in cells.index) if all((m, v, attack, step) in cells.index for v in VARIANTS)]
-            lowered = [m for m in both if value(m, "meta-unlearned").ours < value(m, "unlearned").ours]
-            apart = [m for m in lowered if value(m, "meta-unlearned").high < value(m, "unlearned").low]
-            not_lowered = [m for m in both if m not in lowered]
-            pairs = "; ".join(f"{m} {value(m, 'unlearned').ours:.0f} → {value(m, 'meta-unlearned').ours:.0f}" for m in both)
-            if both:
-                said.append(f"{attack}, {step} steps, percent of the pictures with the concept, plainly unlearned → meta-unlearned: {pairs}. Less with meta-unlearning for {len(lowered)} of {len(both)} methods, with intervals that "
-                            f"lie apart for {len(apart)}{' (' + ', '.join(apart) + ')' if apart else ''}{'; not for ' + ', '.join(not_lowered) if not_lowered else ''}.")
+def claims(table):
+    """Sentences on the table of `mu.paper.concept_table`: how much comes back of each method after 100 steps and after the last, for how many meta-unlearning lowers it, and where it does not."""
+    said = []
+    for (attack, step), (plain, meta, less, apart, _) in compared(table).items():
+        rest = [m for m in plain.index if m not in less]
+        said.append(f"{attack}, {step} steps, percent of the pictures with the concept, plainly unlearned → meta-unlearned: {'; '.join(f'{m} {plain.ours[m]:.0f} → {meta.ours[m]:.0f}' for m in plain.index)}. "
+                    f"Less with meta-unlearning for {len(less)} of {len(plain)} methods, with intervals that lie apart for {len(apart)}{' (' + ', '.join(apart) + ')' if apart else ''}{'; not for ' + ', '.join(rest) if rest else ''}.")
     return said
 
 

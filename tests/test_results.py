@@ -146,8 +146,10 @@ def test_the_quality_table_and_the_others(gathered):
     searched = paper.search_table(found.rows)
     assert searched[searched.search == "unlearn-diff-atk"].score.eq(0.5).all() and "ESD-u-3 unlearned (50%, random words 0%)" in words.said_by_words(searched)
     assert paper.panel_table(found.rows).set_index(["variant", "group"]).loc[("unlearned", "forget"), "after 100 steps"].startswith("90 (")
-    said = words.claims(found.rows, paper.concept_table(found.rows, PUBLISHED["nudity"]))
+    table = paper.concept_table(found.rows, PUBLISHED["nudity"])
+    said = words.claims(table)
     assert "UCE 85 → 20" in said[0] and "for 2 of 2 methods" in said[0]
+    assert words.lowered(table).startswith("Over all methods, the concept with meta-unlearning against without: HRM-m, 100 steps: less for 2 of 2 (intervals apart for ") and words.lowered(table[:0]) == ""
 
 
 def test_two_phases_are_one_training():
