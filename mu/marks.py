@@ -15,6 +15,8 @@ def revivals(attacked, threshold=0.5):
     and the median in words."""
     found = revival(attacked.assign(run=attacked.run + "/" + attacked.training.astype(str)), threshold).groupby(["model", "lr"], sort=False).agg(
         revived=("revived", "median"), trainings=("revived", "size"), came_back=("revived", lambda steps: np.isfinite(steps).sum()), looked_at_up_to=("last", "max")).reset_index()
+    place = in_line(attacked).index
+    found = found.sort_values(["lr", "model"], key=lambda c: c.map(place) if c.name == "model" else c, ignore_index=True)
     return found.assign(**{"steps to revival": [f"> {row.looked_at_up_to:g}" if np.isinf(row.revived) else f"{row.revived:g}" for row in found.itertuples()]})
 
 

@@ -202,10 +202,11 @@ def caveats(rows, cards, method, lr):
     own, others = length.pop(method, []), sorted({sum(steps) for steps in length.values()})
     said = [f"{shown(method)} is meta-unlearned for {sum(own)} steps{f' in {len(own)} phases' if len(own) > 1 else ''}, the other methods for {others[0] if len(others) == 1 else f'{others[0]} to {others[-1]}'}."] if own and others and others != [sum(own)] else []
     by_picture = meta[meta.group == "related"].groupby(["training", "asked", "seed", "step"]).hit.mean().unstack("step")
-    loss = (by_picture[meta.step.min()] - by_picture[step]).rename("lost").reset_index()
-    _, low, high = mean_interval(loss, "lost", signed=True)
-    said += [f"How much self-destructs varies with the training: after {step} steps of the attack they have lost {points(loss.groupby('training').lost.mean())} points of their related concepts, and the 95 % interval of "
-             f"their mean reaches from {100 * low:.0f} to {100 * high:.0f}."]
+    if len(by_picture):
+        loss = (by_picture[meta.step.min()] - by_picture[step]).rename("lost").reset_index()
+        _, low, high = mean_interval(loss, "lost", signed=True)
+        said += [f"How much self-destructs varies with the training: after {step} steps of the attack they have lost {points(loss.groupby('training').lost.mean())} points of their related concepts, and the 95 % interval of "
+                 f"their mean reaches from {100 * low:.0f} to {100 * high:.0f}."]
     rest = meta[meta.group == "unrelated"].groupby(["training", "step"]).hit.mean().unstack("step")
     if len(rest):
         worst = (rest[meta.step.min()] - rest.min(axis=1)).max()
