@@ -3,7 +3,7 @@
 # make attacks  every attack, by training and by prompts, on three trainings of each model and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
 # make paper  the paper's grid of notebooks, into reports/<model>: make paper MODEL=pocket SEEDS="0 1 2" MACHINE=laptop (a folder of notebooks/machines), which is what it does by itself;
 #             SEEDS=0 is one training of each model; with DRY=1 only how many notebooks that would run, and for how long
-# make ablations  trainings that differ in one thing each, into reports/<model>/ablations; the same variables as make paper
+# make ablations  trainings of the pocket model that differ in one thing each, into reports/pocket/ablations; SEEDS, MACHINE and DRY as with make paper
 # make test   the tests
 # All of them set up .venv first, once. Another interpreter: make demo PYTHON=python3.12
 
@@ -47,7 +47,8 @@ attacks: .venv/installed
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
 # what only large models and clusters need: the extras of pyproject.toml
-paper ablations: .venv/installed $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures)) $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
+paper ablations: .venv/installed $(if $(DRY),,$(if $(filter paper-sd-v1-4 paper-sdxl,$@-$(MODEL)),.venv/with-measures)) $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
+	@test -f "notebooks/machines/$$MACHINE/config.yaml" || { echo "error: unknown MACHINE '$$MACHINE': allowed are $(notdir $(wildcard notebooks/machines/*)), or a folder of your own beside them" >&2; exit 1; }
 	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
 	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
 

@@ -19,6 +19,7 @@ try:
 except ValueError as error:
     sys.exit(f"error: {error}")
 REPORT, DONE = Path(config["report"].format(model=model)), Path(config["runs"].format(model=model)) / "done"
+EARLIER = []
 
 for name, step in WALK.items():
     source, output = f"notebooks/{step['notebook']}.ipynb", REPORT / "notebooks" / f"{name}.ipynb"
@@ -28,7 +29,10 @@ for name, step in WALK.items():
     if not all(Path(file).exists() for file in [output, output.with_suffix(".html"), *step.get("leaves", [])]):
         (DONE / name).unlink(missing_ok=True)
     elif origin_of(output).get("mu") != origin(source, {})["mu"]:
-        print(f"note: {output} was made by an earlier mu. To make everything again, delete {config['runs']}", file=sys.stderr)
+        EARLIER.append(name)
+
+if EARLIER:
+    print(f"note: of an earlier mu are {', '.join(EARLIER[:3])}{f' and {len(EARLIER) - 3} more' if len(EARLIER) > 3 else ''}. To make everything again, delete {config['runs'].format(model=model)}", file=sys.stderr)
 
 
 rule walk:
@@ -65,4 +69,4 @@ onerror:
     for name, step in WALK.items():
         if step["notebook"] == "90_figures":
             told = " ".join(f'-p {key} "{value}"' for key, value in step["parameters"].items())
-            print(f"what is there can be shown all the same: python -m mu.notebooks notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)
+            print(f"what is there can be shown all the same: {sys.executable} -m mu.notebooks notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)

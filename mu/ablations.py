@@ -30,8 +30,13 @@ def pairs(entry):
 
 
 def base_of(entry):
-    """The choice that the others are compared with: `base` by name, else the one that stands for the run or attack "base"."""
-    return entry.get("base") or next(choice for choice, name in entry.get("runs", entry.get("attacks")).items() if name == "base")
+    """The choice that the others are compared with: `base` by name, else the one that stands for the run or attack "base". Raises ValueError where there is none."""
+    choices = entry.get("runs", entry.get("attacks"))
+    found = entry.get("base") or next((choice for choice, name in choices.items() if name == "base"), None)
+    if found not in choices:
+        raise ValueError(f"{entry.get('question', 'a question')}: there is no choice {found!r} to compare with; there are: {', '.join(choices)}: name one of them as `base`" if found else
+                         f"{entry.get('question', 'a question')}: none of {', '.join(choices)} is the run base: name one of them as `base`")
+    return found
 
 
 def beside_plain(entry):

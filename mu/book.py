@@ -1,6 +1,8 @@
-"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.book` writes it, `python -m mu.book --check` only says what is stale;
-`python -m mu.book --minutes reports/pocket/notebooks ...` also takes over how long the executed notebooks of these folders took."""
+"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.book` writes it; `python -m mu.book --check` writes nothing, and says what
+is stale and what a notebook lacks (`faults`); `python -m mu.book --minutes reports/pocket/notebooks ...` also takes over how long the executed notebooks of these folders took."""
 
+import argparse
+import ast
 import sys
 from pathlib import Path
 from statistics import median
@@ -8,9 +10,11 @@ from statistics import median
 import nbformat
 
 from mu.colab import ROOT, address, badge, bootstrap
+from mu.notebooks import read_parameters
 from mu.runs import fill
 
 START, BEGIN, END = "00_start_here", "<!-- generated -->", "<!-- /generated -->"
+LONGEST, TEXT = 20, 0.6  # lines of a code cell; text cells for each code cell
 
 
 def question(notebook):
@@ -57,6 +61,34 @@ def stale(folder, at):
     return [file for file in notebooks if nbformat.writes(dressed(file, notebooks, at)) != nbformat.writes(nbformat.read(file, 4))]
 
 
+def faults(file):
+    """What a notebook lacks, in words; empty where it lacks nothing: a title that asks, what goes in and comes out and is needed, one cell of parameters that each have words, checks, what one
+    should see, what it showed with its limits and what is next, minutes in its metadata; outputs are stripped, cells are short, and there is enough text between them."""
+    read = nbformat.read(file, 4)
+    code, text = ([c for c in read.cells if c.cell_type == kind] for kind in ("code", "markdown"))
+    tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    lines = lambda c: [line for line in c.source.splitlines() if line.strip()]
+    first, last, all_text = read.cells[0].source, read.cells[-1].source, "\n".join(c.source for c in text)
+    said = [] if first.startswith("# ") and "?" in first.splitlines()[0] else ["the title, a heading in the first cell, is no question"]
+    said += [f"the first cell does not say {part}" for part in ("**Goes in:**", "**Comes out:**", "**Needs:**") if part not in first]
+    said += [f"the last cell has no {part}" for part in ("What this showed", "**Limits.**", "**Next") if part not in last]
+    said += [f"no text says {part}" for part in ("You should see", "## Checks") if part not in all_text]
+    said += ["there is no check (assert)"] if not any("assert" in c.source for c in code) else []
+    said += ["the first code cell does not prepare Colab"] if "google.colab" not in code[0].source else []
+    said += [f"outputs are not stripped: {lines(c)[0]}" for c in code if c.outputs or c.execution_count]
+    said += [f"a cell has {len(lines(c))} lines, {LONGEST} is the most: {lines(c)[0]}" for c in code if c not in tagged and len(lines(c)) > LONGEST]
+    said += [f"{len(text)} text cells are few beside {len(code)} of code"] if len(text) < TEXT * len(code) else []
+    said += [f"the metadata have no mu.{key}" for key in ("minutes",) if key not in read.metadata.get("mu", {})]
+    if len(tagged) != 1:
+        return [*said, f"{len(tagged)} cells are tagged `parameters`: it must be one"]
+    try:
+        known, written = read_parameters(file), ast.parse(tagged[0].source).body
+    except ValueError as error:
+        return [*said, str(error)]
+    said += ["a line of the parameters is not `name: type = value  # meaning`, so that papermill would not read it"] if [getattr(getattr(n, "target", None), "id", "") for n in written] != list(known) else []
+    return said + [f"the parameter {name} has no words" for name, parameter in known.items() if not parameter["help"]]
+
+
 def timed(folders):
     """Notebook → minutes, as papermill measured them, the median over its executed copies in these folders. Copies that only found what others had done count as well: name folders of first runs."""
     found = {}
@@ -84,10 +116,15 @@ def write(folder, at):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
-        found = stale(ROOT / "notebooks", address())
-        sys.exit(f"stale: {', '.join(file.name for file in found)}; python -m mu.book writes them anew" if found else 0)
-    if sys.argv[1:2] == ["--minutes"]:
-        write_minutes(ROOT / "notebooks", timed(sys.argv[2:]))
-    write(ROOT / "notebooks", address())
-    fill(ROOT / "README.md", overview(ROOT / "notebooks"), "notebooks")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="write nothing; say what is stale, and what a notebook lacks")
+    parser.add_argument("--minutes", nargs="+", default=[], metavar="FOLDER", help="folders of executed notebooks, whose times are taken over")
+    asked, folder = parser.parse_args(), ROOT / "notebooks"
+    if asked.check:
+        found = [f"{file.name}: stale; python -m mu.book writes it anew" for file in stale(folder, address())]
+        found += [f"{file.name}: {words}" for file in sorted(folder.glob("*.ipynb")) for words in faults(file)]
+        found += [] if f"<!-- notebooks -->\n{overview(folder)}<!-- /notebooks -->" in (ROOT / "README.md").read_text() else ["README.md: its table of notebooks is stale; python -m mu.book writes it anew"]
+        sys.exit("\n".join(found) or 0)
+    write_minutes(folder, timed(asked.minutes))
+    write(folder, address())
+    fill(ROOT / "README.md", overview(folder), "notebooks")

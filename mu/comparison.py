@@ -11,7 +11,7 @@ from mu.cards import same_protocol
 from mu.evaluate import score
 from mu.plots import COLORS, OTHER, curves
 from mu.runs import read_json
-from mu.statistics import FEW, interval, median_revival, paired_interval, relearning_area, self_destruct_index, steps_to_revival, student_interval
+from mu.statistics import FEW, interval, median_revival, paired_interval, relearning_area, steps_to_revival, student_interval
 
 SAME = ("model", "sets", "judge", "precision", "probe_seeds", "concept_prompts", "sampling_steps", "sampling_guidance")  # facts of the cards without which two scores are not comparable
 

@@ -93,7 +93,10 @@ def search_figure(table):
 def panels(course, step=None, prompts=(2, 2, 1)):
     """Figure of one course, as the paper's panels: the original, then each model before and after `step` steps of the attack (the last by default).
 
-    course: a `mu.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts."""
+    course: a `mu.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts.
+    Raises ValueError for a step that was not drawn."""
+    if step not in (None, *course.steps):
+        raise ValueError(f"{course.name} was not drawn after {step} steps; there are: {', '.join(map(str, course.steps))}")
     at, chosen = course.steps.index(step) if step is not None else -1, []
     for group, most in zip(("forget", "related", "unrelated"), prompts):
         mine = [i for i, item in enumerate(course.items) if item["group"] == group]

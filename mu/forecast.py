@@ -170,7 +170,8 @@ class Forecast:
         lines = [f"{'notebook':22} {'how many':>8} {'minutes each':>13} {'hours':>6}"]
         lines += [f"{kind:22} {len(each):8} {sum(each) / len(each):13.1f} {sum(each) / 60:6.1f}" for kind, each in of.items()]
         if guessed := [kind for kind in kinds if kind not in KINDS]:
-            lines.append(f"{', '.join(guessed)}: not computed, taken for {OTHERS} minutes each")
+            drawn = any(step["notebook"] == "10_prepare_concepts" and step.get("gpu") for step in self.steps.values())
+            lines.append(f"{', '.join(guessed)}: not computed, taken for {OTHERS} minutes each" + "; where 10_prepare_concepts has to draw its sets with another model, these hours come to it" * drawn)
         if absent := sorted({step["parameters"]["sets"] for step in self.steps.values() if "sets" in step["parameters"] and not Path(step["parameters"]["sets"], "probe.json").is_file()}):
             lines.append(f"{', '.join(absent)}: not there yet, the probe is taken for {PICTURES} pictures")
         gpus = any(step.get("gpu") for step in self.steps.values())

@@ -63,24 +63,24 @@ def source(row):
 
 
 def in_order(table):
-    """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps."""
+    """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps; what nobody knows comes last."""
     kind = lambda name: next((i for i, start in enumerate(("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE")) if name.startswith(start)), 9)
-    place = {"method": lambda c: c.map(lambda name: (kind(name), name)), "variant": lambda c: c.map(("original", *VARIANTS).index), "attack": lambda c: c.map(ATTACKS.index)}
+    known = lambda *names: lambda name: names.index(name) if name in names else len(names)
+    place = {"method": lambda c: c.map(lambda name: (kind(name), name)), "variant": lambda c: c.map(known("original", *VARIANTS)), "attack": lambda c: c.map(known(*ATTACKS))}
     by = [column for column in ("method", "variant", "attack", "steps") if column in table]
     return table.sort_values(by, key=lambda c: place.get(c.name, lambda c: c)(c), kind="stable", ignore_index=True)
 
 
 def layout(table, ours="ours"):
-    """The long table as the paper prints it: two lines a model, the published one and ours, where there is one, a column an attack and number of steps; "" where there is no number."""
+    """The long table as the paper prints it: two lines a model, the published one and ours, a column an attack and number of steps; "" where there is no number."""
     columns = [(a, s) for a in ATTACKS for s in sorted(table[table.attack == a].steps.unique())]
     lines = []
     for (method, variant), part in table.groupby(["method", "variant"], sort=False):
         at = part.set_index(["attack", "steps"])
         for words, value in (("published, SD-v1-4", "published"), (ours, "ours")):
             cells = [at[value].get(key, np.nan) for key in columns]
-            with_interval = lambda key, x: f"{x:.1f}" + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if value == "ours" and not pd.isna(at.low[key]) else "")
-            if not all(map(pd.isna, cells)):  # of a method that the paper does not have, or that was not run here, there is one line
-                lines.append([method, variant, words, *("" if pd.isna(x) else with_interval(key, x) for key, x in zip(columns, cells))])
+            with_interval = lambda key, x: f"{x:.2f}" if value == "published" else f"{x:.1f}" + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if not pd.isna(at.low[key]) else "")
+            lines.append([method, variant, words, *("" if pd.isna(x) else with_interval(key, x) for key, x in zip(columns, cells))])
     named = [a if a in ("none", "adversarial prompts") else f"{a}, {s} steps" for a, s in columns]
     return pd.DataFrame(lines, columns=["method", "variant", "source", *named])
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from mu.launch import check_method
 from mu.models import frozen_copy, predict_noise, reference, trainable
 from mu.objectives import gradients, predictions, squared_errors
-from mu.sizes import SIZES, random_pipeline
+from mu.sizes import random_pipeline
 
 GIB = 2**30
 # name → GiB that a program sees; peak TFLOP/s in half and in single precision (data sheets, dense); has bfloat16

@@ -1,7 +1,8 @@
 """Pages that open from disk and load nothing from elsewhere: the report, and each executed notebook."""
 
 import os
-import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -45,6 +46,14 @@ def executed(folder, running):
     return [(page, words) for words, page in pages.items()] + [(page, f"ablations: {page.stem}") for page in sorted((folder / "ablations" / "notebooks").glob("*.html"))]
 
 
+def not_kept(folder, files):
+    """Those of a page's files (named from its folder) that Git ignores although it keeps the page: who clones the repository has the page without them. None where the whole folder is
+    ignored, or is in no repository."""
+    asked = subprocess.run(["git", "check-ignore", "--stdin"], cwd=folder, input="\n".join(["index.html", *files]), capture_output=True, text=True) if shutil.which("git") else None
+    ignored = set(asked.stdout.splitlines()) if asked else set()
+    return set() if "index.html" in ignored else ignored
+
+
 def picture(card, folder, what):
     """A card with its figure as a link, and with an alt text."""
     if "figure" not in card:
@@ -71,7 +80,8 @@ def save_table(table, folder, name, caption=""):
     """A table as `<folder>/tables/<name>.csv`, .md and .tex (booktabs; wide ones scaled by graphicx), numbers to four figures, missing ones as a dash. Returns it."""
     folder = Path(folder) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
+    rounded = lambda value: float(f"{value:.4g}") if isinstance(value, float) else value  # also in a column that has words, which float_format passes over
+    table.map(rounded).to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
     text = lambda value: "–" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
     lines = [[str(column) for column in table.columns], ["---"] * len(table.columns), *(map(text, line) for line in table.itertuples(index=False))]
     (folder / f"{name}.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
@@ -89,8 +99,8 @@ def write_report(folder, *, title, claim, terms=None, caveats=(), headline=None,
     terms: {word: what it means here}, below the headline. caveats: sentences that belong to the claim, a list after the explorer.
     courses: what `mu.explorer.save_sheet` returned, for a slider over the steps of attacks.
     headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
-    tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words); of those whose words end in a seed, "20_esd-0", there are many, and
-    a repository does not keep them: they are named, and their folders are linked.
+    tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words); those that a repository does not keep
+    (`not_kept`) are named, and not linked.
     Everything is text and is escaped; nothing is loaded from elsewhere. Raises FileNotFoundError or ValueError that names the figure,
     the notebook or the card that is missing, outside the folder or without words."""
     folder = Path(folder)
@@ -99,7 +109,8 @@ def write_report(folder, *, title, claim, terms=None, caveats=(), headline=None,
     links = []
     for entry in notebooks:
         file, words = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
-        links.append({"href": inside(file, folder, "notebook"), "words": words, "single": bool(re.search(r"-\d+$", words))})
+        links.append({"href": inside(file, folder, "notebook"), "words": words})
+    gone = not_kept(folder, [link["href"] for link in links])
     shown = []
     for caption, table in (tables or {}).items():
         table, name = table if isinstance(table, tuple) else (table, "")
@@ -110,8 +121,8 @@ def write_report(folder, *, title, claim, terms=None, caveats=(), headline=None,
         title=title, claim=[claim] if isinstance(claim, str) else claim, language=language,
         headline=picture(headline, folder, "headline") if headline else None,
         courses=list(courses), cards=[picture(card, folder, f"card {number} ({card.get('question', 'no question')})") for number, card in enumerate(cards, 1)],
-        terms=terms or {}, caveats=list(caveats), tables=shown, protocol=protocol or {}, notebooks=links,
-        folders=sorted({link["href"].rpartition("/")[0] for link in links if link["single"]}))
+        terms=terms or {}, caveats=list(caveats), tables=shown, protocol=protocol or {},
+        notebooks=[link for link in links if link["href"] not in gone], others=[link for link in links if link["href"] in gone], folders=sorted({href.rpartition("/")[0] for href in gone}))
     with atomic(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "index.html"

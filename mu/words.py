@@ -30,6 +30,12 @@ def several(values, form="{:.0%}"):
     return ", ".join(form.format(value) for value in values)
 
 
+def share(part):
+    """A share of judged rows with its 95 % interval, for a sentence: "50% (19–81)"."""
+    value, low, high = mean_interval(part)
+    return f"{value:.0%}" + (f" ({100 * low:.0f}–{100 * high:.0f})" if low == low else "")
+
+
 def at_steps(attacked, most=TOLD):
     """Those of the steps that a sentence names which somebody looked at; else all after the first."""
     steps = sorted({int(n) for n in attacked.step if n > attacked.step.min()})
@@ -38,11 +44,11 @@ def at_steps(attacked, most=TOLD):
 
 def opening(attacked, method, met):
     """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.marks.marks`."""
-    mean, told = attacked.groupby(["model", "group", "step"]).hit.mean(), at_steps(attacked)
-    course = lambda model, group: ", ".join(f"{mean[model, group, n]:.0%}" if (model, group, n) in mean.index else "–" for n in told)
+    told, parts = at_steps(attacked), dict(list(attacked.groupby(["model", "group", "step"])))
+    course = lambda model, group: ", ".join(share(parts[model, group, n]) if (model, group, n) in parts else "–" for n in told)
     trainings, untold = attacked.training.nunique(), (met.met == "?").sum()
     return [f"{shown(method)}: after {several(told, '{}')} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
-            f"{course('meta-unlearned', 'forget')} of those of the meta-unlearned one ({trainings} training{'s' * (trainings > 1)}; the defender has seen none of the attacker's images and prompts).",
+            f"{course('meta-unlearned', 'forget')} of those of the meta-unlearned one ({trainings} training{'s' * (trainings > 1)}, in brackets 95 % intervals; the defender has seen none of the attacker's images and prompts).",
             f"Under that attack the related concepts are recognised in {course('unlearned', 'related')} of the pictures of the unlearned model and in {course('meta-unlearned', 'related')} "
             f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met{f', {untold} cannot be told' if untold else ''}."]
 
@@ -171,11 +177,11 @@ def count(rows):
 def rate_words(attacked):
     """What an attacker with another learning rate brings back, in sentences: at the last step of each rate, percent of the concept's pictures of every model. attacked: rows of HRM-m, of one
     method and its controls."""
-    said, mean = [], attacked[attacked.group == "forget"].groupby(["lr", "model", "step"]).hit.mean()
+    said, parts = [], dict(list(attacked[attacked.group == "forget"].groupby(["lr", "model", "step"])))
     for lr in sorted(attacked.lr.unique()):
         last = attacked[(attacked.lr == lr) & attacked.model.eq("meta-unlearned")].step.max()
-        at = {m: mean[lr, m, last] for m in in_line(attacked) if (lr, m, last) in mean.index}
-        said.append(f"at {lr:g}, after {last:.0f} steps, {', '.join(f'{m} {score:.0%}' for m, score in at.items())}")
+        at = {m: share(parts[lr, m, last]) for m in in_line(attacked) if (lr, m, last) in parts}
+        said.append(f"at {lr:g}, after {last:.0f} steps, {', '.join(f'{m} {score}' for m, score in at.items())}")
     return f"The concept is recognised {'; '.join(said)}."
 
 

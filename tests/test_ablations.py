@@ -119,3 +119,9 @@ def test_what_is_gained_has_its_interval_below_0_and_is_not_cut_off():
     assert line["related lost"] == -1 and line["related lost, low"] == -1 and -1 < line["related lost, high"] < -0.3
     left, right = choices_figure(table, "x").axes[1].get_xlim()
     assert left < -1 and right > 1
+
+
+@pytest.mark.parametrize("entry, words", [({"question": "Which?", "runs": {"0": "a", "1": "b"}}, "Which\\?: none of 0, 1 is the run base"), ({"question": "Which?", "base": "2", "runs": {"0": "a"}}, "Which\\?: there is no choice '2' to compare with; there are: 0")])
+def test_a_question_without_a_base_is_refused(entry, words):
+    with pytest.raises(ValueError, match=words):
+        base_of(entry)

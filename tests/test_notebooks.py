@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import papermill
 import pytest
 import yaml
 
+from mu.book import faults
 from mu.notebooks import check_parameters, effective, execute, fits, main, origin, origin_of, read_parameters, read_profile
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +205,7 @@ def test_walk_repeats_nothing_and_goes_on_where_it_stopped(tmp_path):
     earlier.write_text(earlier.read_text().replace(origin_of(earlier)["mu"], "0123456789abcdef"))
     steps["20_b-again"]["parameters"]["fail"] = False
     code, said = walk(tmp_path, steps)
-    assert code == 0 and said.count("was made by an earlier mu. To make everything again, delete runs/toy") == 1, said
+    assert code == 0 and said.count("note: of an earlier mu are 10_a. To make everything again, delete runs/toy") == 1, said
     second = made(tmp_path)
     assert {n: second[n] for n in first} == first and set(second) == {*first, "20_b-again"}
 
@@ -220,21 +222,51 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_has_its_parts(path):
-    cells = nbformat.read(path, 4).cells
-    code, text = ([c for c in cells if c.cell_type == kind] for kind in ("code", "markdown"))
-    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ") and "?" in cells[0].source.splitlines()[0], "the title is a question"
-    assert not any(c.outputs or c.execution_count for c in code), "outputs are stripped: they belong to reports/"
+    assert faults(path) == []
 
-    tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
-    assert len(tagged) == 1, "one cell is tagged `parameters`"
-    known, written = read_parameters(path), ast.parse(tagged[0].source).body
-    assert all(isinstance(node, ast.AnnAssign) for node in written) and [node.target.id for node in written] == list(known), \
-        "papermill reads every line of the parameters (a second = in a line hides it)"
-    assert all(p["help"] for p in known.values()), "each parameter says what it means"
 
-    too_long = [c.source.splitlines()[0] for c in code if c is not tagged[0] and len(c.source.splitlines()) > 25]
-    assert not too_long, "a cell is 25 lines at most"
-    assert len(text) >= 0.6 * len(code), f"{len(text)} text cells are few beside {len(code)} of code"
+def test_what_a_notebook_lacks_is_said(tmp_path):
+    """Each part taken away, each limit broken, is one fault."""
+    whole = ROOT / "notebooks" / "35_compare_attacks.ipynb"
+    said = {}
+
+    def broken(name, change):
+        read = nbformat.read(whole, 4)
+        change(read)
+        nbformat.write(read, tmp_path / f"{name}.ipynb")
+        said[name] = faults(tmp_path / f"{name}.ipynb")
+
+    def cut(old, new="", cell=None):
+        def change(read):
+            cells = [c for c in (read.cells if cell is None else [read.cells[cell]]) if old in c.source]
+            assert cells
+            for c in cells:
+                c.source = c.source.replace(old, new)
+        return change
+
+    tagged = lambda read: next(c for c in read.cells if "parameters" in c.metadata.get("tags", []))
+    code = lambda read: [c for c in read.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
+    for part in ("**Goes in:**", "**Comes out:**", "**Needs:**", "**Limits.**", "**Next", "What this showed", "You should see", "## Checks"):
+        broken(part.strip("*# .:").lower().replace(" ", "-"), cut(part))
+    broken("question", cut("?", ".", 0))
+    broken("heading", lambda read: read.cells[0].update(source=read.cells[0].source.removeprefix("# ")))
+    broken("outputs", lambda read: code(read)[1].update(execution_count=3))
+    broken("long", lambda read: code(read)[1].update(source="x = 1\n" * 21))
+    broken("untagged", lambda read: tagged(read).metadata.pop("tags"))
+    broken("words", lambda read: tagged(read).update(source=re.sub(r"  #.*", "", tagged(read).source, count=1)))
+    broken("hidden", lambda read: tagged(read).update(source=tagged(read).source + "\nx = 1"))
+    broken("minutes", lambda read: read.metadata.mu.pop("minutes"))
+    broken("text", lambda read: read.cells.__setitem__(slice(1, -1), [c for c in read.cells[1:-1] if c.cell_type == "code" or "You should see" in c.source or "## Checks" in c.source]))
+    assert [name for name, found in said.items() if len(found) != 1] == [], said
+    assert "a cell has 21 lines, 20 is the most: x = 1" in said["long"] and "the last cell has no **Limits.**" in said["limits"] and "the metadata have no mu.minutes" in said["minutes"]
+
+
+def test_the_check_of_the_book_finds_nothing_and_knows_no_other_words():
+    book = lambda *words: subprocess.run([sys.executable, "-m", "mu.book", *words], cwd=ROOT, capture_output=True, text=True)
+    assert (found := book("--check")).returncode == 0, found.stderr
+    before = {path: path.stat().st_mtime_ns for path in [*NOTEBOOKS, ROOT / "README.md"]}
+    wrong = book("--chekc")
+    assert wrong.returncode == 2 and "--chekc" in wrong.stderr and before == {path: path.stat().st_mtime_ns for path in before}, "a slip writes nothing"
 
 
 def test_every_profile_has_the_notebooks_of_the_walk_and_fits_them():

@@ -1,6 +1,7 @@
 """The report's page: opens from disk, loads nothing, says what is missing."""
 
 import html.parser
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -102,17 +103,20 @@ def test_the_executed_notebooks_are_those_that_are_there_and_the_one_that_is_run
     assert write_report(folder, title="t", claim="c", notebooks=executed(folder, "90_figures")).read_text().count('href="notebooks/') == 2
 
 
-def test_notebooks_of_single_trainings_are_named_and_those_of_the_ablations_are_linked(folder):
+def test_notebooks_that_the_repository_does_not_keep_are_named_and_not_linked(folder):
     for name in ("notebooks/20_esd-0.html", "notebooks/20_esd-10.html", "ablations/notebooks/40_ablations.html", "ablations/notebooks/21_base-0.html"):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text("")
     assert [words for _, words in executed(folder, "")] == ["20_esd-0", "20_esd-10", "20_unlearn", "ablations: 21_base-0", "ablations: 40_ablations"]
     page = write_report(folder, title="t", claim="c", notebooks=executed(folder, "")).read_text()
-    seen, folded = page.split("<details>")
-    assert 'href="ablations/notebooks/40_ablations.html"' in seen and 'href="notebooks/20_unlearn.html"' in seen and "-0.html" not in page
-    assert "3 of a single training each" in folded and "ablations: 21_base-0" in folded
-    assert 'href="notebooks/"' in folded and 'href="ablations/notebooks/"' in folded and folded.count("href=") == 2, "a repository that does not keep them has no dead links"
-    assert "<details>" not in write_report(folder, title="t", claim="c", notebooks=["notebooks/20_unlearn.html"]).read_text()
+    assert "<details>" not in page and page.count(".html\"") == 5, "in no repository all are linked"
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / ".gitignore").write_text("**/notebooks/*\n!notebooks/20_unlearn.html\n!ablations/notebooks/40_ablations.html\n")
+    seen, folded = write_report(folder, title="t", claim="c", notebooks=executed(folder, "")).read_text().split("<details>")
+    assert 'href="ablations/notebooks/40_ablations.html"' in seen and 'href="notebooks/20_unlearn.html"' in seen and seen.count(".html\"") == 2
+    assert "3 more, which are too large" in folded and "ablations: 21_base-0" in folded and "ablations/notebooks and notebooks" in folded and "href=" not in folded, "who clones it has no dead links"
+    (folder / ".gitignore").write_text("*\n")
+    assert "<details>" not in write_report(folder, title="t", claim="c", notebooks=executed(folder, "")).read_text(), "of a page that is not kept, all are there"
 
 
 def test_words_caveats_and_files_of_tables_are_on_the_page(folder):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,9 +123,9 @@ def test_the_concepts_table_has_published_and_own_numbers_side_by_side(gathered)
     assert table.loc[("UCE", "unlearned", "adversarial prompts", 0)].ours == 50 and table.loc[("original", "original", "none", 0)][["published", "ours"]].tolist() == [97.18, 100]
     wide = paper.layout(table.reset_index())
     line = wide[(wide.method == "ESD-u-3") & (wide.variant == "unlearned")].set_index("source")
-    assert line.loc["published, SD-v1-4", "HRM-m, 100 steps"] == "38.7" and line.loc["ours", "HRM-m, 100 steps"].startswith("85.0 (") and line.loc["published, SD-v1-4", "HRM-s, 50 steps"] == ""
+    assert line.loc["published, SD-v1-4", "HRM-m, 100 steps"] == "38.73" and line.loc["ours", "HRM-m, 100 steps"].startswith("85.0 (") and line.loc["published, SD-v1-4", "HRM-s, 50 steps"] == ""
     assert wide.method.drop_duplicates().tolist() == ["original", "ESD-u-1", "ESD-u-3", "SDD", "UCE", "RECE"]
-    assert wide.drop(columns=["method", "variant", "source"]).ne("").any(axis=1).all(), "a method that the paper has not, or that was not run, has one line"
+    assert wide.groupby(["method", "variant"]).size().eq(2).all(), "a method that the paper has not, or that was not run, has a blank line"
     assert len(PUBLISHED["nudity"]) == table.published.notna().sum(), "every published number is in the table"
 
 
@@ -236,7 +237,7 @@ def test_the_price_of_the_defence_is_drawn_and_said(gathered):
     fig = price(mine)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["meta-unlearned", "unlearned"] and len(fig.axes) == 4
     assert "lost of the related: unlearned 0%, meta-unlearned 50%" in words.price_words(mine)
-    assert words.rate_words(mine) == "The concept is recognised at 6e-05, after 100 steps, unlearned 85%, meta-unlearned 20%."
+    assert re.fullmatch(r"The concept is recognised at 6e-05, after 100 steps, unlearned 85% \(\d+–\d+\), meta-unlearned 20% \(\d+–\d+\)\.", words.rate_words(mine))
 
 
 def test_what_is_said_too_kindly_is_said_as_well(gathered):

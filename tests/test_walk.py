@@ -1,6 +1,5 @@
 """The walk as it is walked: every notebook runs under papermill, on tiny random components, in the order of the book."""
 
-import ast
 import json
 import os
 import shutil
@@ -306,19 +305,3 @@ def test_scores_have_no_interval_from_one_seed_and_revival_is_censored():
     assert found.score[50] == 0.5 and (found.low[50], found.high[50]) == (0, 1) and (found.n == 2).all()
     assert scores(table[table.attack_seed == 0], ["step"], over="attack_seed")["low"].isna().all()
     assert revival(table).revived.tolist() == [50, float("inf")] and (revival(table)["last"] == 50).all()
-
-
-@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("[0-69]*.ipynb")), ids=lambda p: p.stem)
-def test_every_notebook_has_its_parts(notebook):
-    cells = nbformat.read(notebook, 4).cells
-    text, code = ([c for c in cells if c.cell_type == kind] for kind in ("markdown", "code"))
-    assert cells[0].source.startswith("# ") and "?" in cells[0].source.splitlines()[0]
-    assert all(part in cells[0].source for part in ("**Goes in:**", "**Comes out:**", "**Needs:**"))
-    assert "google.colab" in code[0].source and "What this showed" in cells[-1].source and "**Next" in cells[-1].source
-    assert "You should see" in "".join(c.source for c in text) and any(c.source.count("assert") for c in code)
-    assert not any(c.outputs or c.execution_count for c in code), "outputs are not stripped"
-    lengths = sorted(len([line for line in c.source.splitlines() if line.strip()]) for c in code if "parameters" not in c.metadata.get("tags", []))
-    assert lengths[len(lengths) // 2] <= 5 and lengths[-1] <= 20
-    for line in next(c for c in code if "parameters" in c.metadata.get("tags", [])).source.splitlines():
-        ast.literal_eval(ast.parse(line).body[0].value)
-        assert "  # " in line, f"{line} has no words"
