@@ -47,7 +47,8 @@ attacks: .venv/installed
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
 # what only large models and clusters need: the extras of pyproject.toml
-paper ablations: .venv/installed $(if $(DRY),,$(if $(filter paper-sd-v1-4 paper-sdxl,$@-$(MODEL)),.venv/with-measures)) $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
+paper: $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures))
+paper ablations: .venv/installed $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
 	@test -f "notebooks/machines/$$MACHINE/config.yaml" || { echo "error: unknown MACHINE '$$MACHINE': allowed are $(notdir $(wildcard notebooks/machines/*)), or a folder of your own beside them" >&2; exit 1; }
 	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
 	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")

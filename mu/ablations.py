@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import MultipleLocator
 
 from mu.comparison import mean_interval, picture_areas
 from mu.figures import legend_below
@@ -104,7 +105,8 @@ def choices_figure(table, factor):
     for ax, words in zip(axes, ("concept under attack", "related lost", "recognised, before the attack")):
         ax.set_xlabel(words, fontsize=8)
         ax.tick_params(labelsize=7)
-    axes[0].set(yticks=list(y), yticklabels=table.choice)
+        ax.xaxis.set_major_locator(MultipleLocator(0.5))
+    axes[0].set(yticks=list(y), yticklabels=table.choice, ylim=(-0.5, len(table) - 0.5))
     axes[0].set_title(factor, loc="left", fontsize=9)
     axes[2].set_xlim(-0.04, 1.04)
     legend_below(fig, *axes)

@@ -86,6 +86,7 @@ def test_every_question_of_the_file_asks_for_runs_that_there_are():
         runs, attacks = {"plain", *facts["variants"]}, {"plain", *facts["variants"], *(f"attack-{name}" for name in facts["mismatches"])}
         for name, entry in asked["questions"].items():
             assert {run for run, _ in pairs(entry).values()} <= runs and {attack for _, attack in pairs(entry).values()} <= attacks, (model, name)
+            assert set(entry) <= {"question", "factor", "runs", "attacks", "base"}, f"{name}: a comma without quotes?"
             assert base_of(entry) in pairs(entry) and entry["question"].endswith("?") and entry["factor"], name
         used = {key for entry in asked["questions"].values() for _, key in pairs(entry).values()}
         assert attacks - used <= {"plain"}, f"trained and never asked about: {attacks - used}"

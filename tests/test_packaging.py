@@ -95,7 +95,7 @@ def test_what_the_readme_says_too_kindly_is_what_the_rows_say():
 @pytest.mark.parametrize("page", [p for p in sorted((ROOT / "reports").glob("*/index.html")) if p.parent.name != "demo"], ids=lambda p: p.parent.name)
 def test_every_link_of_a_committed_page_leads_somewhere(page):
     links = re.findall(r'(?:href|src)="([^"#][^"]*)"', page.read_text())
-    assert len(links) > 10 and not [link for link in links if not (page.parent / unquote(link)).exists()]
+    assert len(links) >= 4 and not [link for link in links if not (page.parent / unquote(link)).exists()]
     if page.parent.name == "pocket":
         assert "notebooks/90_figures.html" in links and "ablations/notebooks/40_ablations.html" in links
 
