@@ -7,8 +7,6 @@ import pandas as pd
 from mu.plots import COLORS, OTHER
 from mu.walk import LABELS, bars, revival
 
-GROUPS = ("forget", "related", "unrelated")
-
 
 def revivals(attacked, threshold=0.5):
     """Steps to revival of each model and learning rate: the median over the trainings ("revived"; inf: not seen), how many trainings, in how many of them it came back, the last step looked at,

@@ -49,8 +49,8 @@ def executed(folder, running):
 def not_kept(folder, files):
     """Those of a page's files (named from its folder) that Git ignores although it keeps the page: who clones the repository has the page without them. None where the whole folder is
     ignored, or is in no repository."""
-    asked = subprocess.run(["git", "check-ignore", "--stdin"], cwd=folder, input="\n".join(["index.html", *files]), capture_output=True, text=True) if shutil.which("git") else None
-    ignored = set(asked.stdout.splitlines()) if asked else set()
+    asked = subprocess.run(["git", "check-ignore", "-z", "--stdin"], cwd=folder, input="\0".join(["index.html", *files]), capture_output=True, text=True) if shutil.which("git") else None
+    ignored = set(filter(None, asked.stdout.split("\0"))) if asked else set()
     return set() if "index.html" in ignored else ignored
 
 
@@ -99,8 +99,8 @@ def write_report(folder, *, title, claim, terms=None, caveats=(), headline=None,
     terms: {word: what it means here}, below the headline. caveats: sentences that belong to the claim, a list after the explorer.
     courses: what `mu.explorer.save_sheet` returned, for a slider over the steps of attacks.
     headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
-    tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists. notebooks: paths (HTML or ipynb) or (path, words); those that a repository does not keep
-    (`not_kept`) are named, and not linked.
+    tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists.
+    notebooks: paths (HTML or ipynb) or (path, words); those that a repository does not keep (`not_kept`) are named, and not linked.
     Everything is text and is escaped; nothing is loaded from elsewhere. Raises FileNotFoundError or ValueError that names the figure,
     the notebook or the card that is missing, outside the folder or without words."""
     folder = Path(folder)
