@@ -9,10 +9,10 @@ from mu.walk import LABELS, bars, revival
 
 
 def revivals(attacked, threshold=0.5):
-    """Steps to revival of each model and learning rate: the median over the trainings ("revived"; inf: not seen), how many trainings, in how many of them it came back, the last step looked at,
-    and the median in words."""
+    """Steps to revival of each model and learning rate: the median over the attacks, one a training and seed ("revived"; inf: not seen), how many attacks, in how many of them it came back,
+    the last step looked at, and the median in words."""
     found = revival(attacked.assign(run=attacked.run + "/" + attacked.training.astype(str)), threshold).groupby(["model", "lr"], sort=False).agg(
-        revived=("revived", "median"), trainings=("revived", "size"), came_back=("revived", lambda steps: np.isfinite(steps).sum()), looked_at_up_to=("last", "max")).reset_index()
+        revived=("revived", "median"), attacks=("revived", "size"), came_back=("revived", lambda steps: np.isfinite(steps).sum()), looked_at_up_to=("last", "max")).reset_index()
     place = in_line(attacked).index
     found = found.sort_values(["lr", "model"], key=lambda c: c.map(place) if c.name == "model" else c, ignore_index=True)
     return found.assign(**{"steps to revival": [f"> {row.looked_at_up_to:g}" if np.isinf(row.revived) else f"{row.revived:g}" for row in found.itertuples()]})

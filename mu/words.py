@@ -77,7 +77,7 @@ def lowered(table):
 def revival_words(revived, lr, threshold=0.5):
     """What the table of `mu.marks.revivals` says of one learning rate, in a sentence."""
     mine = revived[(revived.lr - lr).abs() < 1e-9]
-    each = "; ".join(f"{r['model']} {r['steps to revival']} (it came back in {r['came_back']} of {r['trainings']} trainings)" for r in mine.to_dict("records"))
+    each = "; ".join(f"{r['model']} {r['steps to revival']} (it came back in {r['came_back']} of {r['attacks']} attacks)" for r in mine.to_dict("records"))
     return f"First step at which it is recognised in over {threshold:.0%} of its pictures, median: {each}."
 
 
@@ -124,7 +124,7 @@ def lost_words(attacked, training, step):
     """Which related concepts the meta-unlearned model of one training has lost after `step` steps, and what share each training has lost, in a sentence. attacked: rows of one attack."""
     part = attacked[attacked.model.eq("meta-unlearned") & attacked.group.eq("related")]
     score = part.groupby(["training", "asked", "step"]).hit.mean().unstack("step")
-    gone = [asked for (t, asked), lost in (score[part.step.min()] - score[step]).items() if t == training and lost > 0]
+    gone = [asked for (t, asked), lost in (score[part.step.min()] - score[step]).items() if t == training and lost >= 0.5]  # in most of several attacks
     lost = (score[part.step.min()] - score[step]).groupby("training").mean()
     return (f"Of the {score.index.get_level_values('asked').nunique()} related concepts the meta-unlearned model of this training has lost {len(gone)}{': ' + ', '.join(gone) if gone else ''}; "
             f"the trainings have lost {several(lost)}." if training in lost else "")
@@ -211,11 +211,14 @@ def caveats(rows, cards, method, lr):
     if len(by_picture):
         loss = (by_picture[meta.step.min()] - by_picture[step]).rename("lost").reset_index()
         _, low, high = mean_interval(loss, "lost", signed=True)
-        said += [f"How much self-destructs varies with the training: after {step} steps of the attack they have lost {points(loss.groupby('training').lost.mean())} points of their related concepts, and the 95 % interval of "
-                 f"their mean reaches from {100 * low:.0f} to {100 * high:.0f}."]
+        each = loss.groupby("training").lost.mean()
+        said += [f"How much self-destructs varies with the training: after {step} steps of the attack they have lost {points(each)} points of their related concepts, and the 95 % interval of "
+                 f"their mean reaches from {100 * low:.0f} to {100 * high:.0f}." if len(each) > 1 else
+                 f"After {step} steps of the attack the one training has lost {points(each)} points of its related concepts (95 % interval {100 * low:.0f} to {100 * high:.0f}); another one may lose more, or less."]
     rest = meta[meta.group == "unrelated"].groupby(["training", "step"]).hit.mean().unstack("step")
     if len(rest):
         worst = (rest[meta.step.min()] - rest.min(axis=1)).max()
+    if len(rest) and worst >= 0.005:
         said += [f"The attack costs the meta-unlearned model unrelated concepts as well: {rest[meta.step.min()].mean():.0%} of them are recognised before it, {several(rest[told].mean())} after {several(told, '{}')} steps; "
                  f"in one training up to {100 * worst:.0f} points are lost."]
     score = usual.groupby(["group", "model", "step"]).hit.mean().unstack("step")

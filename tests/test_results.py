@@ -190,7 +190,7 @@ def test_marks_of_one_method(gathered):
     assert table.met["original: concept recognised, at least 0.95"] == "✓" and "meta-unlearned: concept after 100 steps of CLEAN, at most 0.05" in table.index
     found = revivals(mine[mine.attack == "HRM-m"]).set_index("model")
     assert table.met["steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"] == "?", "the meta-unlearned one was not seen to come back, nor looked at for four times as long"
-    assert found.trainings["unlearned"] == 2 and found.came_back["unlearned"] == 2 and found["steps to revival"]["meta-unlearned"] == "> 100"
+    assert found.attacks["unlearned"] == 2 and found.came_back["unlearned"] == 2 and found["steps to revival"]["meta-unlearned"] == "> 100"
     twice = marks_by_training(mine[mine.attack == "none"], mine[mine.attack == "HRM-m"], mine[mine.attack == "CLEAN"], 6e-5).set_index("asked")
     assert twice.measured.equals(table.measured) and twice["met by single trainings"]["original: concept recognised, at least 0.95"] == "2 of 2"
     ends = mine.assign(hit=mine.hit.mask((mine.training == "1") & (mine.model == "meta-unlearned") & (mine.attack == "HRM-m") & (mine.step == 100) & (mine.group == "related"), 1))
@@ -259,3 +259,5 @@ def test_what_is_said_too_kindly_is_said_as_well(gathered):
     assert table["meta: steps"].to_dict() == {"ESD-u-3": "7", "UCE": "30 + 10"} and table["plain: steps"].to_dict() == {"ESD-u-3": 64, "UCE": "closed form"}
     assert "meta-unlearned model of this training has lost 2: a lion, a tiger; the trainings have lost 50%, 50%." in words.lost_words(rows[(rows.method == "uce") & (rows.attack == "HRM-m")], "0", 100)
     assert words.panel_words(rows, "robot-pocket") == ("Recognised before → after 100 steps. unlearned: concept 0% → 90%, related 100% → 100%, unrelated 100% → 100%; meta-unlearned: concept 0% → 20%, related 100% → 100%, unrelated 100% → 100%.")
+    alone = "\n".join(words.caveats(rows[rows.training == "0"], cards, "uce", 6e-5))
+    assert "After 100 steps of the attack the one training has lost 50 points of its related concepts (95 % interval " in alone and "unrelated concepts as well" not in alone
