@@ -192,10 +192,11 @@ def test_advice_makes_it_fit(pipe, monkeypatch):
         assert ("does not fit" in text) != found.fits and ("still too much" in text) != possible and f"{whole:.1f} GiB" in text and "guess" in text
 
 
-def test_on_the_cpu_at_hand_a_pass_is_timed(pipe):
+def test_on_the_cpu_at_hand_a_pass_is_timed(pipe, monkeypatch):
     found = preflight(pipe, META | dict(steps=10))
     assert found.fits == (found.needs[0][1] <= found.usable) and found.timed and 0 < found.needs[0][2] < 60
-    assert found.needs[0][2] == pytest.approx(preflight(pipe, META | dict(steps=20)).needs[0][2] / 2, rel=0.9)
+    monkeypatch.setattr("mu.preflight.speed", lambda *_: 1e9)  # what else runs just now is no matter: at one speed, twice the steps take twice the time
+    assert preflight(pipe, META | dict(steps=20)).needs[0][2] == pytest.approx(2 * preflight(pipe, META | dict(steps=10)).needs[0][2])
     assert found.device == "this CPU" or torch.cuda.is_available()
 
 
