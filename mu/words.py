@@ -13,7 +13,7 @@ TERMS = {
     "CLEAN": "the same fine-tuning on harmless pictures of something else, by somebody who means no harm.",
     "recognised": "a judge, a classifier that takes no part in any training, sees in the picture what was asked for.",
     "ESD, SDD, UCE, RECE": "methods that unlearn. ESD-u trains the layers outside cross attention, ESD-f all; -1 and -3 are the strength η. UCE and RECE solve for the weights: plainly unlearned they have no seed and are one model each.",
-    "marks": "what we asked of the meta-unlearned model before we looked, listed with what was measured, also where it is missed.",
+    "marks": "what is asked of the meta-unlearned model, listed with what was measured, also where it is missed.",
     "JFD": "the distance of two sets of pictures in the features of the judge, computed as FID is; 0 is the original.",
 }
 
