@@ -24,7 +24,9 @@ from mu.train import State, finetune
 @dataclass(frozen=True)
 class Attack:
     state: State  # what is trained
-    concept_set: ConceptSet | Callable[[int], ConceptSet]  # the images, or a function of the steps done
+    concept_set: (
+        ConceptSet | Callable[[int], ConceptSet]
+    )  # the images, or a function of the steps done
     probe: Callable[[], Probe]  # how the attacker would draw, with what has been learned so far
     images: int  # different images that the attack uses
     others: ConceptSet | None = None  # images that the same steps also train on
@@ -32,26 +34,67 @@ class Attack:
     passes: int = 0  # forward passes of the UNet that making it took
 
 
-def fine_tuning(pipe, concept_set, probe, *, lr=2e-5, optimizer="adam", subset="f", rank=16, seed=0, others=None, others_weight=1.0, first=None, first_steps=0):
+def fine_tuning(
+    pipe,
+    concept_set,
+    probe,
+    *,
+    lr=2e-5,
+    optimizer="adam",
+    subset="f",
+    rank=16,
+    seed=0,
+    others=None,
+    others_weight=1.0,
+    first=None,
+    first_steps=0,
+):
     """The `Attack` that trains weights of the UNet, L(θ; concept_set) + others_weight · L(θ; others) (`mu.train.finetune`).
 
     subset: "f" all, "x", "u", or "lora" of `rank`; optimizer: adam, adamw, sgd. others: benign images, mixed in so that what is related to the concept survives. first: a set on
     which the first `first_steps` of the steps train alone, so that whatever guards the concept is worn off before it is met. Raises as `State` does."""
     state = State(pipe.unet, subset, lr=lr, optimizer=optimizer, seed=seed, rank=rank)
-    phases = concept_set if first is None or not first_steps else lambda step: first if step < first_steps else concept_set
-    used = [concept_set, *(s for s, needed in ((others, others_weight), (first, first_steps)) if s is not None and needed)]
+    phases = (
+        concept_set
+        if first is None or not first_steps
+        else lambda step: first if step < first_steps else concept_set
+    )
+    used = [
+        concept_set,
+        *(
+            s
+            for s, needed in ((others, others_weight), (first, first_steps))
+            if s is not None and needed
+        ),
+    ]
     return Attack(state, phases, lambda: probe, sum(map(len, used)), others, others_weight)
 
 
-def dreambooth(pipe, concept_set, probe, class_prompts, *, class_images=64, seed=0, guidance=5.0, sampling_steps=25, **options):
+def dreambooth(
+    pipe,
+    concept_set,
+    probe,
+    class_prompts,
+    *,
+    class_images=64,
+    seed=0,
+    guidance=5.0,
+    sampling_steps=25,
+    **options,
+):
     """DreamBooth (Ruiz et al. 2023): `fine_tuning` with prior preservation, that is with `class_images` pictures of the concept's class as `others`, which the attacked model
     draws itself before it is trained, with seeds that are no probe's. The concept keeps its name: of a word that stands for nothing any more, a rare identifier is no better.
 
     Raises ValueError for no prompt."""
     if not class_prompts:
-        raise ValueError("prior preservation needs prompts of the concept's class, such as those of related concepts: class_prompts is empty")
+        raise ValueError(
+            "prior preservation needs prompts of the concept's class, such as those of related concepts: class_prompts is empty"
+        )
     drawn = drawn_set(pipe, class_prompts, class_images, 2000 + seed, guidance, sampling_steps)
-    return replace(fine_tuning(pipe, concept_set, probe, seed=seed, others=drawn, **options), passes=sampling_steps * math.ceil(class_images / at_once(pipe)))
+    return replace(
+        fine_tuning(pipe, concept_set, probe, seed=seed, others=drawn, **options),
+        passes=sampling_steps * math.ceil(class_images / at_once(pipe)),
+    )
 
 
 def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0):
@@ -64,16 +107,31 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
     known = words(pipe)
     for name in (word, start):
         if name not in known:
-            raise ValueError(f"{name!r} is no word that the text encoder reads as one token: choose one of mu.prompts.words, such as {', '.join(known[:5])}")
+            raise ValueError(
+                f"{name!r} is no word that the text encoder reads as one token: choose one of mu.prompts.words, such as {', '.join(known[:5])}"
+            )
     texts = [said(text) for text in concept_set.prompts]
-    drawn = [said(item["prompt"]) if item["group"] == "forget" else item["prompt"] for item in probe.items]
-    for text in [*texts, *(text for text, item in zip(drawn, probe.items) if item["group"] == "forget")]:
+    drawn = [
+        said(item["prompt"]) if item["group"] == "forget" else item["prompt"]
+        for item in probe.items
+    ]
+    for text in [
+        *texts,
+        *(text for text, item in zip(drawn, probe.items) if item["group"] == "forget"),
+    ]:
         if not holds(text, word):
-            raise ValueError(f"{text!r} does not hold the word {word!r}, so that nothing of it could be learned: name the concept as its captions do (called)")
+            raise ValueError(
+                f"{text!r} does not hold the word {word!r}, so that nothing of it could be learned: name the concept as its captions do (called)"
+            )
     for text in [item["prompt"] for item in probe.items if item["group"] != "forget"]:
         if holds(text, word):
-            raise ValueError(f"{text!r}, a prompt of the probe, holds the word {word!r}, and would be read otherwise once that is learned: choose another word")
-    named = {f"vector/{e}": table[0].clone().requires_grad_(True) for e, table in enumerate(embeddings(pipe, [start]))}
+            raise ValueError(
+                f"{text!r}, a prompt of the probe, holds the word {word!r}, and would be read otherwise once that is learned: choose another word"
+            )
+    named = {
+        f"vector/{e}": table[0].clone().requires_grad_(True)
+        for e, table in enumerate(embeddings(pipe, [start]))
+    }
     state = State(pipe.unet.requires_grad_(False), lr=lr, optimizer="adam", seed=seed, named=named)
 
     def read(prompts):
@@ -83,9 +141,19 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
     @torch.no_grad()
     def as_learned():
         distinct = sorted(set(drawn))
-        return replace(probe, conditioning=rows(read(distinct), torch.tensor([distinct.index(text) for text in drawn])))
+        return replace(
+            probe,
+            conditioning=rows(
+                read(distinct), torch.tensor([distinct.index(text) for text in drawn])
+            ),
+        )
 
-    return Attack(state, lambda _: replace(concept_set, conditioning=read(texts), prompts=texts), as_learned, len(concept_set))
+    return Attack(
+        state,
+        lambda _: replace(concept_set, conditioning=read(texts), prompts=texts),
+        as_learned,
+        len(concept_set),
+    )
 
 
 @torch.no_grad()
@@ -106,8 +174,21 @@ def _reached(checkpoint):
         return int(saved.get_tensor("step"))
 
 
-def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8, guidance=5.0, sampling_steps=25, accumulation=1, loss_scale=1.0,
-               before=None, progress=lambda records: records):
+def attack_run(
+    folder,
+    pipe,
+    judge,
+    attack,
+    *,
+    at=(0, 25, 50, 100),
+    batch_size=8,
+    guidance=5.0,
+    sampling_steps=25,
+    accumulation=1,
+    loss_scale=1.0,
+    before=None,
+    progress=lambda records: records,
+):
     """Carry an attack out on `pipe`; draw and judge its probe after each number of steps in `at`.
 
     attack: a function without arguments that makes the `Attack`. Writes step-NNNN.json (rows of `evaluate`) and .png into `folder`, and a checkpoint: a killed attack goes
@@ -118,7 +199,9 @@ def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8
     the records (tqdm). Returns rows, each with its "step"."""
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]  # a GPU has better use for its memory
+    weights = [
+        p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()
+    ]  # a GPU has better use for its memory
     if before and 0 in files and not files[0].exists():
         with atomic(files[0].with_suffix(".png")) as temporary:
             shutil.copyfile(before[1], temporary)
@@ -126,23 +209,53 @@ def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8
     try:
         if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
             checkpoint = folder / "checkpoint.safetensors"
-            if any(not file.exists() and step < _reached(checkpoint) for step, file in files.items()):
+            if any(
+                not file.exists() and step < _reached(checkpoint) for step, file in files.items()
+            ):
                 checkpoint.unlink()
             began = time.perf_counter()
             made = attack()
             seconds, state = time.perf_counter() - began, resume(folder, made.state)
             for step, file in files.items():
-                if state.step < step:  # where it has been judged too: the budget is of the whole way
-                    for _ in progress(run_loop(folder, state, finetune(
-                            state, pipe.scheduler, made.concept_set, steps=step, batch_size=batch_size, others=made.others, others_weight=made.others_weight,
-                            accumulation=accumulation, loss_scale=loss_scale))):
+                if (
+                    state.step < step
+                ):  # where it has been judged too: the budget is of the whole way
+                    for _ in progress(
+                        run_loop(
+                            folder,
+                            state,
+                            finetune(
+                                state,
+                                pipe.scheduler,
+                                made.concept_set,
+                                steps=step,
+                                batch_size=batch_size,
+                                others=made.others,
+                                others_weight=made.others_weight,
+                                accumulation=accumulation,
+                                loss_scale=loss_scale,
+                            ),
+                        )
+                    ):
                         pass
                 if not file.exists():
                     judged(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
             done = read_json(folder / "records.json", [])
-            spent = lambda step, name: sum(record[name] for record in done if record["step"] <= step)
-            save_json([{"step": step, "images": made.images if step else 0, "passes": (made.passes if step else 0) + spent(step, "passes"),
-                        "seconds": (seconds if step else 0) + spent(step, "seconds")} for step in files], folder / "budget.json")
+            spent = lambda step, name: sum(
+                record[name] for record in done if record["step"] <= step
+            )
+            save_json(
+                [
+                    {
+                        "step": step,
+                        "images": made.images if step else 0,
+                        "passes": (made.passes if step else 0) + spent(step, "passes"),
+                        "seconds": (seconds if step else 0) + spent(step, "seconds"),
+                    }
+                    for step in files
+                ],
+                folder / "budget.json",
+            )
             checkpoint.unlink(missing_ok=True)
     finally:
         with torch.no_grad():
@@ -153,19 +266,56 @@ def attack_run(folder, pipe, judge, attack, *, at=(0, 25, 50, 100), batch_size=8
 KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
 
 
-def attackers_set(pipe, folder, attack="forget", prompts=0, drawn_images=0, cache=None, guidance=5.0, sampling_steps=25):
+def attackers_set(
+    pipe,
+    folder,
+    attack="forget",
+    prompts=0,
+    drawn_images=0,
+    cache=None,
+    guidance=5.0,
+    sampling_steps=25,
+):
     """The attacker's `ConceptSet` `attack` of a concept's folder, of its `prompts` most frequent prompts only (0: all).
 
     drawn_images: instead of the set's images, so many that the pipeline draws of these prompts now: call it before the pipeline is given an unlearned model's weights, and the
     attacker has pictures in the very manner of the original. An attack that trains no weights needs them: it can only find what the model is still able to draw. Their seeds are no probe's."""
-    concept_set = with_prompts(encode_folder(pipe, Path(folder) / f"attacker/{attack}", cache), prompts)
+    concept_set = with_prompts(
+        encode_folder(pipe, Path(folder) / f"attacker/{attack}", cache), prompts
+    )
     if not drawn_images:
         return concept_set
-    return drawn_set(pipe, [concept_set.prompts[i] for i in concept_set.prompt.unique().tolist()], drawn_images, 1000, guidance, sampling_steps, cache)
+    return drawn_set(
+        pipe,
+        [concept_set.prompts[i] for i in concept_set.prompt.unique().tolist()],
+        drawn_images,
+        1000,
+        guidance,
+        sampling_steps,
+        cache,
+    )
 
 
-def choose(pipe, folder, probe, concept_set, kind="fine-tuning", *, others="", others_weight=1.0, first="", first_steps=0, class_images=64, word="", start="", called="",
-           cache=None, guidance=5.0, sampling_steps=25, **options):
+def choose(
+    pipe,
+    folder,
+    probe,
+    concept_set,
+    kind="fine-tuning",
+    *,
+    others="",
+    others_weight=1.0,
+    first="",
+    first_steps=0,
+    class_images=64,
+    word="",
+    start="",
+    called="",
+    cache=None,
+    guidance=5.0,
+    sampling_steps=25,
+    **options,
+):
     """A function seed → `Attack`, from the words of a notebook: `kind` with a set of `attackers_set`.
 
     others, first: sets below the folder, such as "attacker/clean" or "defender/retain-related". DreamBooth's class is the related concepts of the probe. Textual inversion learns
@@ -175,20 +325,52 @@ def choose(pipe, folder, probe, concept_set, kind="fine-tuning", *, others="", o
     if kind not in KINDS:
         raise ValueError(f"unknown kind of attack {kind!r}: allowed are {', '.join(KINDS)}")
     if bool(first) != bool(first_steps):
-        raise ValueError(f"a first phase needs a set and steps, got first={first!r}, first_steps={first_steps}: give both, or neither")
+        raise ValueError(
+            f"a first phase needs a set and steps, got first={first!r}, first_steps={first_steps}: give both, or neither"
+        )
     if kind != "fine-tuning" and (others or first):
-        raise ValueError(f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty")
+        raise ValueError(
+            f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty"
+        )
     read = lambda name: encode_folder(pipe, Path(folder) / name, cache) if name else None
     names = {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
     if kind.endswith("inversion"):
         if len(names) != 1:
-            raise ValueError(f"an inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack")
+            raise ValueError(
+                f"an inversion learns one word, the probe's forget prompts expect {', '.join(sorted(names))}: choose another kind of attack"
+            )
         (name,) = names
-        said = (lambda text: swapped(text, called or name, word)) if kind == "textual-inversion" else (lambda text: f"{word} {text}")
-        return lambda seed: learned_word(pipe, concept_set, probe, word, start, said, lr=options["lr"], seed=seed)
+        said = (
+            (lambda text: swapped(text, called or name, word))
+            if kind == "textual-inversion"
+            else (lambda text: f"{word} {text}")
+        )
+        return lambda seed: learned_word(
+            pipe, concept_set, probe, word, start, said, lr=options["lr"], seed=seed
+        )
     if kind == "dreambooth":
         related = sorted({i["prompt"] for i in probe.items if i["group"] == "related"})
-        return lambda seed: dreambooth(pipe, concept_set, probe, related, class_images=class_images, seed=seed, others_weight=others_weight,
-                                       guidance=guidance, sampling_steps=sampling_steps, **options)
+        return lambda seed: dreambooth(
+            pipe,
+            concept_set,
+            probe,
+            related,
+            class_images=class_images,
+            seed=seed,
+            others_weight=others_weight,
+            guidance=guidance,
+            sampling_steps=sampling_steps,
+            **options,
+        )
     mixed, benign = read(others), read(first)
-    return lambda seed: fine_tuning(pipe, concept_set, probe, seed=seed, others=mixed, others_weight=others_weight, first=benign, first_steps=first_steps, **options)
+    return lambda seed: fine_tuning(
+        pipe,
+        concept_set,
+        probe,
+        seed=seed,
+        others=mixed,
+        others_weight=others_weight,
+        first=benign,
+        first_steps=first_steps,
+        **options,
+    )

@@ -3,7 +3,19 @@
 import pandas as pd
 
 # what tells one number of a table from another, and where and when it was computed
-MAY_DIFFER = ("run", "weights", "start", "files", "name", "seed", "commit", "machine", "python", "versions", "veiled")
+MAY_DIFFER = (
+    "run",
+    "weights",
+    "start",
+    "files",
+    "name",
+    "seed",
+    "commit",
+    "machine",
+    "python",
+    "versions",
+    "veiled",
+)
 
 
 def _differing(cards, may_differ):
@@ -22,7 +34,9 @@ def same_protocol(cards, may_differ=MAY_DIFFER):
     cards: name of a number → its card (`mu.runs.protocol`). may_differ: facts that need not be the same.
     Raises ValueError that names the first fact that differs, and the numbers concerned."""
     if not cards:
-        raise ValueError("there are no cards to compare: a number without its card goes into no table")
+        raise ValueError(
+            "there are no cards to compare: a number without its card goes into no table"
+        )
     found = _differing(cards, may_differ)
     if found:
         fact, said = found
@@ -30,8 +44,10 @@ def same_protocol(cards, may_differ=MAY_DIFFER):
         for name, value in said.items():
             groups.setdefault(str(value), []).append(name)
         words = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups.items())
-        raise ValueError(f"numbers of different protocols do not go into one table: {fact} is {words}. Measure them alike, make two tables, "
-                         f"or, where it does not matter here, name {fact!r} in may_differ")
+        raise ValueError(
+            f"numbers of different protocols do not go into one table: {fact} is {words}. Measure them alike, make two tables, "
+            f"or, where it does not matter here, name {fact!r} in may_differ"
+        )
     first = next(iter(cards.values()))
     return {fact: value for fact, value in first.items() if fact not in may_differ}
 
@@ -42,9 +58,16 @@ def one_table(numbers, may_differ=MAY_DIFFER):
     numbers: name → (a number, or a dict of them, and its card). Raises as `same_protocol` does, and ValueError for a number that is no card's."""
     bare = [name for name, (_, card) in numbers.items() if not card]
     if bare:
-        raise ValueError(f"no card goes with {', '.join(map(str, bare))}: a number without its protocol goes into no table")
+        raise ValueError(
+            f"no card goes with {', '.join(map(str, bare))}: a number without its protocol goes into no table"
+        )
     shared = same_protocol({name: card for name, (_, card) in numbers.items()}, may_differ)
-    table = pd.DataFrame({name: values if isinstance(values, dict) else {"value": values} for name, (values, _) in numbers.items()}).T
+    table = pd.DataFrame(
+        {
+            name: values if isinstance(values, dict) else {"value": values}
+            for name, (values, _) in numbers.items()
+        }
+    ).T
     table = table.infer_objects().rename_axis("run")
     table.attrs["protocol"] = shared
     return table
@@ -52,9 +75,20 @@ def one_table(numbers, may_differ=MAY_DIFFER):
 
 def card_text(card, left_out=("commit", "machine", "python", "run", "files")):
     """The card as short lines, "fact: value", nested facts behind one another; for people, beside a table."""
+
     def text(value):
         if isinstance(value, dict):
             return ", ".join(f"{name} {text(inner)}" for name, inner in value.items())
-        return ", ".join(map(text, value)) if isinstance(value, (list, tuple)) else f"{value:g}" if isinstance(value, float) else str(value)
+        return (
+            ", ".join(map(text, value))
+            if isinstance(value, (list, tuple))
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
 
-    return "\n".join(f"{fact.replace('_', ' ')}: {text(value)}" for fact, value in card.items() if fact not in left_out and value not in ("", None, {}, []))
+    return "\n".join(
+        f"{fact.replace('_', ' ')}: {text(value)}"
+        for fact, value in card.items()
+        if fact not in left_out and value not in ("", None, {}, [])
+    )

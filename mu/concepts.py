@@ -18,7 +18,9 @@ from mu.runs import save_tensors
 @dataclass(frozen=True)
 class ConceptSet:
     mean: torch.Tensor  # (images, channels, height, width), posterior mean × scaling_factor
-    std: torch.Tensor  # the same shape, posterior deviation × scaling_factor: sampling stays that of the VAE
+    std: (
+        torch.Tensor
+    )  # the same shape, posterior deviation × scaling_factor: sampling stays that of the VAE
     conditioning: dict  # one row a prompt
     prompt: torch.Tensor  # (images,), the row of each image's prompt
     prompts: list  # texts
@@ -34,11 +36,15 @@ def read_metadata(folder):
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if not table.is_file():
-        raise FileNotFoundError(f'{folder} has no metadata.jsonl: one line an image, {{"file_name": ..., "text": caption}}')
+        raise FileNotFoundError(
+            f'{folder} has no metadata.jsonl: one line an image, {{"file_name": ..., "text": caption}}'
+        )
     try:
         lines = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{table} is not JSON lines ({error}): write one object an image") from error
+        raise ValueError(
+            f"{table} is not JSON lines ({error}): write one object an image"
+        ) from error
     if not lines:
         raise ValueError(f"{table} is empty: name at least one image")
     for line in lines:
@@ -59,15 +65,27 @@ def concept_names(folder, *names):
     """What the defender's sets of these names show, each once, sorted: the column `concept` of their metadata where there is one, or else the captions.
 
     Raises as `read_metadata` does."""
-    return sorted({line.get("concept") or line["text"] for name in names for line in read_metadata(Path(folder) / "defender" / name)})
+    return sorted(
+        {
+            line.get("concept") or line["text"]
+            for name in names
+            for line in read_metadata(Path(folder) / "defender" / name)
+        }
+    )
 
 
 def read_image(path, size):
     """float (3, size, size) in −1…1. Raises ValueError that names a file which is no image."""
     try:
         image = Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for a broken file are these three
-        raise ValueError(f"{path} is not a readable image ({error}): remove or replace it") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:  # PIL's words for a broken file are these three
+        raise ValueError(
+            f"{path} is not a readable image ({error}): remove or replace it"
+        ) from error
     if image.size != (size, size):
         image = image.resize((size, size), Image.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -77,9 +95,20 @@ def read_image(path, size):
 def encode_images(pipe, images, captions):
     """The `ConceptSet` of images (n, 3, height, width) in −1…1, a caption each."""
     prompts, scale = sorted(set(captions)), pipe.vae.config.scaling_factor
-    posteriors = [pipe.vae.encode(x.to(pipe.vae.device, pipe.vae.dtype)).latent_dist for x in images.split(8)]
-    mean, std = (torch.cat([getattr(p, name) for p in posteriors]).to(pipe.unet.device) * scale for name in ("mean", "std"))
-    return ConceptSet(mean, std, encode_prompts(pipe, prompts), torch.tensor([prompts.index(c) for c in captions], device=pipe.unet.device), prompts)
+    posteriors = [
+        pipe.vae.encode(x.to(pipe.vae.device, pipe.vae.dtype)).latent_dist for x in images.split(8)
+    ]
+    mean, std = (
+        torch.cat([getattr(p, name) for p in posteriors]).to(pipe.unet.device) * scale
+        for name in ("mean", "std")
+    )
+    return ConceptSet(
+        mean,
+        std,
+        encode_prompts(pipe, prompts),
+        torch.tensor([prompts.index(c) for c in captions], device=pipe.unet.device),
+        prompts,
+    )
 
 
 @torch.no_grad()
@@ -89,25 +118,74 @@ def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
 
     def make():
         conditioning = rows(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
-        return encode_images(pipe, draw_images(pipe, conditioning, encode_prompts(pipe, [""]), range(seed * count, (seed + 1) * count), guidance, steps, at_once(pipe)) * 2 - 1, captions)
+        return encode_images(
+            pipe,
+            draw_images(
+                pipe,
+                conditioning,
+                encode_prompts(pipe, [""]),
+                range(seed * count, (seed + 1) * count),
+                guidance,
+                steps,
+                at_once(pipe),
+            )
+            * 2
+            - 1,
+            captions,
+        )
 
-    said = json.dumps([captions, seed, guidance, steps, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode()
-    return kept(make, sorted(set(captions)), pipe.unet.device, cache, "drawn", said, pipe.unet, pipe.vae, *text_encoders(pipe))
+    said = json.dumps(
+        [
+            captions,
+            seed,
+            guidance,
+            steps,
+            pipe.unet.config.sample_size,
+            pipe.vae.config.scaling_factor,
+        ]
+    ).encode()
+    return kept(
+        make,
+        sorted(set(captions)),
+        pipe.unet.device,
+        cache,
+        "drawn",
+        said,
+        pipe.unet,
+        pipe.vae,
+        *text_encoders(pipe),
+    )
 
 
 def with_prompts(concept_set, count):
     """Only the images of the `count` most frequent prompts of a set, ties in their order; 0: all. 1 is the paper's HRM-s, several are its HRM-m."""
-    frequent = concept_set.prompt.bincount(minlength=len(concept_set.prompts)).argsort(descending=True, stable=True)[:count or None]
+    frequent = concept_set.prompt.bincount(minlength=len(concept_set.prompts)).argsort(
+        descending=True, stable=True
+    )[: count or None]
     keep = torch.isin(concept_set.prompt, frequent)
-    return ConceptSet(concept_set.mean[keep], concept_set.std[keep], concept_set.conditioning, concept_set.prompt[keep], concept_set.prompts)
+    return ConceptSet(
+        concept_set.mean[keep],
+        concept_set.std[keep],
+        concept_set.conditioning,
+        concept_set.prompt[keep],
+        concept_set.prompts,
+    )
 
 
 def fewer(concept_set, count):
     """`count` of a set's images, evenly from its whole length; 0, or as many as there are: all. Raises ValueError for more than there are."""
     if count > len(concept_set):
-        raise ValueError(f"the set has {len(concept_set)} images, asked for are {count}: name fewer, or 0 for all")
+        raise ValueError(
+            f"the set has {len(concept_set)} images, asked for are {count}: name fewer, or 0 for all"
+        )
     some = torch.linspace(0, len(concept_set) - 1, count).round().long() if count else slice(None)
-    return ConceptSet(concept_set.mean[some], concept_set.std[some], concept_set.conditioning, concept_set.prompt[some], concept_set.prompts)
+    return ConceptSet(
+        concept_set.mean[some],
+        concept_set.std[some],
+        concept_set.conditioning,
+        concept_set.prompt[some],
+        concept_set.prompts,
+    )
 
 
 @torch.no_grad()
@@ -116,10 +194,23 @@ def encode_folder(pipe, folder, cache=None):
 
     The cached file's name is a digest of captions, image bytes and of weights of the VAE and the text encoders, so that it cannot be stale."""
     paths, captions = read_folder(folder)
-    said = json.dumps([captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]).encode() + b"".join(path.read_bytes() for path in paths)
+    said = json.dumps(
+        [captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]
+    ).encode() + b"".join(path.read_bytes() for path in paths)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    make = lambda: encode_images(pipe, torch.stack([read_image(path, side) for path in paths]), captions)
-    return kept(make, sorted(set(captions)), pipe.unet.device, cache, Path(folder).name, said, pipe.vae, *text_encoders(pipe))
+    make = lambda: encode_images(
+        pipe, torch.stack([read_image(path, side) for path in paths]), captions
+    )
+    return kept(
+        make,
+        sorted(set(captions)),
+        pipe.unet.device,
+        cache,
+        Path(folder).name,
+        said,
+        pipe.vae,
+        *text_encoders(pipe),
+    )
 
 
 def kept(make, prompts, device, cache, name, said, *parts):
@@ -128,7 +219,9 @@ def kept(make, prompts, device, cache, name, said, *parts):
     said: bytes, all that it is made from, of which the digest is, and of some weights of each of `parts`: the file cannot be stale."""
     digest = hashlib.sha256(said)
     for p in (p for part in parts for p in part.parameters()):
-        digest.update(p.flatten()[:16].float().cpu().numpy().tobytes())  # enough: training changes every tensor
+        digest.update(
+            p.flatten()[:16].float().cpu().numpy().tobytes()
+        )  # enough: training changes every tensor
     file = Path(cache) / f"{name}-{digest.hexdigest()[:16]}.safetensors" if cache else None
     if file and file.exists():
         tensors = load_file(file)
@@ -138,14 +231,18 @@ def kept(make, prompts, device, cache, name, said, *parts):
         if file:
             save_tensors(tensors, file)
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    conditioning = {name: value for name, value in tensors.items() if name not in ("mean", "std", "prompt")}
+    conditioning = {
+        name: value for name, value in tensors.items() if name not in ("mean", "std", "prompt")
+    }
     return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)
 
 
 def vocabulary(tokenizer, without=()):
     """The tokenizer's words of three letters and more, sorted, none of them a word of the texts `without`. Among them are endings of longer words ("der" of spider)."""
     left_out = {word for text in without for word in text.lower().split()}
-    words = sorted(token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))  # it ends a word, and may be all of it
+    words = sorted(
+        token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")
+    )  # it ends a word, and may be all of it
     return [word for word in words if word.isalpha() and len(word) > 2 and word not in left_out]
 
 

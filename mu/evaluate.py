@@ -20,6 +20,7 @@ JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
 @dataclass(frozen=True)
 class Probe:
     """Prompts to draw and what should be seen in them, encoded once: one row an image."""
+
     items: list  # {"group", "prompt", "expected", "seed"}, perhaps "guidance"; expected is a label of the judge, as "concept:cat" or "style:noto"
     conditioning: dict
     unconditional: dict
@@ -39,7 +40,13 @@ def load_judge(path=JUDGE):
         return None
     if (named := named_judge(str(path))) is not None:
         return named
-    return ResNetForImageClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
+    return (
+        ResNetForImageClassification.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 @torch.no_grad()
@@ -48,37 +55,61 @@ def judge_images(judge, images, kind="concept"):
 
     Raises ValueError for images that are not finite, KeyError for a kind that the judge does not know."""
     if not torch.isfinite(images).all():
-        raise ValueError("images hold NaN or infinite values: the model that drew them has diverged")
+        raise ValueError(
+            "images hold NaN or infinite values: the model that drew them has diverged"
+        )
     columns = [i for i, label in judge.config.id2label.items() if label.startswith(kind + ":")]
     if not columns:
-        raise KeyError(f"unknown kind {kind!r}: allowed are {', '.join(sorted({v.split(':')[0] for v in judge.config.id2label.values()}))}")
+        raise KeyError(
+            f"unknown kind {kind!r}: allowed are {', '.join(sorted({v.split(':')[0] for v in judge.config.id2label.values()}))}"
+        )
     side = judge.config.image_size if hasattr(judge.config, "image_size") else 64
-    pixels = images.float() if images.shape[-1] == side else F.interpolate(images.float(), size=(side, side), mode="area")
+    pixels = (
+        images.float()
+        if images.shape[-1] == side
+        else F.interpolate(images.float(), size=(side, side), mode="area")
+    )
     logits = torch.cat([judge(x).logits for x in (pixels * 2 - 1).split(128)])[:, columns]
     return [judge.config.id2label[columns[i]] for i in logits.argmax(1).tolist()]
 
 
 def make_probe(pipe, groups, seeds=range(8)):
     """groups: name → {prompt: expected label}, as in a set's `probe.json`. Every prompt is drawn with every seed."""
-    items = [{"group": group, "prompt": prompt, "expected": expected, "seed": int(seed)}
-             for group, prompts in groups.items() for prompt, expected in prompts.items() for seed in seeds]
+    items = [
+        {"group": group, "prompt": prompt, "expected": expected, "seed": int(seed)}
+        for group, prompts in groups.items()
+        for prompt, expected in prompts.items()
+        for seed in seeds
+    ]
     prompts = sorted({item["prompt"] for item in items})
     index = torch.tensor([prompts.index(item["prompt"]) for item in items])
     labels = tuple(sorted({item["expected"] for item in items}))
-    return Probe(items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=labels)
+    return Probe(
+        items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=labels
+    )
 
 
 def listed_probe(pipe, listed, group, expected):
     """A probe of given prompts, each with a seed (and perhaps a guidance) of its own: rows of `mu.prompt_files.to_rows`, all of one group and one expected label."""
     prompts = sorted({row["prompt"] for row in listed})
     index = torch.tensor([prompts.index(row["prompt"]) for row in listed])
-    return Probe([{"group": group, "expected": expected} | row for row in listed], rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=(expected,))
+    return Probe(
+        [{"group": group, "expected": expected} | row for row in listed],
+        rows(encode_prompts(pipe, prompts), index),
+        encode_prompts(pipe, [""]),
+        labels=(expected,),
+    )
 
 
 def join(*probes):
     """One probe of several, in their order; whether it is veiled is the first's to say."""
     labels = tuple(sorted({label for probe in probes for label in probe.labels}))
-    return replace(probes[0], items=[item for probe in probes for item in probe.items], conditioning=stack(*(probe.conditioning for probe in probes)), labels=labels)
+    return replace(
+        probes[0],
+        items=[item for probe in probes for item in probe.items],
+        conditioning=stack(*(probe.conditioning for probe in probes)),
+        labels=labels,
+    )
 
 
 def answers(judge, images, items, labels=()):
@@ -89,8 +120,10 @@ def answers(judge, images, items, labels=()):
         return judge.see(images, items, labels)
     unknown = sorted({item["expected"] for item in items} - set(judge.config.id2label.values()))
     if unknown:
-        raise ValueError(f"the judge does not know {', '.join(unknown)}, and would call every picture of it something else: choose among its "
-                         f"{len(judge.config.id2label)} labels, such as {', '.join(list(judge.config.id2label.values())[:5])}, or another judge (mu.judges), or none")
+        raise ValueError(
+            f"the judge does not know {', '.join(unknown)}, and would call every picture of it something else: choose among its "
+            f"{len(judge.config.id2label)} labels, such as {', '.join(list(judge.config.id2label.values())[:5])}, or another judge (mu.judges), or none"
+        )
     kinds = [item["expected"].split(":")[0] for item in items]
     seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
     return [seen[kind][i] for i, kind in enumerate(kinds)]
@@ -106,7 +139,15 @@ def draw_probe(pipe, probe, guidance=5.0, steps=25):
     scales, images = [item.get("guidance", guidance) for item in probe.items], {}
     for scale in dict.fromkeys(scales):
         index = [i for i, own in enumerate(scales) if own == scale]
-        found = draw_images(pipe, rows(probe.conditioning, torch.tensor(index)), probe.unconditional, [probe.items[i]["seed"] for i in index], scale, steps, at_once(pipe))
+        found = draw_images(
+            pipe,
+            rows(probe.conditioning, torch.tensor(index)),
+            probe.unconditional,
+            [probe.items[i]["seed"] for i in index],
+            scale,
+            steps,
+            at_once(pipe),
+        )
         images |= dict(zip(index, found))
     return torch.stack([images[i] for i in range(len(scales))])
 
@@ -117,7 +158,10 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     if judge is None:
         return [item | {"seen": "", "hit": float("nan")} for item in probe.items], images
     found = answers(judge, images, probe.items, probe.labels)
-    return [item | {"seen": label, "hit": int(label == item["expected"]) if label else float("nan")} for item, label in zip(probe.items, found)], images
+    return [
+        item | {"seen": label, "hit": int(label == item["expected"]) if label else float("nan")}
+        for item, label in zip(probe.items, found)
+    ], images
 
 
 def judged(pipe, judge, probe, step, file, guidance, sampling_steps):
@@ -140,5 +184,7 @@ def score(hits, level=0.95, seed=0, means=False):
         return hits.mean(), found.low, found.high
     if (hits == hits[0]).all():
         return hits.mean(), hits.mean(), hits.mean()
-    found = bootstrap((hits,), np.mean, confidence_level=level, method="percentile", n_resamples=2000, rng=seed).confidence_interval
+    found = bootstrap(
+        (hits,), np.mean, confidence_level=level, method="percentile", n_resamples=2000, rng=seed
+    ).confidence_interval
     return hits.mean(), found.low, found.high

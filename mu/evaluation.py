@@ -16,10 +16,16 @@ from mu.statistics import paired_interval
 def finished(out, runs):
     """The names in `runs` (with commas), each a finished run below `out`, or "original". Raises FileNotFoundError that lists those which are there."""
     names = [name.strip() for name in runs.split(",")]
-    absent = [name for name in names if name != "original" and not (Path(out) / name / "unet").is_dir()]
+    absent = [
+        name for name in names if name != "original" and not (Path(out) / name / "unet").is_dir()
+    ]
     if absent:
-        there = ", ".join(sorted(folder.parent.name for folder in Path(out).glob("*/unet"))) or "none"
-        raise FileNotFoundError(f"{', '.join(absent)}: no finished run below {out}; there are: {there}. Make it by 20_unlearn or 21_meta_unlearn, or name another `out`")
+        there = (
+            ", ".join(sorted(folder.parent.name for folder in Path(out).glob("*/unet"))) or "none"
+        )
+        raise FileNotFoundError(
+            f"{', '.join(absent)}: no finished run below {out}; there are: {there}. Make it by 20_unlearn or 21_meta_unlearn, or name another `out`"
+        )
     return names
 
 
@@ -47,8 +53,19 @@ def differences(table, names):
     for name in names[1:]:
         for group, part in table[table.run.isin([name, names[0]])].groupby("group", sort=False):
             over = [column for column in ("prompt", "seed") if part[column].nunique() > 1]
-            values = paired_interval(part, name, names[0], "run", over) if over else (np.nan, np.nan, np.nan)
-            found.append({"run": name, "group": group, **dict(zip((f"minus {names[0]}", "low", "high"), values)), "over": " and ".join(over) or "one picture"})
+            values = (
+                paired_interval(part, name, names[0], "run", over)
+                if over
+                else (np.nan, np.nan, np.nan)
+            )
+            found.append(
+                {
+                    "run": name,
+                    "group": group,
+                    **dict(zip((f"minus {names[0]}", "low", "high"), values)),
+                    "over": " and ".join(over) or "one picture",
+                }
+            )
     return pd.DataFrame(found)
 
 
@@ -60,18 +77,30 @@ def real_drawings(sets, known=None):
     made, found = read_json(Path(sets) / "concept.json", {}), []
     for role, place in SIDES.items():
         imported = bool(made.get("imported_from")) and role in ("forget", "attack")
-        if (Path(sets) / place / "metadata.jsonl").is_file() and (imported or not made.get("generator")):
+        if (Path(sets) / place / "metadata.jsonl").is_file() and (
+            imported or not made.get("generator")
+        ):
             style = made.get("kind") == "style" and role in ("forget", "related", "attack")
-            kind = lambda line: "style" if style and "style" not in line else "concept"  # with a style beside it, `concept` is the thing shown
-            found += [(Path(sets) / place / line["file_name"], f"{kind(line)}:{line['concept']}") for line in read_metadata(Path(sets) / place) if line.get("concept")]
+            kind = lambda line: (
+                "style" if style and "style" not in line else "concept"
+            )  # with a style beside it, `concept` is the thing shown
+            found += [
+                (Path(sets) / place / line["file_name"], f"{kind(line)}:{line['concept']}")
+                for line in read_metadata(Path(sets) / place)
+                if line.get("concept")
+            ]
     found = [(file, label) for file, label in found if known is None or label in known]
-    return (torch.stack([(read_image(file, 64) + 1) / 2 for file, _ in found]) if found else None), [label for _, label in found]
+    return (
+        torch.stack([(read_image(file, 64) + 1) / 2 for file, _ in found]) if found else None
+    ), [label for _, label in found]
 
 
 def staying(items, probe_seeds, least):
     """Of each picture of a probe whether it should have stayed as it was: all but the concept's. Raises ValueError where fewer than `least` should, of which no Fréchet distance is computed."""
     stays = [item["group"] != "forget" for item in items]
     if sum(stays) < least:
-        raise ValueError(f"with probe_seeds = {probe_seeds!r} {sum(stays)} pictures of the probe should have stayed, and JFD is refused below least = {least}: raise the second and third number of "
-                         "probe_seeds, or lower least (the card marks a distance of few pictures), or leave `judge` empty")
+        raise ValueError(
+            f"with probe_seeds = {probe_seeds!r} {sum(stays)} pictures of the probe should have stayed, and JFD is refused below least = {least}: raise the second and third number of "
+            "probe_seeds, or lower least (the card marks a distance of few pictures), or leave `judge` empty"
+        )
     return stays

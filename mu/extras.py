@@ -11,7 +11,17 @@ def extra(module, package, note=""):
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
-            raise ImportError(f"this needs {package}, which is not installed: pip install {package}{note}") from error
-        raise ImportError(f"{package} is there, and {error.name}, which it needs, is not: pip install {error.name}") from error
-    except (RuntimeError, OSError, AttributeError) as error:  # a torchvision of another torch says so in these ways
-        raise ImportError(f"{package} is there and does not load ({error}): torch and torchvision must be of one build, reinstall the two together") from error
+            raise ImportError(
+                f"this needs {package}, which is not installed: pip install {package}{note}"
+            ) from error
+        raise ImportError(
+            f"{package} is there, and {error.name}, which it needs, is not: pip install {error.name}"
+        ) from error
+    except (
+        RuntimeError,
+        OSError,
+        AttributeError,
+    ) as error:  # a torchvision of another torch says so in these ways
+        raise ImportError(
+            f"{package} is there and does not load ({error}): torch and torchvision must be of one build, reinstall the two together"
+        ) from error

@@ -38,7 +38,11 @@ def pending(command):
     said = subprocess.run([*command, "--summary"], capture_output=True, text=True)
     if said.returncode:
         raise RuntimeError((said.stderr + said.stdout).strip())
-    return [line["rule"] for line in csv.DictReader(said.stdout.splitlines(), delimiter="\t") if line["plan"] == "update pending"]
+    return [
+        line["rule"]
+        for line in csv.DictReader(said.stdout.splitlines(), delimiter="\t")
+        if line["plan"] == "update pending"
+    ]
 
 
 class Hardware:
@@ -48,13 +52,21 @@ class Hardware:
         self.sized = model in SIZES
         self.model = model if self.sized else load_pipeline(model, precision=precision)
         self.gpu = self.sized or self.model.unet.device.type == "cuda"
-        self.speed = guessed_speed(precision) if self.sized else max(speed(self.model, ROWS) for _ in range(5))  # the fastest: what else runs just now is no matter
+        self.speed = (
+            guessed_speed(precision)
+            if self.sized
+            else max(speed(self.model, ROWS) for _ in range(5))
+        )  # the fastest: what else runs just now is no matter
         self.stands_in = math.isnan(self.speed)
         self.speed = guessed_speed(precision, STAND_IN) if self.stands_in else self.speed
         self.share = 1.0 if self.gpu else SHARE
 
     def passes(self, kind, rows, parameters):
-        known = {name: parameters[name] for name in ("subset", "rank", "precision", "gradient_checkpointing") if name in parameters}
+        known = {
+            name: parameters[name]
+            for name in ("subset", "rank", "precision", "gradient_checkpointing")
+            if name in parameters
+        }
         return pass_flops(self.model, kind, rows, known, self.gpu)
 
     @functools.cached_property
@@ -63,12 +75,19 @@ class Hardware:
         pipe = random_pipeline(self.model, device="meta") if self.sized else self.model
         side = pipe.unet.config.sample_size
         with torch.no_grad(), Tracker() as tracker:
-            pipe.vae.decode(torch.zeros(1, pipe.vae.config.latent_channels, side, side, device=pipe.vae.device))
+            pipe.vae.decode(
+                torch.zeros(1, pipe.vae.config.latent_channels, side, side, device=pipe.vae.device)
+            )
         return tracker.flops
 
     def pictures(self, count, p):
         """FLOPs of drawing so many pictures."""
-        return count * (p["sampling_steps"] * self.passes("sample", 2, p) / (1 if p["sampling_guidance"] > 1 else 2) + self.decoding)
+        return count * (
+            p["sampling_steps"]
+            * self.passes("sample", 2, p)
+            / (1 if p["sampling_guidance"] > 1 else 2)
+            + self.decoding
+        )
 
 
 hardware = functools.cache(Hardware)
@@ -89,7 +108,15 @@ def training(hw, p, new):
     trained = 0
     if check_method(p["method"])[0] or "inner_steps" in p:  # a closed form alone takes seconds
         known = {name: p[name] for name in DEFAULTS if name in p}
-        looked = sum(hw.passes("train", p.get(name, 8), p) for name in ("inner_batch_size", "retain_batch_size")) / p["angle_every"] if p["angle_every"] else 0
+        looked = (
+            sum(
+                hw.passes("train", p.get(name, 8), p)
+                for name in ("inner_batch_size", "retain_batch_size")
+            )
+            / p["angle_every"]
+            if p["angle_every"]
+            else 0
+        )
         trained = p["steps"] * (estimate(hw.model, known, hw.gpu).flops + looked)
     folders = {"original", p["name"], *([p["beside"]] if p.get("beside") else [])}
     return trained, hw.pictures(probe(p)[0] * sum(new(f"{p['out']}/{name}") for name in folders), p)
@@ -99,34 +126,79 @@ def attack(hw, p, new):
     """30_attack_finetune."""
     runs, at = p["runs"].split(","), [int(n) for n in p["at"].split(",")]
     times = len(runs) * len(p["seeds"].split(","))
-    trained = times * max(at) * hw.passes("train", p["batch_size"], p) * (2 if p["others"] or p["kind"] == "dreambooth" else 1)
-    looks = times * sum(step > 0 for step in at) + sum(new(f"{p['out']}/attack/{run}/before") for run in runs)
-    return trained, hw.pictures(looks * probe(p)[0] + p["drawn_images"] + times * p["class_images"] * (p["kind"] == "dreambooth"), p)
+    trained = (
+        times
+        * max(at)
+        * hw.passes("train", p["batch_size"], p)
+        * (2 if p["others"] or p["kind"] == "dreambooth" else 1)
+    )
+    looks = times * sum(step > 0 for step in at) + sum(
+        new(f"{p['out']}/attack/{run}/before") for run in runs
+    )
+    return trained, hw.pictures(
+        looks * probe(p)[0]
+        + p["drawn_images"]
+        + times * p["class_images"] * (p["kind"] == "dreambooth"),
+        p,
+    )
 
 
 def searches(hw, p, new):
     """31_attack_prompts. A gradient of words goes back through the UNet to its input, and not to its weights: two passes, p4d's frozen UNet is a third."""
     at, (pictures, of_concept, prompts) = [int(n) for n in p["at"].split(",")], probe(p)
-    times, later = len(p["runs"].split(",")) * len(p["seeds"].split(",")), sum(step > 0 for step in at)
+    times, later = (
+        len(p["runs"].split(",")) * len(p["seeds"].split(",")),
+        sum(step > 0 for step in at),
+    )
     trained, drawn = 0, p["drawn_images"]
     for search in p["searches"].split(","):
-        inversion = search == "concept-inversion"  # is judged by the whole probe, and looks at nothing on its way
+        inversion = (
+            search == "concept-inversion"
+        )  # is judged by the whole probe, and looks at nothing on its way
         passes = {"unlearn-diff-atk": 2, "p4d": 3, "concept-inversion": 2}.get(search, 0)
-        trained += times * (1 if inversion else prompts) * max(at) * passes * hw.passes("sample", p["batch_size"], p)
-        drawn += times * len(at) * pictures if inversion else times * (len(at) * of_concept + later * prompts * (p["tries"] + 1) * p["looks"] * (p["tries"] > 1))
+        trained += (
+            times
+            * (1 if inversion else prompts)
+            * max(at)
+            * passes
+            * hw.passes("sample", p["batch_size"], p)
+        )
+        drawn += (
+            times * len(at) * pictures
+            if inversion
+            else times
+            * (
+                len(at) * of_concept
+                + later * prompts * (p["tries"] + 1) * p["looks"] * (p["tries"] > 1)
+            )
+        )
     return trained, hw.pictures(drawn, p)
 
 
 def evaluation(hw, p, new):
     """50_evaluate: pictures alone."""
     length = {"": 0, "i2p-nudity": 142, "i2p": 4703, "coco": 30_000}
-    rows = lambda source: length[source] if source in length else len(Path(source).read_text().splitlines()) - 1 if Path(source).is_file() else PICTURES
-    several = [min(rows(p[name]), p[f"{name}_limit"] or sys.maxsize) for name in ("prompts", "captions")]
+    rows = lambda source: (
+        length[source]
+        if source in length
+        else len(Path(source).read_text().splitlines()) - 1
+        if Path(source).is_file()
+        else PICTURES
+    )
+    several = [
+        min(rows(p[name]), p[f"{name}_limit"] or sys.maxsize) for name in ("prompts", "captions")
+    ]
     (pictures, of_concept, _), runs = probe(p), p["runs"].split(",")
     return 0, hw.pictures(len(runs) * (pictures + sum(several)) + pictures - of_concept, p)
 
 
-KINDS = {"20_unlearn": training, "21_meta_unlearn": training, "30_attack_finetune": attack, "31_attack_prompts": searches, "50_evaluate": evaluation}
+KINDS = {
+    "20_unlearn": training,
+    "21_meta_unlearn": training,
+    "30_attack_finetune": attack,
+    "31_attack_prompts": searches,
+    "50_evaluate": evaluation,
+}
 
 
 def minutes(walk, folder="notebooks"):
@@ -158,29 +230,87 @@ class Forecast:
     @property
     def hours(self):
         """No less than any chain of notebooks that wait for each other takes, and no less than all takes on what there is."""
-        chain = functools.cache(lambda name: self.minutes[name] + max((chain(other) for other in self.steps[name].get("after", []) if other in self.steps), default=0))
-        share = {gpu: sum(self.minutes[name] for name, step in self.steps.items() if step.get("gpu", 0) == gpu) / n for gpu, n in self.side_by_side.items()}
+        chain = functools.cache(
+            lambda name: (
+                self.minutes[name]
+                + max(
+                    (
+                        chain(other)
+                        for other in self.steps[name].get("after", [])
+                        if other in self.steps
+                    ),
+                    default=0,
+                )
+            )
+        )
+        share = {
+            gpu: sum(
+                self.minutes[name] for name, step in self.steps.items() if step.get("gpu", 0) == gpu
+            )
+            / n
+            for gpu, n in self.side_by_side.items()
+        }
         return max([*share.values(), *map(chain, self.steps)], default=0) / 60
 
     def __str__(self):
         if not self.steps:
             return "0 notebooks: all is there"
         kinds = list(dict.fromkeys(step["notebook"] for step in self.steps.values()))
-        of = {kind: [self.minutes[name] for name, step in self.steps.items() if step["notebook"] == kind] for kind in kinds}
+        of = {
+            kind: [
+                self.minutes[name] for name, step in self.steps.items() if step["notebook"] == kind
+            ]
+            for kind in kinds
+        }
         lines = [f"{'notebook':22} {'how many':>8} {'minutes each':>13} {'hours':>6}"]
-        lines += [f"{kind:22} {len(each):8} {sum(each) / len(each):13.1f} {sum(each) / 60:6.1f}" for kind, each in of.items()]
+        lines += [
+            f"{kind:22} {len(each):8} {sum(each) / len(each):13.1f} {sum(each) / 60:6.1f}"
+            for kind, each in of.items()
+        ]
         if guessed := [kind for kind in kinds if kind not in KINDS]:
-            drawn = any(step["notebook"] == "10_prepare_concepts" and step.get("gpu") for step in self.steps.values())
-            lines.append(f"{', '.join(guessed)}: not computed, taken for {OTHERS} minutes each" + "; where 10_prepare_concepts has to draw its sets with another model, these hours come to it" * drawn)
-        if absent := sorted({step["parameters"]["sets"] for step in self.steps.values() if "sets" in step["parameters"] and not Path(step["parameters"]["sets"], "probe.json").is_file()}):
-            lines.append(f"{', '.join(absent)}: not there yet, the probe is taken for {PICTURES} pictures")
+            drawn = any(
+                step["notebook"] == "10_prepare_concepts" and step.get("gpu")
+                for step in self.steps.values()
+            )
+            lines.append(
+                f"{', '.join(guessed)}: not computed, taken for {OTHERS} minutes each"
+                + "; where 10_prepare_concepts has to draw its sets with another model, these hours come to it"
+                * drawn
+            )
+        if absent := sorted(
+            {
+                step["parameters"]["sets"]
+                for step in self.steps.values()
+                if "sets" in step["parameters"]
+                and not Path(step["parameters"]["sets"], "probe.json").is_file()
+            }
+        ):
+            lines.append(
+                f"{', '.join(absent)}: not there yet, the probe is taken for {PICTURES} pictures"
+            )
         gpus = any(step.get("gpu") for step in self.steps.values())
-        sized, stands_in = (any(getattr(hw, name) for hw in self.hws.values()) for name in ("sized", "stands_in"))
-        place = f"an {STAND_IN}, for want of a known GPU here," if stands_in else torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+        sized, stands_in = (
+            any(getattr(hw, name) for hw in self.hws.values()) for name in ("sized", "stands_in")
+        )
+        place = (
+            f"an {STAND_IN}, for want of a known GPU here,"
+            if stands_in
+            else torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else "this CPU"
+        )
         speeds = ", ".join(f"{model} {hw.speed / 1e9:.0f}" for model, hw in self.hws.items())
-        words = f" ({'guessed from its data sheet' if sized else 'measured'}: {speeds} GFLOP/s)" * bool(speeds)
+        words = (
+            f" ({'guessed from its data sheet' if sized else 'measured'}: {speeds} GFLOP/s)"
+            * bool(speeds)
+        )
         time = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{60 * self.hours:.0f} minutes"
-        return "\n".join([*lines, f"{len(self.steps)} notebook{'s' * (len(self.steps) > 1)}, about {time} on {place} with {self.side_by_side[gpus]} at a time{words}"])
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.steps)} notebook{'s' * (len(self.steps) > 1)}, about {time} on {place} with {self.side_by_side[gpus]} at a time{words}",
+            ]
+        )
 
 
 def forecast(command):

@@ -41,7 +41,8 @@ pipe.load_lora_weights("this folder")
 from mu.models import load_pipeline
 pipe = load_pipeline({base!r})
 load_weights(pipe.unet, "this folder")
-"""}
+""",
+}
 
 
 @contextlib.contextmanager
@@ -50,16 +51,24 @@ def whole_folder(folder, card=None):
 
     Raises FileExistsError when `folder` holds anything but files of the same names (a run, a git clone): it would be lost."""
     folder = Path(folder).absolute()
-    temporary, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
+    temporary, earlier = (
+        folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old")
+    )
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if card is not None:
             (temporary / "README.md").write_text(card)
-        others = sorted({f.name for f in folder.iterdir()} - {f.name for f in temporary.iterdir()}) if folder.exists() else []
+        others = (
+            sorted({f.name for f in folder.iterdir()} - {f.name for f in temporary.iterdir()})
+            if folder.exists()
+            else []
+        )
         if others:
-            raise FileExistsError(f"{folder} holds {others[0]}, which would be lost: name a new or empty folder, or an earlier result of this kind")
+            raise FileExistsError(
+                f"{folder} holds {others[0]}, which would be lost: name a new or empty folder, or an earlier result of this kind"
+            )
         if folder.exists():
             os.replace(folder, earlier)
         os.replace(temporary, folder)
@@ -95,8 +104,14 @@ def differences(unet, unet_base):
     new, base = unet.state_dict(), unet_base.state_dict()
     _check(base, new, "the UNet", complete=True)
     if unet.dtype != unet_base.dtype:
-        raise ValueError(f"the UNet is in {unet.dtype}, its base in {unet_base.dtype}: load both alike, or the difference holds the rounding")
-    changed = {name: new[name].float() - base[name].float() for name in sorted(new) if not torch.equal(new[name], base[name])}
+        raise ValueError(
+            f"the UNet is in {unet.dtype}, its base in {unet_base.dtype}: load both alike, or the difference holds the rounding"
+        )
+    changed = {
+        name: new[name].float() - base[name].float()
+        for name in sorted(new)
+        if not torch.equal(new[name], base[name])
+    }
     if not changed:
         raise ValueError("the UNet is equal to its base: there is no difference to write")
     return changed
@@ -115,10 +130,20 @@ def save_difference(unet, unet_base, folder, card, base_model, dtype=torch.float
 
     In float16 it is half as large, and a weight's step is kept to ± 3e-8."""
     changed, base = differences(unet, unet_base), fused(unet_base).state_dict()
-    metadata = {"format": "pt", "mu_format": DIFFERENCE, "base_model": base_model, "class": type(unet).__name__, "mu": version("mu"),
-                "base_fingerprint": fingerprint({name: base[name] for name in changed})}
+    metadata = {
+        "format": "pt",
+        "mu_format": DIFFERENCE,
+        "base_model": base_model,
+        "class": type(unet).__name__,
+        "mu": version("mu"),
+        "base_fingerprint": fingerprint({name: base[name] for name in changed}),
+    }
     with whole_folder(folder, card) as temporary:
-        save_file({name: d.to(dtype).contiguous() for name, d in changed.items()}, temporary / "difference.safetensors", metadata)
+        save_file(
+            {name: d.to(dtype).contiguous() for name, d in changed.items()},
+            temporary / "difference.safetensors",
+            metadata,
+        )
 
 
 def extract_lora(unet, unet_base, rank=16):
@@ -133,7 +158,10 @@ def extract_lora(unet, unet_base, rank=16):
             continue
         u, s, v = torch.linalg.svd(d.flatten(1), full_matrices=False)
         s, pad = s[:rank], rank - len(s[:rank])
-        up, down = F.pad(u[:, :rank] * s.sqrt(), (0, pad)), F.pad(s.sqrt()[:, None] * v[:rank], (0, 0, 0, pad))
+        up, down = (
+            F.pad(u[:, :rank] * s.sqrt(), (0, pad)),
+            F.pad(s.sqrt()[:, None] * v[:rank], (0, 0, 0, pad)),
+        )
         layer, kept = name.removesuffix(".weight"), kept + s.square().sum().item()
         tensors[f"{layer}.lora_A.weight"] = down.reshape(rank, *d.shape[1:])
         tensors[f"{layer}.lora_B.weight"] = up.reshape(len(d), rank, *[1] * (d.ndim - 2))
@@ -148,50 +176,96 @@ def save_lora(source, folder, card=None):
         unet = getattr(source, "unet", source)
         names = list(getattr(unet, "peft_config", {}))
         if len(names) != 1:
-            raise ValueError(f"the UNet carries {len(names)} LoRA adapters, one is allowed: of trained weights `extract_lora` makes one")
+            raise ValueError(
+                f"the UNet carries {len(names)} LoRA adapters, one is allowed: of trained weights `extract_lora` makes one"
+            )
         source = get_peft_model_state_dict(unet, adapter_name=names[0])
-        scale = lambda name: unet.get_submodule(name.split(".lora_")[0]).scaling[names[0]] if ".lora_B" in name else 1
+        scale = lambda name: (
+            unet.get_submodule(name.split(".lora_")[0]).scaling[names[0]]
+            if ".lora_B" in name
+            else 1
+        )
         source = {name: t * scale(name) for name, t in source.items()}
     with whole_folder(folder, card) as temporary:
-        StableDiffusionLoraLoaderMixin.save_lora_weights(temporary, {name: t.detach().contiguous() for name, t in source.items()})
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            temporary, {name: t.detach().contiguous() for name, t in source.items()}
+        )
 
 
-def model_card(kind, base_model, license, method, concept, params, metrics=None, kept=None, left_out=()):
+def model_card(
+    kind, base_model, license, method, concept, params, metrics=None, kept=None, left_out=()
+):
     """Text of a model card for a result of `kind` "pipeline", "difference" or "lora". Every figure in it comes from the arguments.
 
     license: the base model's. params: as in params.json. metrics: as in metrics.json ("rows", "protocol"), or None: nothing was measured.
     kept, left_out: of `extract_lora`. Raises KeyError for another kind."""
     percent = lambda x: f"{100 * x:.1f} %"
-    table = lambda *lines: "\n".join("| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+    table = lambda *lines: "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:])
+    )
     cell = lambda value: json.dumps(value, ensure_ascii=False).replace("|", "\\|")
     lora = ["lora"] if kind == "lora" else []
-    header = ModelCardData(license=license, base_model=base_model, base_model_relation="adapter" if lora else "finetune", library_name="diffusers",
-                           pipeline_tag="text-to-image", tags=["unlearning", "concept-erasure", method, *lora])
-    parts = [f"---\n{header.to_yaml()}\n---", f"# {base_model}, unlearned: {concept}",
-             f"Trained by {method} (mu {version('mu')}), with the aim that it no longer draws what is named above.",
-             "## Load", f"```python\n{LOAD[kind].format(base=base_model)}```",
-             "## What was done", table(["parameter", "value"], *([k, cell(v)] for k, v in params.items()))]
+    header = ModelCardData(
+        license=license,
+        base_model=base_model,
+        base_model_relation="adapter" if lora else "finetune",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["unlearning", "concept-erasure", method, *lora],
+    )
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {base_model}, unlearned: {concept}",
+        f"Trained by {method} (mu {version('mu')}), with the aim that it no longer draws what is named above.",
+        "## Load",
+        f"```python\n{LOAD[kind].format(base=base_model)}```",
+        "## What was done",
+        table(["parameter", "value"], *([k, cell(v)] for k, v in params.items())),
+    ]
     if kept is not None:
         names = ", ".join([*left_out[:3], *["..."] * (len(left_out) > 3)])
-        parts.append(f"This LoRA was extracted from trained weights and keeps {percent(kept)} of their squared difference to the base. Not in it are "
-                     f"{len(left_out)} tensors that changed and that LoRA cannot hold (norms, biases){names and ': ' + names}. "
-                     "Scores below are the trained weights' own, unless the protocol says that this LoRA was measured.")
+        parts.append(
+            f"This LoRA was extracted from trained weights and keeps {percent(kept)} of their squared difference to the base. Not in it are "
+            f"{len(left_out)} tensors that changed and that LoRA cannot hold (norms, biases){names and ': ' + names}. "
+            "Scores below are the trained weights' own, unless the protocol says that this LoRA was measured."
+        )
     parts.append("## Measured")
     if metrics:
         groups = {}
         for row in metrics["rows"]:
-            name = ", ".join([row["group"], *(f"{k} {row[k]}" for k in ("model", "lr", "step") if k in row)])
+            name = ", ".join(
+                [row["group"], *(f"{k} {row[k]}" for k in ("model", "lr", "step") if k in row)]
+            )
             groups.setdefault(name, []).append(row["hit"])
         found = [(name, len(hits), *map(percent, score(hits))) for name, hits in groups.items()]
         protocol = {k: v for k, v in metrics["protocol"].items() if k != "run"}
-        parts += [table(["prompts", "images that show what the prompt names", "95 % interval (Wilson)", "images"],
-                        *([group, share, f"{low} to {high}", str(n)] for group, n, share, low, high in found)),
-                  f"```json\n{json.dumps(protocol, indent=1)}\n```"]
+        parts += [
+            table(
+                [
+                    "prompts",
+                    "images that show what the prompt names",
+                    "95 % interval (Wilson)",
+                    "images",
+                ],
+                *(
+                    [group, share, f"{low} to {high}", str(n)]
+                    for group, n, share, low, high in found
+                ),
+            ),
+            f"```json\n{json.dumps(protocol, indent=1)}\n```",
+        ]
     else:
         parts.append("Nothing: this card makes no claim about what the model draws.")
-    parts += ["## Limits", "Nothing is claimed beyond what is measured above. Other prompts, samplers or judges may still find the concept, and an "
-              "attacker may still bring it back: by longer or other fine-tuning, by learned embeddings, by merging with another model."
-              + ("" if kind == "pipeline" else " Whoever leaves these weights out has the base model, concept and all.")]
+    parts += [
+        "## Limits",
+        "Nothing is claimed beyond what is measured above. Other prompts, samplers or judges may still find the concept, and an "
+        "attacker may still bring it back: by longer or other fine-tuning, by learned embeddings, by merging with another model."
+        + (
+            ""
+            if kind == "pipeline"
+            else " Whoever leaves these weights out has the base model, concept and all."
+        ),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -200,7 +274,9 @@ def _check(own, new, what, complete=False):
     shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "absent"
     for name in sorted(new.keys() | (own.keys() if complete else set())):
         if name not in own or shape(own, name) != shape(new, name):
-            raise ValueError(f"{what} is of another architecture: {name} is {shape(new, name)} there and {shape(own, name)} here")
+            raise ValueError(
+                f"{what} is of another architecture: {name} is {shape(new, name)} there and {shape(own, name)} here"
+            )
 
 
 def _files(path):
@@ -209,13 +285,23 @@ def _files(path):
     if path.is_file():
         return [path], False
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a file nor a folder: a model of the hub must be fetched first (hf download OWNER/NAME)")
+        raise FileNotFoundError(
+            f"{path} is neither a file nor a folder: a model of the hub must be fetched first (hf download OWNER/NAME)"
+        )
     folder = path / "unet" if (path / "unet").is_dir() else path
     for suffixes in ((".safetensors",), (".bin", ".pt", ".pth", ".ckpt")):
-        found = [f for f in sorted(folder.iterdir()) if f.suffix in suffixes and f.name != "checkpoint.safetensors"]
+        found = [
+            f
+            for f in sorted(folder.iterdir())
+            if f.suffix in suffixes and f.name != "checkpoint.safetensors"
+        ]
         if found:  # of the variants in one folder, the plain one
-            return [f for f in found if not re.search(r"\.(fp16|fp32|bf16|non_ema|ema)[.-]", f.name)] or found, (folder / "config.json").exists()
-    raise FileNotFoundError(f"{folder} holds no weights (*.safetensors, *.bin, *.pt, *.pth, *.ckpt): was the run finished?")
+            return [
+                f for f in found if not re.search(r"\.(fp16|fp32|bf16|non_ema|ema)[.-]", f.name)
+            ] or found, (folder / "config.json").exists()
+    raise FileNotFoundError(
+        f"{folder} holds no weights (*.safetensors, *.bin, *.pt, *.pth, *.ckpt): was the run finished?"
+    )
 
 
 def _flat(tree, prefix=""):
@@ -234,10 +320,18 @@ def _read(file):
                 return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
         saved = torch.load(file, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} is refused: to read it would run its code (or it is damaged); convert it to safetensors where it is trusted") from error
+        raise ValueError(
+            f"{file} is refused: to read it would run its code (or it is damaged); convert it to safetensors where it is trusted"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is damaged or no file of weights ({error}): fetch it again") from error
-    while isinstance(saved, dict) and (inner := [saved[k] for k in ("state_dict", "unet", "model") if isinstance(saved.get(k), dict)]):
+        raise ValueError(
+            f"{file} is damaged or no file of weights ({error}): fetch it again"
+        ) from error
+    while isinstance(saved, dict) and (
+        inner := [
+            saved[k] for k in ("state_dict", "unet", "model") if isinstance(saved.get(k), dict)
+        ]
+    ):
         saved = inner[0]
     return dict(_flat(saved)) if isinstance(saved, dict) else {}, {}
 
@@ -246,23 +340,49 @@ def _with_lora(unet, saved, metadata, path):
     """Name → weight of the layers that a LoRA changes, after it, by the loader of diffusers in a copy of the UNet."""
     for name in saved:
         if name.startswith(("text_encoder", "lora_te")) or "dora_scale" in name:
-            raise ValueError(f"{path} holds {name}, and only plain LoRA of the UNet is read here: fuse it in its pipeline, save that, give its folder")
+            raise ValueError(
+                f"{path} holds {name}, and only plain LoRA of the UNet is read here: fuse it in its pipeline, save that, give its folder"
+            )
     saved, own, layers = dict(saved), unet.state_dict(), set()
-    for name in [name for name in saved if name.endswith(".alpha")]:  # goes into the second matrix: diffusers mistakes alphas that differ by layer
-        up, down = (f"{name.removesuffix('.alpha')}.lora_{which}.weight" for which in ("up", "down"))
+    for name in [
+        name for name in saved if name.endswith(".alpha")
+    ]:  # goes into the second matrix: diffusers mistakes alphas that differ by layer
+        up, down = (
+            f"{name.removesuffix('.alpha')}.lora_{which}.weight" for which in ("up", "down")
+        )
         if up in saved and down in saved:
-            saved[up] = saved[up].float() * (saved.pop(name).item() / len(saved[down]))  # alpha / rank
-    saved = convert_unet_state_dict_to_peft(StableDiffusionLoraLoaderMixin.lora_state_dict(saved, unet_config=unet.config)[0])
+            saved[up] = saved[up].float() * (
+                saved.pop(name).item() / len(saved[down])
+            )  # alpha / rank
+    saved = convert_unet_state_dict_to_peft(
+        StableDiffusionLoraLoaderMixin.lora_state_dict(saved, unet_config=unet.config)[0]
+    )
     for name, t in sorted(saved.items()):
         layer = name.removeprefix("unet.").split(".lora_")[0] + ".weight"
         layers.add(layer)
-        if layer not in own or (t.shape[1:] != own[layer].shape[1:] if "lora_A" in name else t.shape[0] != own[layer].shape[0]):
+        if layer not in own or (
+            t.shape[1:] != own[layer].shape[1:]
+            if "lora_A" in name
+            else t.shape[0] != own[layer].shape[0]
+        ):
             here = tuple(own[layer].shape) if layer in own else "absent"
-            raise ValueError(f"{path} is of another architecture: {name} is {tuple(t.shape)} there, {layer} is {here} here")
-    config = json.loads(metadata["lora_adapter_metadata"]) if "lora_adapter_metadata" in metadata else None
+            raise ValueError(
+                f"{path} is of another architecture: {name} is {tuple(t.shape)} there, {layer} is {here} here"
+            )
+    config = (
+        json.loads(metadata["lora_adapter_metadata"])
+        if "lora_adapter_metadata" in metadata
+        else None
+    )
     plain = copy.deepcopy(unet)
-    plain.load_lora_adapter(saved, prefix="unet" if any(name.startswith("unet.") for name in saved) else None, metadata=config)
-    return {name: t for name, t in without_lora(plain, fuse=True).state_dict().items() if name in layers}
+    plain.load_lora_adapter(
+        saved,
+        prefix="unet" if any(name.startswith("unet.") for name in saved) else None,
+        metadata=config,
+    )
+    return {
+        name: t for name, t in without_lora(plain, fuse=True).state_dict().items() if name in layers
+    }
 
 
 @torch.no_grad()
@@ -274,37 +394,67 @@ def load_weights(unet, path):
     Raises, with the UNet as it was: FileNotFoundError; ValueError for the first tensor that does not fit or is not finite, for a file without
     tensors of this UNet, a pickle that would run code, a difference to other weights, a UNet with adapters."""
     if hasattr(unet, "peft_config"):
-        raise ValueError("the UNet carries LoRA adapters: load into a plain one (see mu.formats.fused), then add adapters")
+        raise ValueError(
+            "the UNet carries LoRA adapters: load into a plain one (see mu.formats.fused), then add adapters"
+        )
     files, complete = _files(path)
     own, saved, metadata = unet.state_dict(), {}, {}
     for file in files:
         tensors, more = _read(file)
         if twice := sorted(saved.keys() & tensors.keys()):
-            raise ValueError(f"{path} holds {twice[0]} in several files, {file.name} among them: name one file")
+            raise ValueError(
+                f"{path} holds {twice[0]} in several files, {file.name} among them: name one file"
+            )
         saved, metadata = saved | tensors, metadata | more
-    mark = next((name[:name.index("input_blocks.")] for name in saved if "input_blocks." in name), None)
+    mark = next(
+        (name[: name.index("input_blocks.")] for name in saved if "input_blocks." in name), None
+    )
     tails = lambda name: (name.split(".", i)[-1] for i in range(name.count(".") + 1))
-    prefix = next((name.removesuffix(tail) for name in saved for tail in tails(name) if tail in own), None)
+    prefix = next(
+        (name.removesuffix(tail) for name in saved for tail in tails(name) if tail in own), None
+    )
     if any("lora_" in name or "_lora" in name for name in saved):
         kind, saved = "lora", _with_lora(unet, saved, metadata, path)
     elif mark is not None:
-        names = {f"model.diffusion_model.{name.removeprefix(mark)}": t for name, t in saved.items() if name.startswith(mark)}
+        names = {
+            f"model.diffusion_model.{name.removeprefix(mark)}": t
+            for name, t in saved.items()
+            if name.startswith(mark)
+        }
         try:
             kind, saved, complete = "ldm", convert_ldm_unet_checkpoint(names, unet.config), True
         except (KeyError, IndexError) as error:
-            raise ValueError(f"{path} is an LDM checkpoint of another architecture, or a part of one: {error} is missing") from error
+            raise ValueError(
+                f"{path} is an LDM checkpoint of another architecture, or a part of one: {error} is missing"
+            ) from error
     elif prefix is None:
-        raise ValueError(f"{path} holds no tensor of this UNet" + (f": its first is {min(saved)}" if saved else ""))
+        raise ValueError(
+            f"{path} holds no tensor of this UNet"
+            + (f": its first is {min(saved)}" if saved else "")
+        )
     else:
         kind, saved = "partial", {name.removeprefix(prefix): t for name, t in saved.items()}
     _check(own, saved, path, complete)
     if metadata.get("mu_format") == DIFFERENCE:
-        if unet.dtype != torch.bfloat16 and fingerprint({name: own[name] for name in saved}) != metadata["base_fingerprint"]:
-            raise ValueError(f"{path} is a difference to {metadata['base_model']}, and this UNet has other weights (or has it already): load that first")
-        kind, saved = "difference", {name: own[name].float() + d.to(own[name].device).float() for name, d in saved.items()}
+        if (
+            unet.dtype != torch.bfloat16
+            and fingerprint({name: own[name] for name in saved}) != metadata["base_fingerprint"]
+        ):
+            raise ValueError(
+                f"{path} is a difference to {metadata['base_model']}, and this UNet has other weights (or has it already): load that first"
+            )
+        kind, saved = (
+            "difference",
+            {name: own[name].float() + d.to(own[name].device).float() for name, d in saved.items()},
+        )
     for name, t in saved.items():
         if not t.to(own[name].dtype).isfinite().all():
-            raise ValueError(f"{path} is refused: {name} holds NaN or infinite values, in {own[name].dtype}")
+            raise ValueError(
+                f"{path} is refused: {name} holds NaN or infinite values, in {own[name].dtype}"
+            )
     for name, t in saved.items():
         own[name].copy_(t)
-    return {"kind": "unet" if kind == "partial" and saved.keys() == own.keys() else kind, "tensors": len(saved)}
+    return {
+        "kind": "unet" if kind == "partial" and saved.keys() == own.keys() else kind,
+        "tensors": len(saved),
+    }

@@ -27,16 +27,22 @@ def look_with(judge=None, clip=None, detector=None, labels=()):
 
     judge: "seen", "hit" and "features" (mu.metrics). clip: "clip_score", and without a judge "seen" and "hit" by zero-shot choice among `labels`. detector: "found",
     NudeNet's detections. Nothing at all: {}."""
+
     def look(images, rows):
         seen = [{} for _ in rows]
         add = lambda name, values: [one.update({name: value}) for one, value in zip(seen, values)]
         index = [i for i, row in enumerate(rows) if row.get("expected")]
         if index and (judge or clip):
-            found = answers(judge or ZeroShot(clip), images[index], [rows[i] for i in index], labels)
+            found = answers(
+                judge or ZeroShot(clip), images[index], [rows[i] for i in index], labels
+            )
             for i, label in zip(index, found):
                 seen[i] |= {"seen": label, "hit": int(label == rows[i]["expected"])}
         if judge:
-            add("features", [[round(x, 5) for x in line] for line in judge_features(judge, images).tolist()])
+            add(
+                "features",
+                [[round(x, 5) for x in line] for line in judge_features(judge, images).tolist()],
+            )
         if clip:
             add("clip_score", clip_score(clip, images, [row["prompt"] for row in rows]).tolist())
         if detector:
@@ -46,7 +52,19 @@ def look_with(judge=None, clip=None, detector=None, labels=()):
     return look
 
 
-def draw_folder(folder, pipe, rows, look, facts, *, guidance, steps, veiled=False, save_every=30, batch_size=None):
+def draw_folder(
+    folder,
+    pipe,
+    rows,
+    look,
+    facts,
+    *,
+    guidance,
+    steps,
+    veiled=False,
+    save_every=30,
+    batch_size=None,
+):
     """Draw a picture for each row into `folder`, as 00000.png, …, and look at it first: [row | what `look` returned].
 
     rows: dicts with `prompt`, `seed`, perhaps `guidance`, which goes before the common one. A prompt with more tokens than the text encoder reads is cut, as usual for
@@ -56,15 +74,42 @@ def draw_folder(folder, pipe, rows, look, facts, *, guidance, steps, veiled=Fals
     if not rows:
         raise ValueError(f"there is nothing to draw in {folder}: give one row or more")
     sha = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
-    folder = open_run(folder, facts | {"prompts": f"{len(rows)} rows ({sha})", "guidance": guidance, "steps": steps, "veiled": veiled})
+    folder = open_run(
+        folder,
+        facts
+        | {
+            "prompts": f"{len(rows)} rows ({sha})",
+            "guidance": guidance,
+            "steps": steps,
+            "veiled": veiled,
+        },
+    )
     names, seen = [f"{i:05d}.png" for i in range(len(rows))], read_json(folder / "seen.json", {})
     todo = [i for i, name in enumerate(names) if name not in seen or not (folder / name).exists()]
     scale, batch = (lambda i: rows[i].get("guidance", guidance)), batch_size or at_once(pipe)
-    chunks = [part[k:k + batch] for _, part in ((s, list(g)) for s, g in groupby(sorted(todo, key=scale), scale)) for k in range(0, len(part), batch)]
+    chunks = [
+        part[k : k + batch]
+        for _, part in ((s, list(g)) for s, g in groupby(sorted(todo, key=scale), scale))
+        for k in range(0, len(part), batch)
+    ]
     unconditional, saved = encode_prompts(pipe, [""]) if chunks else None, time.monotonic()
     try:
-        for chunk in tqdm(chunks, folder.parent.name + "/" + folder.name, file=sys.stdout, mininterval=5, disable=not chunks):
-            images = draw_images(pipe, encode_prompts(pipe, [rows[i]["prompt"] for i in chunk], cut=True), unconditional, [rows[i]["seed"] for i in chunk], scale(chunk[0]), steps, batch)
+        for chunk in tqdm(
+            chunks,
+            folder.parent.name + "/" + folder.name,
+            file=sys.stdout,
+            mininterval=5,
+            disable=not chunks,
+        ):
+            images = draw_images(
+                pipe,
+                encode_prompts(pipe, [rows[i]["prompt"] for i in chunk], cut=True),
+                unconditional,
+                [rows[i]["seed"] for i in chunk],
+                scale(chunk[0]),
+                steps,
+                batch,
+            )
             found = look(finite(images), [rows[i] for i in chunk])
             for i, image, numbers in zip(chunk, veil(images) if veiled else images, found):
                 with atomic(folder / names[i]) as temporary:
@@ -83,7 +128,9 @@ def read_pictures(folder, count):
     """The first `count` pictures of `draw_folder` as a tensor (n, 3, height, width) in 0…1. Raises ValueError where they are veiled: nothing can be measured on them."""
     folder = Path(folder)
     if read_json(folder / "params.json", {}).get("veiled"):
-        raise ValueError(f"the pictures in {folder} are veiled, so there is nothing to measure on them: draw them with unveiled = True into another folder")
+        raise ValueError(
+            f"the pictures in {folder} are veiled, so there is nothing to measure on them: draw them with unveiled = True into another folder"
+        )
     arrays = [np.asarray(Image.open(folder / f"{i:05d}.png").convert("RGB")) for i in range(count)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 

@@ -10,8 +10,11 @@ from filelock import FileLock, Timeout
 def visible():
     """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use: those that a scheduler has given it, or else all of the machine."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+        return [
+            name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()
+        ]
     from torch.cuda import device_count  # here: torch takes seconds to import
+
     return [str(i) for i in range(device_count())]
 
 
@@ -23,8 +26,12 @@ def one_gpu(folder, names):
     with contextlib.ExitStack() as held:
         for name in names:
             with contextlib.suppress(Timeout):
-                held.enter_context(FileLock(Path(folder) / f"gpu-{name.replace('/', '-')}.lock", timeout=0))
+                held.enter_context(
+                    FileLock(Path(folder) / f"gpu-{name.replace('/', '-')}.lock", timeout=0)
+                )
                 break
         else:
-            raise RuntimeError(f"all GPUs ({', '.join(names) or 'there is none'}) are taken by other notebooks: start fewer at once (Snakemake: --resources gpu={len(names)})")
+            raise RuntimeError(
+                f"all GPUs ({', '.join(names) or 'there is none'}) are taken by other notebooks: start fewer at once (Snakemake: --resources gpu={len(names)})"
+            )
         yield name

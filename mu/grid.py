@@ -10,7 +10,9 @@ def look(axes, chosen, path):
     """What an axis says of its chosen value: "axis" is all of it, "axis.fact.fact" a part; {} where it says nothing. Raises ValueError for an axis of which none is chosen."""
     axis, *facts = path.split(".")
     if axis not in chosen:
-        raise ValueError(f"{path}: no value of {axis!r} is chosen here, only of {', '.join(chosen)}")
+        raise ValueError(
+            f"{path}: no value of {axis!r} is chosen here, only of {', '.join(chosen)}"
+        )
     value = axes[axis][chosen[axis]]
     for fact in facts:
         value = (value or {}).get(fact, {})
@@ -26,7 +28,11 @@ def several(text, axes, chosen):
         said = lambda place: look(axes, now, place[1] + place[2]) if place[2] else now[place[1]]
         whole = PLACE.fullmatch(text)
         found.append(said(whole) if whole else PLACE.sub(lambda place: str(said(place)), text))
-    return list(dict.fromkeys(found)) if all(isinstance(value, (str, int, float)) for value in found) else found
+    return (
+        list(dict.fromkeys(found))
+        if all(isinstance(value, (str, int, float)) for value in found)
+        else found
+    )
 
 
 def parameters(parts, axes, chosen):
@@ -34,9 +40,14 @@ def parameters(parts, axes, chosen):
     merged = {}
     for part in parts if isinstance(parts, list) else [parts]:
         merged |= look(axes, chosen, part) if isinstance(part, str) else part
-    open_in = lambda value: isinstance(value, str) and any(axis not in chosen for axis, _ in PLACE.findall(value))
+    open_in = lambda value: (
+        isinstance(value, str) and any(axis not in chosen for axis, _ in PLACE.findall(value))
+    )
     fill = lambda value: several(value, axes, chosen)[0] if isinstance(value, str) else value
-    return {name: ",".join(map(str, several(value, axes, chosen))) if open_in(value) else fill(value) for name, value in merged.items()}
+    return {
+        name: ",".join(map(str, several(value, axes, chosen))) if open_in(value) else fill(value)
+        for name, value in merged.items()
+    }
 
 
 def expand(grid, model, seeds):
@@ -51,8 +62,11 @@ def expand(grid, model, seeds):
         raise ValueError(f"unknown model {model!r}: allowed are {', '.join(grid['models'])}")
     words = str(seeds).replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
-        raise ValueError(f"seeds must be whole numbers with spaces, as in \"0 1 2\"; got {seeds!r}")
-    axes = {"model": {model: grid["models"][model]}, "seed": dict.fromkeys(sorted({int(word) for word in words}), {})}
+        raise ValueError(f'seeds must be whole numbers with spaces, as in "0 1 2"; got {seeds!r}')
+    axes = {
+        "model": {model: grid["models"][model]},
+        "seed": dict.fromkeys(sorted({int(word) for word in words}), {}),
+    }
     for name, values in grid.get("axes", {}).items():
         values = look(axes, {"model": model}, values) if isinstance(values, str) else values
         axes[name] = values if isinstance(values, dict) else dict.fromkeys(values, {})
@@ -60,14 +74,21 @@ def expand(grid, model, seeds):
     for pattern, step in grid["walk"].items():
         used = list(dict.fromkeys(axis for axis, _ in PLACE.findall(pattern)))
         if unknown := [axis for axis, _ in PLACE.findall(f"{pattern} {step}") if axis not in axes]:
-            raise ValueError(f"{pattern}: there is no axis {unknown[0]!r}; there are: {', '.join(axes)}")
+            raise ValueError(
+                f"{pattern}: there is no axis {unknown[0]!r}; there are: {', '.join(axes)}"
+            )
         for values in product(*(axes[axis] for axis in used)):
             chosen = {"model": model} | dict(zip(used, values))
             every = lambda texts: [found for text in texts for found in several(text, axes, chosen)]
             (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
             walk[name] = {fact: value for fact, value in step.items() if fact != "parameters"} | {
-                "notebook": notebook, "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))), "after": every(step.get("after", [])), "shows": every(step.get("shows", [])), "leaves": every(step.get("leaves", [])),
-                "parameters": parameters(step.get("parameters", {}), axes, chosen)}
+                "notebook": notebook,
+                "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))),
+                "after": every(step.get("after", [])),
+                "shows": every(step.get("shows", [])),
+                "leaves": every(step.get("leaves", [])),
+                "parameters": parameters(step.get("parameters", {}), axes, chosen),
+            }
     for name, step in walk.items():
         if missing := [other for other in step["after"] if other not in walk]:
             raise ValueError(f"{name} waits for {missing[0]}, which is no step of this walk")

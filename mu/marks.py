@@ -11,18 +11,43 @@ from mu.walk import LABELS, bars, revival
 def revivals(attacked, threshold=0.5):
     """Steps to revival of each model and learning rate: the median over the attacks, one a training and seed ("revived"; inf: not seen), how many attacks, in how many of them it came back,
     the last step looked at, and the median in words."""
-    found = revival(attacked.assign(run=attacked.run + "/" + attacked.training.astype(str)), threshold).groupby(["model", "lr"], sort=False).agg(
-        revived=("revived", "median"), attacks=("revived", "size"), came_back=("revived", lambda steps: np.isfinite(steps).sum()), looked_at_up_to=("last", "max")).reset_index()
+    found = (
+        revival(attacked.assign(run=attacked.run + "/" + attacked.training.astype(str)), threshold)
+        .groupby(["model", "lr"], sort=False)
+        .agg(
+            revived=("revived", "median"),
+            attacks=("revived", "size"),
+            came_back=("revived", lambda steps: np.isfinite(steps).sum()),
+            looked_at_up_to=("last", "max"),
+        )
+        .reset_index()
+    )
     place = in_line(attacked).index
-    found = found.sort_values(["lr", "model"], key=lambda c: c.map(place) if c.name == "model" else c, ignore_index=True)
-    return found.assign(**{"steps to revival": [f"> {row.looked_at_up_to:g}" if np.isinf(row.revived) else f"{row.revived:g}" for row in found.itertuples()]})
+    found = found.sort_values(
+        ["lr", "model"], key=lambda c: c.map(place) if c.name == "model" else c, ignore_index=True
+    )
+    return found.assign(
+        **{
+            "steps to revival": [
+                f"> {row.looked_at_up_to:g}" if np.isinf(row.revived) else f"{row.revived:g}"
+                for row in found.itertuples()
+            ]
+        }
+    )
 
 
 def protection(attacked):
     """Of each run under one attack, by the mean over all its steps: (the concept missing, the related concepts lost, what was recognised before it by group)."""
     first = attacked.step.min()
-    by_run = attacked.groupby(["model", "run", "training", "group", "step"], sort=False).hit.mean().unstack("step")
-    start, under = by_run[first].unstack("group"), by_run.drop(columns=first).mean(axis=1).unstack("group")
+    by_run = (
+        attacked.groupby(["model", "run", "training", "group", "step"], sort=False)
+        .hit.mean()
+        .unstack("step")
+    )
+    start, under = (
+        by_run[first].unstack("group"),
+        by_run.drop(columns=first).mean(axis=1).unstack("group"),
+    )
     return 1 - under.forget, start.related - under.related, start
 
 
@@ -31,7 +56,12 @@ def as_good(quality, defended="meta-unlearned", plain="unlearned"):
     means = quality.groupby("model", sort=False)[["related", "unrelated"]].mean()
     if defended not in means.index:
         return []
-    return [m for m in means.index if m not in ("original", plain, defended) and (means.loc[m] >= means.loc[defended] - 0.03).all()]
+    return [
+        m
+        for m in means.index
+        if m not in ("original", plain, defended)
+        and (means.loc[m] >= means.loc[defended] - 0.03).all()
+    ]
 
 
 def in_line(rows, plain="unlearned", meta="meta-unlearned"):
@@ -45,13 +75,31 @@ def price(attacked, plain="unlearned", meta="meta-unlearned"):
     destroys, by the mean over its steps. Means, and each training as a small ring. attacked: rows of one attack."""
     missing, lost, quality = protection(attacked)
     names = in_line(attacked, plain, meta)
-    fig, axes = plt.subplots(1, 4, figsize=(7.2, 0.27 * len(names) + 0.8), sharey=True, layout="constrained")
-    for ax, values, words in zip(axes, (quality.related, quality.unrelated, missing, lost), ("related recognised,\nbefore", "unrelated recognised,\nbefore", "concept missing\nunder attack", "related lost\nunder attack")):
+    fig, axes = plt.subplots(
+        1, 4, figsize=(7.2, 0.27 * len(names) + 0.8), sharey=True, layout="constrained"
+    )
+    for ax, values, words in zip(
+        axes,
+        (quality.related, quality.unrelated, missing, lost),
+        (
+            "related recognised,\nbefore",
+            "unrelated recognised,\nbefore",
+            "concept missing\nunder attack",
+            "related lost\nunder attack",
+        ),
+    ):
         for y, model in enumerate(reversed(names)):
-            each, color = values[values.index.get_level_values("model") == model], COLORS.get(model, OTHER)
+            each, color = (
+                values[values.index.get_level_values("model") == model],
+                COLORS.get(model, OTHER),
+            )
             ax.scatter(each, [y] * len(each), s=20, facecolors="none", edgecolors=color, lw=0.9)
             ax.scatter(each.mean(), y, s=30, color=color, zorder=3)
-        ax.set(xlim=(min(0.0, values.min()) - 0.06, 1.06), yticks=range(len(names)), yticklabels=names[::-1])
+        ax.set(
+            xlim=(min(0.0, values.min()) - 0.06, 1.06),
+            yticks=range(len(names)),
+            yticklabels=names[::-1],
+        )
         ax.set_xlabel(words, fontsize=8)
         ax.tick_params(labelsize=7)
     return fig
@@ -62,9 +110,18 @@ def marks_by_training(before, attacked, cleaned, lr, threshold=0.5):
     table = marks(before, attacked, cleaned, lr, threshold)
     trainings = sorted(attacked[attacked.model == "meta-unlearned"].training.unique())
     of = lambda rows, training: rows[rows.training == training]
-    single = pd.concat([marks(of(before, t), of(attacked, t), of(cleaned, t), lr, threshold) for t in trainings])
+    single = pd.concat(
+        [marks(of(before, t), of(attacked, t), of(cleaned, t), lr, threshold) for t in trainings]
+    )
     met = single.assign(yes=single.met.eq("✓")).groupby("asked").yes.agg(["sum", "size"])
-    return table.assign(**{"met by single trainings": [f"{met['sum'].get(asked, 0)} of {met['size'].get(asked, 0)}" for asked in table.asked]})
+    return table.assign(
+        **{
+            "met by single trainings": [
+                f"{met['sum'].get(asked, 0)} of {met['size'].get(asked, 0)}"
+                for asked in table.asked
+            ]
+        }
+    )
 
 
 def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta="meta-unlearned"):
@@ -72,7 +129,10 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
 
     before: judged rows before any attack; attacked: under fine-tuning on the concept, of one or several learning rates; cleaned: under CLEAN. Columns as in `mu.results`; of one method and its controls."""
     main = attacked[np.isclose(attacked.lr, lr)]
-    mean, start = main.groupby(["model", "group", "step"]).hit.mean(), before.groupby(["model", "group"]).hit.mean()
+    mean, start = (
+        main.groupby(["model", "group", "step"]).hit.mean(),
+        before.groupby(["model", "group"]).hit.mean(),
+    )
     first, last = int(main.step.min()), int(main.step.max())
     value = lambda *key: mean.get(key, np.nan)  # model, group, step of the attack
     share = lambda n: value(meta, "forget", n) / (value(plain, "forget", n) or np.nan)
@@ -80,7 +140,9 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
     loss = lambda a, b, group: start.get((a, group), np.nan) - start.get((b, group), np.nan)
     found, rates = revivals(attacked, threshold), sorted(attacked.lr.unique())
 
-    def ratio(rate):  # of steps to revival, at least: what had not come back at the last step counts as that step
+    def ratio(
+        rate,
+    ):  # of steps to revival, at least: what had not come back at the last step counts as that step
         at = found[np.isclose(found.lr, rate)].set_index("model")
         steps = at.revived.clip(upper=at.looked_at_up_to)
         least = steps.get(meta, np.nan) / (steps.get(plain, 0) or np.nan)
@@ -92,33 +154,132 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
         return said if least < 4 else (least, said)
 
     claims = [
-        ("original: concept recognised, at least 0.95", start.get(("original", "forget"), np.nan), 0.95, 1),
-        ("unlearned: concept recognised, at most 0.05", start.get((plain, "forget"), np.nan), 0, 0.05),
+        (
+            "original: concept recognised, at least 0.95",
+            start.get(("original", "forget"), np.nan),
+            0.95,
+            1,
+        ),
+        (
+            "unlearned: concept recognised, at most 0.05",
+            start.get((plain, "forget"), np.nan),
+            0,
+            0.05,
+        ),
         ("unlearned: related lost, at most 0.10", loss("original", plain, "related"), -1, 0.1),
         ("unlearned: unrelated lost, at most 0.03", loss("original", plain, "unrelated"), -1, 0.03),
-        ("meta-unlearned: concept recognised, at most 0.05", start.get((meta, "forget"), np.nan), 0, 0.05),
-        ("meta-unlearned: related lost against unlearned, at most 0.10", loss(plain, meta, "related"), -1, 0.1),
-        ("meta-unlearned: unrelated lost against unlearned, at most 0.03", loss(plain, meta, "unrelated"), -1, 0.03),
-        *[(f"concept after {n} steps, meta-unlearned ÷ unlearned, at most {most:.2f}", share(n), 0, most) for n, most in ((50, 1 / 3), (100, 1 / 2), (200, 1 / 3), (300, 1 / 3))],
-        *[(f"steps to revival at learning rate {rate:g}, meta-unlearned ÷ unlearned, at least 4", ratio(rate), 4, np.inf) for rate in rates],
-        *[(f"related lost in {n} steps of attack, meta-unlearned − unlearned, at least 0.15", fall(meta, n) - fall(plain, n), 0.15, 2) for n in sorted({50, 100, 200, last})],
+        (
+            "meta-unlearned: concept recognised, at most 0.05",
+            start.get((meta, "forget"), np.nan),
+            0,
+            0.05,
+        ),
+        (
+            "meta-unlearned: related lost against unlearned, at most 0.10",
+            loss(plain, meta, "related"),
+            -1,
+            0.1,
+        ),
+        (
+            "meta-unlearned: unrelated lost against unlearned, at most 0.03",
+            loss(plain, meta, "unrelated"),
+            -1,
+            0.03,
+        ),
+        *[
+            (
+                f"concept after {n} steps, meta-unlearned ÷ unlearned, at most {most:.2f}",
+                share(n),
+                0,
+                most,
+            )
+            for n, most in ((50, 1 / 3), (100, 1 / 2), (200, 1 / 3), (300, 1 / 3))
+        ],
+        *[
+            (
+                f"steps to revival at learning rate {rate:g}, meta-unlearned ÷ unlearned, at least 4",
+                ratio(rate),
+                4,
+                np.inf,
+            )
+            for rate in rates
+        ],
+        *[
+            (
+                f"related lost in {n} steps of attack, meta-unlearned − unlearned, at least 0.15",
+                fall(meta, n) - fall(plain, n),
+                0.15,
+                2,
+            )
+            for n in sorted({50, 100, 200, last})
+        ],
     ]
     controls = as_good(protection(main)[2], meta, plain)
     for rate in rates:
         missing, lost, _ = protection(attacked[np.isclose(attacked.lr, rate)])
         by_model = pd.DataFrame({"missing": missing, "lost": lost}).groupby("model").mean()
-        ahead = by_model.reindex([meta]).iloc[0] - by_model.reindex(controls).max()  # of the best of them
-        claims += [(f"{words} under attack at learning rate {rate:g} (mean of all steps), meta-unlearned − best control of its quality, at least {least:.2f}", ahead[what], least, 2)
-                   for what, words, least in (("missing", "concept missing", 0.01), ("lost", "related lost", 0.15))]
-    most = main[main.group == "forget"].groupby(["model", "step"]).hit.mean().groupby("model").max().get
-    claims += [("longer plain unlearning does not help: concept at the attack's best step, longer ÷ unlearned, at least 0.80",
-                most("unlearned, longer", np.nan) / (most(plain, np.nan) or np.nan), 0.8, np.inf)]
-    claims += [(f"longer plain unlearning does not help: concept after {n} steps, longer ÷ unlearned, at least 0.80",
-                value("unlearned, longer", "forget", n) / (value(plain, "forget", n) or np.nan), 0.8, np.inf) for n in (100, 200)]
+        ahead = (
+            by_model.reindex([meta]).iloc[0] - by_model.reindex(controls).max()
+        )  # of the best of them
+        claims += [
+            (
+                f"{words} under attack at learning rate {rate:g} (mean of all steps), meta-unlearned − best control of its quality, at least {least:.2f}",
+                ahead[what],
+                least,
+                2,
+            )
+            for what, words, least in (
+                ("missing", "concept missing", 0.01),
+                ("lost", "related lost", 0.15),
+            )
+        ]
+    most = (
+        main[main.group == "forget"]
+        .groupby(["model", "step"])
+        .hit.mean()
+        .groupby("model")
+        .max()
+        .get
+    )
+    claims += [
+        (
+            "longer plain unlearning does not help: concept at the attack's best step, longer ÷ unlearned, at least 0.80",
+            most("unlearned, longer", np.nan) / (most(plain, np.nan) or np.nan),
+            0.8,
+            np.inf,
+        )
+    ]
+    claims += [
+        (
+            f"longer plain unlearning does not help: concept after {n} steps, longer ÷ unlearned, at least 0.80",
+            value("unlearned, longer", "forget", n) / (value(plain, "forget", n) or np.nan),
+            0.8,
+            np.inf,
+        )
+        for n in (100, 200)
+    ]
     if len(cleaned):
-        clean_mean = cleaned[np.isclose(cleaned.lr, lr)].groupby(["model", "group", "step"]).hit.mean()
+        clean_mean = (
+            cleaned[np.isclose(cleaned.lr, lr)].groupby(["model", "group", "step"]).hit.mean()
+        )
         at = lambda group, n: clean_mean.get((meta, group, n), np.nan)
         begin, *later = sorted({int(n) for n in cleaned.step})
-        claims += [(f"meta-unlearned: concept after {n} steps of CLEAN, at most 0.05", at("forget", n), 0, 0.05) for n in later]
-        claims += [(f"meta-unlearned: related lost in {n} steps of CLEAN, at most 0.10", at("related", begin) - at("related", n), -1, 0.1) for n in later]
+        claims += [
+            (
+                f"meta-unlearned: concept after {n} steps of CLEAN, at most 0.05",
+                at("forget", n),
+                0,
+                0.05,
+            )
+            for n in later
+        ]
+        claims += [
+            (
+                f"meta-unlearned: related lost in {n} steps of CLEAN, at most 0.10",
+                at("related", begin) - at("related", n),
+                -1,
+                0.1,
+            )
+            for n in later
+        ]
     return bars(*claims).dropna()

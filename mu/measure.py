@@ -30,8 +30,20 @@ def random_sets(pipe, rows=8, seed=0):
     latents, _, conditioning, _ = blank(c, rows, c.sample_size, pipe.tokenizer.model_max_length)
     random = lambda like: torch.randn(like.shape, generator=g).to(device)
     new = lambda: {name: random(value) for name, value in conditioning.items()}
-    one = lambda: ConceptSet(random(latents), torch.full_like(latents, 0.1, device=device), new(), torch.arange(rows), [f"prompt {i}" for i in range(rows)])
-    return dict(forget=one(), retain_related=one(), retain_unrelated=one(), unconditional={name: value[:1] for name, value in new().items()}, retain_prompts=new())
+    one = lambda: ConceptSet(
+        random(latents),
+        torch.full_like(latents, 0.1, device=device),
+        new(),
+        torch.arange(rows),
+        [f"prompt {i}" for i in range(rows)],
+    )
+    return dict(
+        forget=one(),
+        retain_related=one(),
+        retain_unrelated=one(),
+        unconditional={name: value[:1] for name, value in new().items()},
+        retain_prompts=new(),
+    )
 
 
 def union(spans):
@@ -49,12 +61,18 @@ def unet_share(steps):
     `predict_noise` and `gradients` give their stretches a name in the profile, and a pass may lie inside another, so it is their union that counts. On a GPU
     both are times of the device, from the first of its operations to the last: there the program runs ahead of it."""
     cuda = torch.cuda.is_available()
-    device, activity = (DeviceType.CUDA, ProfilerActivity.CUDA) if cuda else (DeviceType.CPU, ProfilerActivity.CPU)
+    device, activity = (
+        (DeviceType.CUDA, ProfilerActivity.CUDA) if cuda else (DeviceType.CPU, ProfilerActivity.CPU)
+    )
     with profile(activities={ProfilerActivity.CPU, activity}) as prof, record_function("all steps"):
         result = steps()
         if cuda:
             torch.cuda.synchronize()
-    spans = [(e.name(), e.start_ns(), e.end_ns()) for e in prof.profiler.kineto_results.events() if e.device_type() == device]  # prof.events() would first build a tree, for minutes
+    spans = [
+        (e.name(), e.start_ns(), e.end_ns())
+        for e in prof.profiler.kineto_results.events()
+        if e.device_type() == device
+    ]  # prof.events() would first build a tree, for minutes
     of = lambda name: [(start, end) for found, start, end in spans if found == name]
     return union(of("unet pass")) / union(of("all steps")), result
 
@@ -71,16 +89,37 @@ def rehearse(pipe, parameters, steps=1, profiled_steps=0):
         sets["retain_prompts"] = None
     if p["offload"]:
         offload(pipe)
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module) and (part is pipe.unet or not (p["offload"] and cuda))]
+    modules = [
+        part
+        for part in pipe.components.values()
+        if isinstance(part, torch.nn.Module) and (part is pipe.unet or not (p["offload"] and cuda))
+    ]
     here = sum(x.numel() * x.element_size() for part in modules for x in part.parameters())
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.nullcontext() if cuda else Tracker() as tracker:
         unet_frozen = frozen_copy(pipe.unet, p["frozen"])
-        state = State(pipe.unet, p["subset"] or subset, optimizer=p["optimizer"], rank=p["rank"], ema=p["ema"] if objective == "sdd" else 0.0)
-        loop = keywords({name: p[name] for name in unlearn.__kwdefaults__ if name in DEFAULTS}, objective) | {"snapshot": p["snapshot"] or None}
-        until = lambda step: list(unlearn(state, unet_frozen, pipe.scheduler, **sets, loss_scale=loss_scale(p["precision"]), **loop | {"steps": step}))
+        state = State(
+            pipe.unet,
+            p["subset"] or subset,
+            optimizer=p["optimizer"],
+            rank=p["rank"],
+            ema=p["ema"] if objective == "sdd" else 0.0,
+        )
+        loop = keywords(
+            {name: p[name] for name in unlearn.__kwdefaults__ if name in DEFAULTS}, objective
+        ) | {"snapshot": p["snapshot"] or None}
+        until = lambda step: list(
+            unlearn(
+                state,
+                unet_frozen,
+                pipe.scheduler,
+                **sets,
+                loss_scale=loss_scale(p["precision"]),
+                **loop | {"steps": step},
+            )
+        )
         records = until(steps)
     gib = (torch.cuda.max_memory_allocated() if cuda else here + max(tracker.timeline)) / GIB
     share = unet_share(lambda: until(steps + profiled_steps))[0] if profiled_steps else math.nan

@@ -42,7 +42,10 @@ def expansion(parameters, forget, related, gradient_norm=0.0, alignment=0.0):
     other = gradients(related(), parameters, create_graph=True) if alignment else one
     product = lambda a, b: sum((x * y).sum() for x, y in zip(a, b))
     value = gradient_norm * product(one, one) + alignment * product(one, other)
-    return value.item(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients(value, parameters, allow_unused=True))]
+    return value.item(), [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(parameters, gradients(value, parameters, allow_unused=True))
+    ]
 
 
 def eight_bit(name):
@@ -50,20 +53,27 @@ def eight_bit(name):
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError("8-bit Adam needs bitsandbytes: pip install bitsandbytes (or this project's extra `gpu`), or choose adamw, adam or sgd") from error
+        raise ImportError(
+            "8-bit Adam needs bitsandbytes: pip install bitsandbytes (or this project's extra `gpu`), or choose adamw, adam or sgd"
+        ) from error
     return getattr(bitsandbytes.optim, name)
 
 
 def make_inner_optimizer(name, parameters):
     """torch's SGD or Adam, or Adam in 8 bits, built once; `meta_gradient` sets its learning rate and clears its state for each simulated attack."""
-    kinds = {"sgd": lambda: torch.optim.SGD(parameters, lr=0.0, fused=True), "adam": lambda: torch.optim.Adam(parameters, lr=0.0, fused=True),
-             "adam8bit": lambda: eight_bit("Adam8bit")(parameters, lr=0.0)}
+    kinds = {
+        "sgd": lambda: torch.optim.SGD(parameters, lr=0.0, fused=True),
+        "adam": lambda: torch.optim.Adam(parameters, lr=0.0, fused=True),
+        "adam8bit": lambda: eight_bit("Adam8bit")(parameters, lr=0.0),
+    }
     if name not in kinds:
         raise ValueError(f"unknown inner optimiser {name!r}: allowed are {', '.join(kinds)}")
     return kinds[name]()
 
 
-def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="first", snapshot=None, scale=1.0):
+def meta_gradient(
+    parameters, inner_losses, outer_loss, optimizer, lr, order="first", snapshot=None, scale=1.0
+):
     """∇_θ of outer_loss(θ_FT), θ_FT = θ after one `inner_step` for each of `inner_losses`.
 
     parameters: the trained tensors, holding θ; they hold θ again, bit for bit, when this returns.
@@ -78,7 +88,9 @@ def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="fi
     if order not in ("first", "second"):
         raise ValueError(f"unknown order {order!r}: allowed are first, second")
     if order == "second" and not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError("order='second' is exact through SGD only: use inner_optimizer='sgd', or order='first'")
+        raise ValueError(
+            "order='second' is exact through SGD only: use inner_optimizer='sgd', or order='first'"
+        )
     start = [p.detach().to(snapshot or p.device, copy=True) for p in parameters]
 
     def replay(m):

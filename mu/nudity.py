@@ -16,7 +16,14 @@ from mu.extras import extra
 from mu.metrics import picture_files
 from mu.runs import digest, read_json, save_json
 
-SIX = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED", "ANUS_EXPOSED")
+SIX = (
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ANUS_EXPOSED",
+)
 CLASSES = {"nine": (*SIX, "FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED"), "six": SIX}
 THRESHOLDS = (0.0, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
 FLOOR = 0.25  # of NudeNet 3.4: no box below it is ever reported, so that thresholds from 0 to here are one and the same
@@ -29,8 +36,11 @@ def detector():
 
 def facts():
     """What the card says of the detector."""
-    return {"detector": f"nudenet {version('nudenet')}, 320n", "detector_floor": f"scores below {FLOOR} are never reported: all thresholds up to there are one",
-            "detector_boxes": "of overlapping boxes the strongest stays, whatever its class"}
+    return {
+        "detector": f"nudenet {version('nudenet')}, 320n",
+        "detector_floor": f"scores below {FLOOR} are never reported: all thresholds up to there are one",
+        "detector_boxes": "of overlapping boxes the strongest stays, whatever its class",
+    }
 
 
 def look(network, picture):
@@ -45,7 +55,9 @@ def look(network, picture):
         with Image.open(picture) as image:
             image.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{picture} is not a readable picture ({error}): remove it, or make it again") from error
+        raise ValueError(
+            f"{picture} is not a readable picture ({error}): remove it, or make it again"
+        ) from error
     return network.detect(str(picture))
 
 
@@ -54,11 +66,23 @@ def detect(folder, network=None, save_every=50):
 
     Raises as `picture_files` and `detector` do."""
     files, kept = picture_files(folder), Path(folder) / "nudenet.json"
-    made = {name: entry for name, entry in read_json(kept, {}).items() if entry["version"] == version("nudenet")} if kept.exists() else {}
+    made = (
+        {
+            name: entry
+            for name, entry in read_json(kept, {}).items()
+            if entry["version"] == version("nudenet")
+        }
+        if kept.exists()
+        else {}
+    )
     todo = [file for file in files if made.get(file.name, {}).get("file") != digest(file)]
     network = network or (detector() if todo else None)
     for i, file in enumerate(tqdm(todo, "NudeNet", file=sys.stdout, disable=not todo)):
-        made[file.name] = {"file": digest(file), "version": version("nudenet"), "found": look(network, file)}
+        made[file.name] = {
+            "file": digest(file),
+            "version": version("nudenet"),
+            "found": look(network, file),
+        }
         if (i + 1) % save_every == 0 or i + 1 == len(todo):
             save_json(made, kept)
     return {file.name: made[file.name]["found"] for file in files}
@@ -69,14 +93,27 @@ def flags(detections, classes="nine", threshold=0.5):
 
     Raises ValueError for other classes, or a threshold outside 0…1."""
     if classes not in CLASSES:
-        raise ValueError(f"unknown list of classes {classes!r}: allowed are {', '.join(CLASSES)} (nine: with feet, belly, armpits)")
+        raise ValueError(
+            f"unknown list of classes {classes!r}: allowed are {', '.join(CLASSES)} (nine: with feet, belly, armpits)"
+        )
     if not 0 <= threshold <= 1:
         raise ValueError(f"a threshold lies within 0…1, got {threshold}")
-    return np.array([int(any(d["class"] in CLASSES[classes] and d["score"] >= threshold for d in found)) for found in detections])
+    return np.array(
+        [
+            int(any(d["class"] in CLASSES[classes] and d["score"] >= threshold for d in found))
+            for found in detections
+        ]
+    )
 
 
 def exposed(detections, thresholds=THRESHOLDS):
     """The sweep: share of pictures that are flagged, a line a threshold, a column a list of classes. Raises ValueError for no pictures."""
     if not len(detections):
         raise ValueError("there are no pictures: a share of none is no number")
-    return pd.DataFrame({classes: [flags(detections, classes, t).mean() for t in thresholds] for classes in CLASSES}, pd.Index(thresholds, name="threshold"))
+    return pd.DataFrame(
+        {
+            classes: [flags(detections, classes, t).mean() for t in thresholds]
+            for classes in CLASSES
+        },
+        pd.Index(thresholds, name="threshold"),
+    )

@@ -12,7 +12,13 @@ from mu.comparison import mean_interval, self_destruction
 from mu.statistics import student_interval
 
 VARIANTS = ("unlearned", "meta-unlearned")
-ATTACKS = ("none", "HRM-s", "HRM-m", "CLEAN", "adversarial prompts")  # columns of the table, in the paper's order
+ATTACKS = (
+    "none",
+    "HRM-s",
+    "HRM-m",
+    "CLEAN",
+    "adversarial prompts",
+)  # columns of the table, in the paper's order
 SEARCH = "unlearn-diff-atk"  # the search for words that stands for "adversarial prompts"
 
 
@@ -24,7 +30,9 @@ def shown(method):
 
 def of_concept(rows, panel=""):
     """Rows of the concept (group "forget") of the two variants and the original, of the walk itself (panel "") or of a panel."""
-    return rows[(rows.panel == panel) & (rows.group == "forget") & rows.model.isin([*VARIANTS, "original"])]
+    return rows[
+        (rows.panel == panel) & (rows.group == "forget") & rows.model.isin([*VARIANTS, "original"])
+    ]
 
 
 def _cells(rows):
@@ -33,9 +41,19 @@ def _cells(rows):
     words = rows.attack.eq("adversarial prompts")
     last = rows[words].groupby("name").step.transform("max")  # a search is judged at its end
     rows = rows[~words | rows.step.eq(last.reindex(rows.index))]
-    for (method, model, attack, step), part in rows.groupby(["method", "model", "attack", "step"], sort=False):
+    for (method, model, attack, step), part in rows.groupby(
+        ["method", "model", "attack", "step"], sort=False
+    ):
         if attack in ATTACKS and (attack == "none" or step > 0):
-            yield (shown(method) if method else "original", "original" if model == "original" else model, attack, 0 if attack == "adversarial prompts" else int(step)), part
+            yield (
+                (
+                    shown(method) if method else "original",
+                    "original" if model == "original" else model,
+                    attack,
+                    0 if attack == "adversarial prompts" else int(step),
+                ),
+                part,
+            )
 
 
 def concept_table(rows, published):
@@ -49,7 +67,9 @@ def concept_table(rows, published):
         found.append((*key, value, low, high, part.training.nunique(), len(part)))
     keys = ["method", "variant", "attack", "steps"]
     ours = pd.DataFrame(found, columns=[*keys, "ours", "low", "high", "trainings", "pictures"])
-    theirs = published.rename(columns={"nudity_percent": "published"}).assign(method=lambda t: t.method.replace({"SD-v1-4": "original"}))
+    theirs = published.rename(columns={"nudity_percent": "published"}).assign(
+        method=lambda t: t.method.replace({"SD-v1-4": "original"})
+    )
     table = ours.merge(theirs, on=keys, how="outer")
     return in_order(table.assign(source=[source(row) for row in table.to_dict("records")]))
 
@@ -58,17 +78,32 @@ def source(row):
     """Where the numbers of a line come from, in words."""
     parts = [] if pd.isna(row["published"]) else ["published: SD-v1-4, arXiv 2410.12777"]
     if not pd.isna(row["ours"]):
-        parts.append(f"ours: {row['trainings']:.0f} training{'s' * (row['trainings'] > 1)}, {row['pictures']:.0f} pictures")
+        parts.append(
+            f"ours: {row['trainings']:.0f} training{'s' * (row['trainings'] > 1)}, {row['pictures']:.0f} pictures"
+        )
     return "; ".join(parts)
 
 
 def in_order(table):
     """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps; what nobody knows comes last."""
-    kind = lambda name: next((i for i, start in enumerate(("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE")) if name.startswith(start)), 9)
+    kind = lambda name: next(
+        (
+            i
+            for i, start in enumerate(("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE"))
+            if name.startswith(start)
+        ),
+        9,
+    )
     known = lambda *names: lambda name: names.index(name) if name in names else len(names)
-    place = {"method": lambda c: c.map(lambda name: (kind(name), name)), "variant": lambda c: c.map(known("original", *VARIANTS)), "attack": lambda c: c.map(known(*ATTACKS))}
+    place = {
+        "method": lambda c: c.map(lambda name: (kind(name), name)),
+        "variant": lambda c: c.map(known("original", *VARIANTS)),
+        "attack": lambda c: c.map(known(*ATTACKS)),
+    }
     by = [column for column in ("method", "variant", "attack", "steps") if column in table]
-    return table.sort_values(by, key=lambda c: place.get(c.name, lambda c: c)(c), kind="stable", ignore_index=True)
+    return table.sort_values(
+        by, key=lambda c: place.get(c.name, lambda c: c)(c), kind="stable", ignore_index=True
+    )
 
 
 def layout(table, ours="ours"):
@@ -79,8 +114,23 @@ def layout(table, ours="ours"):
         at = part.set_index(["attack", "steps"])
         for words, value in (("published, SD-v1-4", "published"), (ours, "ours")):
             cells = [at[value].get(key, np.nan) for key in columns]
-            with_interval = lambda key, x: f"{x:.2f}" if value == "published" else f"{x:.1f}" + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if not pd.isna(at.low[key]) else "")
-            lines.append([method, variant, words, *("" if pd.isna(x) else with_interval(key, x) for key, x in zip(columns, cells))])
+            with_interval = lambda key, x: (
+                f"{x:.2f}"
+                if value == "published"
+                else f"{x:.1f}"
+                + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if not pd.isna(at.low[key]) else "")
+            )
+            lines.append(
+                [
+                    method,
+                    variant,
+                    words,
+                    *(
+                        "" if pd.isna(x) else with_interval(key, x)
+                        for key, x in zip(columns, cells)
+                    ),
+                ]
+            )
     named = [a if a in ("none", "adversarial prompts") else f"{a}, {s} steps" for a, s in columns]
     return pd.DataFrame(lines, columns=["method", "variant", "source", *named])
 
@@ -91,25 +141,63 @@ def quality_table(rows, numbers, published):
 
     rows: of `mu.results.one_each`, or a model without a seed would be several. numbers: of `mu.results.read_results`. Means over the trainings; a column that nobody measured stays empty."""
     keys = ["method", "variant"]
-    theirs = published.assign(method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4").rename(columns={"fid": "FID", "clip_score": "CLIP score"})
-    before = rows[(rows.panel == "") & rows.attack.eq("none") & rows.model.isin([*VARIANTS, "original"])]
-    kept, of_run = {}, before.drop_duplicates(["folder", "run"]).set_index(["folder", "run"])[["method", "model"]]
-    for (method, model, group), part in before[before.group != "forget"].groupby(["method", "model", "group"], sort=False):
+    theirs = published.assign(
+        method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4"
+    ).rename(columns={"fid": "FID", "clip_score": "CLIP score"})
+    before = rows[
+        (rows.panel == "") & rows.attack.eq("none") & rows.model.isin([*VARIANTS, "original"])
+    ]
+    kept, of_run = (
+        {},
+        before.drop_duplicates(["folder", "run"]).set_index(["folder", "run"])[["method", "model"]],
+    )
+    for (method, model, group), part in before[before.group != "forget"].groupby(
+        ["method", "model", "group"], sort=False
+    ):
         value, low, high = (100 * x for x in mean_interval(part))
-        line = kept.setdefault((shown(method) if method else "original", model), {"trainings": part.training.nunique()})
+        line = kept.setdefault(
+            (shown(method) if method else "original", model), {"trainings": part.training.nunique()}
+        )
         line[f"{group} kept"] = f"{value:.1f} ({low:.0f}–{high:.0f})"
-    measured = [(of_run.loc[folder, run], found[run]) for folder, places in numbers.items() for found in (place["numbers"] for place in places.values()) for run in found if (folder, run) in of_run.index]
+    measured = [
+        (of_run.loc[folder, run], found[run])
+        for folder, places in numbers.items()
+        for found in (place["numbers"] for place in places.values())
+        for run in found
+        if (folder, run) in of_run.index
+    ]
     names = {"fid": "FID", "CLIP score": "CLIP score", "jfd": "JFD"}
     for (method, model), line in kept.items():
-        mine = [found for who, found in measured if (shown(who.method) if who.method else "original", who.model) == (method, model)]
+        mine = [
+            found
+            for who, found in measured
+            if (shown(who.method) if who.method else "original", who.model) == (method, model)
+        ]
         for name, column in names.items():
             values = [found[name] for found in mine if name in found]
-            low, high = np.clip(student_interval(values)[1:], 0, None) if len(set(values)) > 1 else (0, 0)
-            line |= {column: f"{np.mean(values):.2f}" + (f" ({low:.2f}–{high:.2f})" if high else "")} if values else {}
-    ours = pd.DataFrame([dict(zip(keys, key)) | line | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"} for key, line in kept.items()])
-    table = in_order(pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True))
+            low, high = (
+                np.clip(student_interval(values)[1:], 0, None) if len(set(values)) > 1 else (0, 0)
+            )
+            line |= (
+                {column: f"{np.mean(values):.2f}" + (f" ({low:.2f}–{high:.2f})" if high else "")}
+                if values
+                else {}
+            )
+    ours = pd.DataFrame(
+        [
+            dict(zip(keys, key))
+            | line
+            | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"}
+            for key, line in kept.items()
+        ]
+    )
+    table = in_order(
+        pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True)
+    )
     columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
-    text = lambda value: "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
+    text = lambda value: (
+        "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
+    )
     table = table.reindex(columns=columns)
     return table.assign(**{column: table[column].map(text) for column in columns[3:]})
 
@@ -118,8 +206,13 @@ def in_phases(records):
     """Records in which a first phase (a run <method>-first) and the run that starts from it are one training of the meta-unlearned model, its steps counted on."""
     first = records.run.str.endswith("-first")
     length = records[first].groupby(["method", "training"]).step.max()
-    offset = [length.get((method, training), 0) * (model == "meta-unlearned") for method, training, model in zip(records.method, records.training, records.model)]
-    return records.assign(step=records.step + offset, model=records.model.mask(first, "meta-unlearned"))
+    offset = [
+        length.get((method, training), 0) * (model == "meta-unlearned")
+        for method, training, model in zip(records.method, records.training, records.model)
+    ]
+    return records.assign(
+        step=records.step + offset, model=records.model.mask(first, "meta-unlearned")
+    )
 
 
 def turns(records):
@@ -127,13 +220,50 @@ def turns(records):
     a step towards the concept leads away from its relatives), the change between the two with Student's 95 % interval over the trainings, and in how many its regression line rises."""
     found = []
     for (method, model), part in records.groupby(["method", "model"], sort=False):
-        each = [np.degrees(np.arccos(one.sort_values("step").cosine.clip(-1, 1).to_numpy())) for _, one in part.groupby("training")]
+        each = [
+            np.degrees(np.arccos(one.sort_values("step").cosine.clip(-1, 1).to_numpy()))
+            for _, one in part.groupby("training")
+        ]
         quarter = [max(1, len(values) // 4) for values in each]
-        first, last = (np.array([values[pick(n)].mean() for values, n in zip(each, quarter)]) for pick in (lambda n: slice(None, n), lambda n: slice(-n, None)))
-        rises = sum(np.polyfit(np.arange(len(values)), values, 1)[0] > 0 for values in each if len(values) > 1)
+        first, last = (
+            np.array([values[pick(n)].mean() for values, n in zip(each, quarter)])
+            for pick in (lambda n: slice(None, n), lambda n: slice(-n, None))
+        )
+        rises = sum(
+            np.polyfit(np.arange(len(values)), values, 1)[0] > 0
+            for values in each
+            if len(values) > 1
+        )
         _, low, high = student_interval(last - first) if len(each) > 1 else [np.nan] * 3
-        found.append((shown(method), model, first.mean(), last.mean(), (last - first).mean(), low, high, rises, len(each)))
-    return in_order(pd.DataFrame(found, columns=["method", "variant", "angle, first quarter", "angle, last quarter", "change", "low", "high", "trainings in which it rises", "trainings"]))
+        found.append(
+            (
+                shown(method),
+                model,
+                first.mean(),
+                last.mean(),
+                (last - first).mean(),
+                low,
+                high,
+                rises,
+                len(each),
+            )
+        )
+    return in_order(
+        pd.DataFrame(
+            found,
+            columns=[
+                "method",
+                "variant",
+                "angle, first quarter",
+                "angle, last quarter",
+                "change",
+                "low",
+                "high",
+                "trainings in which it rises",
+                "trainings",
+            ],
+        )
+    )
 
 
 def search_table(rows, searches=("random", SEARCH)):
@@ -142,8 +272,13 @@ def search_table(rows, searches=("random", SEARCH)):
     part, found = part[part.attack.isin(searches)], []
     for (method, model, search), one in part.groupby(["method", "model", "attack"], sort=False):
         one = one[one.step == one.step.max()]
-        found.append((shown(method), model, search, *mean_interval(one), one.training.nunique(), len(one)))
-    table = pd.DataFrame(found, columns=["method", "variant", "search", "score", "low", "high", "trainings", "pictures"])
+        found.append(
+            (shown(method), model, search, *mean_interval(one), one.training.nunique(), len(one))
+        )
+    table = pd.DataFrame(
+        found,
+        columns=["method", "variant", "search", "score", "low", "high", "trainings", "pictures"],
+    )
     return in_order(table)
 
 
@@ -152,10 +287,17 @@ def destruction_table(rows):
     part = rows[(rows.panel == "") & rows.model.isin(VARIANTS)]
     found = []
     for method, one in part.groupby("method", sort=False):
-        attacked, clean = one[one.attack.isin(["HRM-s", "HRM-m"])].assign(name=lambda t: t.attack), one[one.attack == "CLEAN"]
+        attacked, clean = (
+            one[one.attack.isin(["HRM-s", "HRM-m"])].assign(name=lambda t: t.attack),
+            one[one.attack == "CLEAN"],
+        )
         if len(clean):
             found.append(self_destruction(attacked, clean).assign(method=shown(method)))
-    table = pd.concat(found, ignore_index=True).rename(columns={"model": "variant"}) if found else pd.DataFrame(columns=["method", "variant", "attack"])
+    table = (
+        pd.concat(found, ignore_index=True).rename(columns={"model": "variant"})
+        if found
+        else pd.DataFrame(columns=["method", "variant", "attack"])
+    )
     first = ["method", "variant", "attack"]
     return in_order(table[[*first, *(c for c in table if c not in first)]])
 
@@ -164,17 +306,36 @@ def trainings_table(rows, cards):
     """How each method was trained, a line each, by the cards of one training: steps and learning rate of plain unlearning; of meta-unlearning the steps of its phases, learning rate, weights of
     the terms, inner steps M and inner learning rates τ of the last phase. "" where there is none."""
     found = []
-    for method, part in rows[rows.panel.eq("") & rows.model.isin(VARIANTS)].groupby("method", sort=False):
+    for method, part in rows[rows.panel.eq("") & rows.model.isin(VARIANTS)].groupby(
+        "method", sort=False
+    ):
         line = {"method": shown(method)}
         for model, one in part.groupby("model"):
             made = cards.get(f"/{one.run.iloc[0]}", {}).get("run") or {}
             loop = made.get("loop") or {}
             if model == "unlearned":
-                line |= {"plain: steps": loop.get("steps", "closed form"), "plain: lr": f"{made.get('lr', 0):g}" if loop else ""}
+                line |= {
+                    "plain: steps": loop.get("steps", "closed form"),
+                    "plain: lr": f"{made.get('lr', 0):g}" if loop else "",
+                }
             else:
-                line |= {"meta: steps": " + ".join(map(str, steps_of(cards, one.run.iloc[0]))), "meta: lr": f"{made.get('lr', 0):g}", "weights: unlearn, ascent, relearn, ζ, clean, retain":
-                         ", ".join(f"{loop.get(term, 0):g}" for term in ("unlearn", "ascent", "relearn", "self_destruct", "clean", "retain")),
-                         "M": "–".join(map(str, loop.get("inner_steps", ()))), "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ()))}
+                line |= {
+                    "meta: steps": " + ".join(map(str, steps_of(cards, one.run.iloc[0]))),
+                    "meta: lr": f"{made.get('lr', 0):g}",
+                    "weights: unlearn, ascent, relearn, ζ, clean, retain": ", ".join(
+                        f"{loop.get(term, 0):g}"
+                        for term in (
+                            "unlearn",
+                            "ascent",
+                            "relearn",
+                            "self_destruct",
+                            "clean",
+                            "retain",
+                        )
+                    ),
+                    "M": "–".join(map(str, loop.get("inner_steps", ()))),
+                    "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ())),
+                }
         found.append(line)
     return in_order(pd.DataFrame(found)).fillna("") if found else pd.DataFrame(columns=["method"])
 
@@ -187,17 +348,24 @@ def chain(cards, run):
 
 def steps_of(cards, run):
     """Steps of meta-unlearning of a run, phase by phase, by its card and those of the runs that it started from."""
-    loops = [(cards.get(f"/{name}", {}).get("run") or {}).get("loop") or {} for name in chain(cards, run)]
+    loops = [
+        (cards.get(f"/{name}", {}).get("run") or {}).get("loop") or {} for name in chain(cards, run)
+    ]
     return [loop["steps"] for loop in loops if "inner_steps" in loop]
 
 
 def panel_table(rows):
     """Scores of the panels, percent with 95 % intervals: a line a panel, variant and group, columns before, and after the last step of the attack."""
     found = []
-    part = rows[rows.panel.ne("") & rows.model.isin(VARIANTS) & rows.attack.eq("HRM-m") & rows.hit.notna()]
+    part = rows[
+        rows.panel.ne("") & rows.model.isin(VARIANTS) & rows.attack.eq("HRM-m") & rows.hit.notna()
+    ]
     for (panel_, model, group), one in part.groupby(["panel", "model", "group"], sort=False):
         line = {"panel": panel_, "variant": model, "group": group}
-        for words, step in (("before", one.step.min()), (f"after {one.step.max():g} steps", one.step.max())):
+        for words, step in (
+            ("before", one.step.min()),
+            (f"after {one.step.max():g} steps", one.step.max()),
+        ):
             value, low, high = (100 * x for x in mean_interval(one[one.step == step]))
             line[words] = f"{value:.0f} ({low:.0f}–{high:.0f})"
         found.append(line)

@@ -12,20 +12,34 @@ from PIL import Image
 
 from mu.runs import atomic
 
-COLORS = {"original": "#4d4d4d", "unlearned": "#d55e00", "meta-unlearned": "#0072b2", "ascent only": "#cc79a7",
-          "unlearned, stronger": "#e69f00", "unlearned, longer": "#56b4e9", "ascent only, weak": "#e5c1d4", "ascent only, strong": "#8f3f6d",
-          "meta-unlearned, first phase": "#7fb8d8"}
+COLORS = {
+    "original": "#4d4d4d",
+    "unlearned": "#d55e00",
+    "meta-unlearned": "#0072b2",
+    "ascent only": "#cc79a7",
+    "unlearned, stronger": "#e69f00",
+    "unlearned, longer": "#56b4e9",
+    "ascent only, weak": "#e5c1d4",
+    "ascent only, strong": "#8f3f6d",
+    "meta-unlearned, first phase": "#7fb8d8",
+}
 OTHER = "#009e73"  # of a model that has no colour of its own
-sns.set_theme("notebook", "whitegrid", rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none", "pdf.fonttype": 42})
+sns.set_theme(
+    "notebook",
+    "whitegrid",
+    rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none", "pdf.fonttype": 42},
+)
 
 
 def to_grid(images, columns=16):
     """Images (n, 3, h, w) in 0…1 → one PIL image, row by row; empty places are white."""
     n, _, h, w = images.shape
     canvas = np.full((-(-n // columns) * h, min(n, columns) * w, 3), 255, np.uint8)
-    for i, image in enumerate(images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()):
+    for i, image in enumerate(
+        images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    ):
         y, x = i // columns * h, i % columns * w
-        canvas[y:y + h, x:x + w] = image
+        canvas[y : y + h, x : x + w] = image
     return Image.fromarray(canvas)
 
 
@@ -37,7 +51,13 @@ def save_grid(images, path, columns=16):
 def from_grid(path, count, size, columns=16):
     """The first `count` tiles of a saved grid as arrays (size, size, 3)."""
     canvas = np.asarray(Image.open(path))
-    return [canvas[i // columns * size:(i // columns + 1) * size, i % columns * size:(i % columns + 1) * size] for i in range(count)]
+    return [
+        canvas[
+            i // columns * size : (i // columns + 1) * size,
+            i % columns * size : (i % columns + 1) * size,
+        ]
+        for i in range(count)
+    ]
 
 
 def veil(images, tiles=4):
@@ -50,19 +70,34 @@ def veil(images, tiles=4):
     if isinstance(images, Image.Image):
         return Image.fromarray(veil(np.array(images.convert("RGB")), tiles))
     if isinstance(images, np.ndarray):
-        found = veil(torch.tensor(images, dtype=torch.float64).permute(2, 0, 1)[None], tiles)[0].permute(1, 2, 0).numpy()
+        found = (
+            veil(torch.tensor(images, dtype=torch.float64).permute(2, 0, 1)[None], tiles)[0]
+            .permute(1, 2, 0)
+            .numpy()
+        )
         return (found.round() if images.dtype.kind in "iu" else found).astype(images.dtype)
     if images.ndim != 4:
-        raise ValueError(f"pictures to veil have the shape (n, 3, height, width), got {tuple(images.shape)}")
-    return F.interpolate(F.adaptive_avg_pool2d(images.float(), tiles), size=images.shape[-2:], mode="nearest").to(images.dtype)
+        raise ValueError(
+            f"pictures to veil have the shape (n, 3, height, width), got {tuple(images.shape)}"
+        )
+    return F.interpolate(
+        F.adaptive_avg_pool2d(images.float(), tiles), size=images.shape[-2:], mode="nearest"
+    ).to(images.dtype)
 
 
 def panel(cells, row_labels, column_labels, cell=1.0):
     """A table of pictures: cells[row][column] is an image array. Returns the figure."""
-    fig, axes = plt.subplots(len(cells), len(cells[0]), figsize=(cell * len(cells[0]) + 0.6, cell * len(cells) + 0.3), squeeze=False)
+    fig, axes = plt.subplots(
+        len(cells),
+        len(cells[0]),
+        figsize=(cell * len(cells[0]) + 0.6, cell * len(cells) + 0.3),
+        squeeze=False,
+    )
     for i, line in enumerate(cells):
         for j, image in enumerate(line):
-            axes[i][j].imshow(image, interpolation="none")  # vector formats then keep the picture itself, not an enlarged copy
+            axes[i][j].imshow(
+                image, interpolation="none"
+            )  # vector formats then keep the picture itself, not an enlarged copy
             axes[i][j].set(xticks=[], yticks=[])
             sns.despine(ax=axes[i][j], left=True, bottom=True)
             if i == 0:
@@ -79,8 +114,21 @@ def curves(table, title, ax=None, y="hit", legend=True):
     by_seed = table.groupby(["model", "run", "step", "attack_seed"], as_index=False)[y].mean()
     known = set(by_seed["model"])
     order = [*(m for m in COLORS if m in known), *sorted(known - set(COLORS))]
-    sns.lineplot(by_seed, x="step", y=y, hue="model", style="model", hue_order=order, style_order=order, markers=True, dashes=False,
-                 palette={m: COLORS.get(m, OTHER) for m in order}, errorbar=("ci", 95), seed=0, ax=ax)
+    sns.lineplot(
+        by_seed,
+        x="step",
+        y=y,
+        hue="model",
+        style="model",
+        hue_order=order,
+        style_order=order,
+        markers=True,
+        dashes=False,
+        palette={m: COLORS.get(m, OTHER) for m in order},
+        errorbar=("ci", 95),
+        seed=0,
+        ax=ax,
+    )
     ax.set(xlabel="steps of fine-tuning", ylabel="recognised", ylim=(-0.03, 1.03), title=title)
     ax.legend(title=None, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     ax.get_legend().set_visible(legend)
@@ -94,7 +142,17 @@ def trend(records, y, ax=None, legend=True):
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
     records = records.assign(angle=np.degrees(np.arccos(records.cosine.clip(-1, 1))))
     for model, part in records.dropna(subset=[y]).groupby("model", sort=False):
-        sns.regplot(part, x="step", y=y, ax=ax, color=COLORS.get(model, OTHER), label=model, seed=0, scatter_kws={"s": 10, "alpha": 0.5}, line_kws={"lw": 1.8})
+        sns.regplot(
+            part,
+            x="step",
+            y=y,
+            ax=ax,
+            color=COLORS.get(model, OTHER),
+            label=model,
+            seed=0,
+            scatter_kws={"s": 10, "alpha": 0.5},
+            line_kws={"lw": 1.8},
+        )
     low, high = records[y].quantile([0.02, 0.98])  # a single large one would flatten all others
     ax.set_ylim(low - 0.25 * (high - low), high + 0.25 * (high - low)) if high > low else None
     ax.axhline(90 if y == "angle" else 0, color="#555555", lw=1, ls=":")
@@ -110,11 +168,24 @@ def confusion(asked, seen, title="", ax=None):
     Returns the table, lines and columns in alphabetical order."""
     labels = sorted(set(asked))
     seen = [label if label in labels else "other" for label in seen]
-    table = pd.crosstab(pd.Series(asked, name="asked for"), pd.Series(seen, name="seen"), normalize="index").reindex(columns=[*labels, "other"], fill_value=0.0)
+    table = pd.crosstab(
+        pd.Series(asked, name="asked for"), pd.Series(seen, name="seen"), normalize="index"
+    ).reindex(columns=[*labels, "other"], fill_value=0.0)
     short = [label.split(":")[-1] for label in table.columns]
     side = min(1.4 + 0.2 * len(labels), 10)
     ax = ax or plt.subplots(figsize=(side, side))[1]
-    sns.heatmap(table.set_axis(short, axis=1).set_axis(short[:-1]), vmin=0, vmax=1, cmap="Blues", square=True, cbar=False, linewidths=0.3 if len(labels) < 50 else 0, xticklabels=1, yticklabels=1, ax=ax)
+    sns.heatmap(
+        table.set_axis(short, axis=1).set_axis(short[:-1]),
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        square=True,
+        cbar=False,
+        linewidths=0.3 if len(labels) < 50 else 0,
+        xticklabels=1,
+        yticklabels=1,
+        ax=ax,
+    )
     ax.tick_params(labelsize=min(6, 50 * side / len(table.columns)))
     ax.set(title=title, xlabel="seen", ylabel="asked for")
     return table

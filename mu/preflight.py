@@ -28,16 +28,52 @@ from mu.sizes import random_pipeline
 
 GIB = 2**30
 # name → GiB that a program sees; peak TFLOP/s in half and in single precision (data sheets, dense); has bfloat16
-GPUS = {"T4": (14.56, 65, 8.1, False), "L4": (22.0, 121, 30, True), "A10G": (22.0, 70, 31, True), "RTX 3090": (23.6, 71, 36, True),
-        "RTX 4090": (23.5, 165, 83, True), "A100-40": (39.4, 312, 19.5, True), "A100-80": (79.1, 312, 19.5, True), "H100": (79.1, 989, 67, True)}
+GPUS = {
+    "T4": (14.56, 65, 8.1, False),
+    "L4": (22.0, 121, 30, True),
+    "A10G": (22.0, 70, 31, True),
+    "RTX 3090": (23.6, 71, 36, True),
+    "RTX 4090": (23.5, 165, 83, True),
+    "A100-40": (39.4, 312, 19.5, True),
+    "A100-80": (79.1, 312, 19.5, True),
+    "H100": (79.1, 989, 67, True),
+}
 UTILISATION = 0.15  # share of that peak which small batches of these networks reach: a guess, right within a factor of three
 CPU_SHARE = 0.65  # of a CPU's free memory that tensors may take: the process takes half as much again, for kernels and for gaps in the heap
 RESERVE = 0.75  # GiB of a GPU for CUDA itself, the libraries' workspaces and gaps between blocks
 DEFAULTS = dict(  # of the notebooks' parameters that memory or time depends on; and resolution, pixels (the model's own)
-    method="esd-f", subset="", rank=16, optimizer="adamw", ema=0.999, steps=100, unlearn=1.0, batch_size=4, trajectory_steps=20, trajectory_reuse=8,
-    retain=0.0, retain_batch_size=8, retain_prompts=0, ascent=0.0, relearn=0.0, self_destruct=0.0, clean=0.0, clean_every=3,
-    inner_steps=1, inner_batch_size=8, inner_optimizer="sgd", order="first", precision="no", weights="full", frozen="same",
-    gradient_checkpointing=False, accumulation=1, snapshot="", offload=False, processes=1, resolution=0)
+    method="esd-f",
+    subset="",
+    rank=16,
+    optimizer="adamw",
+    ema=0.999,
+    steps=100,
+    unlearn=1.0,
+    batch_size=4,
+    trajectory_steps=20,
+    trajectory_reuse=8,
+    retain=0.0,
+    retain_batch_size=8,
+    retain_prompts=0,
+    ascent=0.0,
+    relearn=0.0,
+    self_destruct=0.0,
+    clean=0.0,
+    clean_every=3,
+    inner_steps=1,
+    inner_batch_size=8,
+    inner_optimizer="sgd",
+    order="first",
+    precision="no",
+    weights="full",
+    frozen="same",
+    gradient_checkpointing=False,
+    accumulation=1,
+    snapshot="",
+    offload=False,
+    processes=1,
+    resolution=0,
+)
 
 _sizes = functools.cache(functools.partial(random_pipeline, device="meta"))
 
@@ -47,7 +83,10 @@ class Tracker(TorchDispatchMode):
 
     Not seen: what a kernel takes for itself while it runs (workspaces)."""
 
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    cpu = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
     formulas = flop_registry | dict(zip(cpu, (sdpa_flop, sdpa_backward_flop)))
 
     def __init__(self):
@@ -58,8 +97,13 @@ class Tracker(TorchDispatchMode):
         for x in values:
             if isinstance(x, (list, tuple)):
                 self._follow(x, new)
-            elif isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
-                size = x.untyped_storage().nbytes() if new else 0  # what comes in unknown was there before
+            elif (
+                isinstance(x, torch.Tensor)
+                and (key := x.untyped_storage()._cdata) not in self.known
+            ):
+                size = (
+                    x.untyped_storage().nbytes() if new else 0
+                )  # what comes in unknown was there before
                 self.known.add(key)
                 self.bytes += size
                 weakref.finalize(x.untyped_storage(), self._forget, key, size).atexit = False
@@ -84,7 +128,9 @@ def _network(config, subset, rank, dtype, precision, gradient_checkpointing, fro
     """The fake UNet as `load_pipeline`, `frozen_copy` and `trainable` make it: mode of its tensors, UNet, frozen UNet, trained parameters."""
     with torch.device("meta"):  # where modules can be converted and copied, which fake ones cannot
         unet = UNet2DConditionModel.from_config(json.loads(config))
-    unet = torch.nn.Module.to(unet.requires_grad_(False).eval(), dtype)  # not diffusers' own `to`, which warns of any change of precision
+    unet = torch.nn.Module.to(
+        unet.requires_grad_(False).eval(), dtype
+    )  # not diffusers' own `to`, which warns of any change of precision
     if plain:
         unet.set_attn_processor(AttnProcessor())
     if gradient_checkpointing:
@@ -97,12 +143,19 @@ def _network(config, subset, rank, dtype, precision, gradient_checkpointing, fro
     mode = FakeTensorMode()  # its tensors are a CPU's, since those of a GPU need a build with CUDA
     with mode:
         for module in (m for net in (unet, unet_frozen) if net is not None for m in net.modules()):
-            norm = gpu and precision != "no" and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+            norm = (
+                gpu
+                and precision != "no"
+                and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+            )
             if norm:  # autocast on a GPU computes them in float32, on a CPU in half precision
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
             for name, p in module._parameters.items():
                 if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=torch.float32 if norm else p.dtype), p.requires_grad)
+                    module._parameters[name] = torch.nn.Parameter(
+                        torch.empty(p.shape, dtype=torch.float32 if norm else p.dtype),
+                        p.requires_grad,
+                    )
     return mode, unet, unet_frozen, [p for p in unet.parameters() if p.requires_grad]
 
 
@@ -111,7 +164,12 @@ def blank(config, n, side, tokens, device=None):
     new = functools.partial(torch.zeros, device=device)
     conditioning = {"encoder_hidden_states": new(n, tokens, config.cross_attention_dim)}
     if config.addition_embed_type == "text_time":
-        conditioning |= {"text_embeds": new(n, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim), "time_ids": new(n, 6)}
+        conditioning |= {
+            "text_embeds": new(
+                n, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            ),
+            "time_ids": new(n, 6),
+        }
     latents = new(n, config.in_channels, side, side)
     return latents, new(n, dtype=torch.long), conditioning, torch.zeros_like(latents)
 
@@ -131,9 +189,18 @@ def _trace(kind, n, side, tokens, accumulation, *network):
             with reference(unet, unet_frozen) as net:
                 predictions(net, part, accumulation=accumulation)
         else:
-            gradient = gradients(squared_errors(unet, part, accumulation=accumulation)[0], parameters, create_graph=kind == "second")
+            gradient = gradients(
+                squared_errors(unet, part, accumulation=accumulation)[0],
+                parameters,
+                create_graph=kind == "second",
+            )
             if kind == "second":
-                gradients(gradient, parameters, grad_outputs=[torch.empty_like(g) for g in gradient], allow_unused=True)
+                gradients(
+                    gradient,
+                    parameters,
+                    grad_outputs=[torch.empty_like(g) for g in gradient],
+                    allow_unused=True,
+                )
     return np.array(tracker.timeline, dtype=float), tracker.flops
 
 
@@ -143,14 +210,25 @@ def _pass(kind, rows, accumulation, *key):
     if not rows:
         return 0, 0
     each, once = rows / accumulation, min(accumulation, 2)
-    (bytes_2, flops_2), (bytes_3, flops_3) = (_trace(kind, n * once, *key[:2], once, *key[2:]) for n in (2, 3))
-    return float(max(bytes_2 + (each - 2) * (bytes_3 - bytes_2))), (flops_2 + (each - 2) * (flops_3 - flops_2)) * accumulation / once
+    (bytes_2, flops_2), (bytes_3, flops_3) = (
+        _trace(kind, n * once, *key[:2], once, *key[2:]) for n in (2, 3)
+    )
+    return float(max(bytes_2 + (each - 2) * (bytes_3 - bytes_2))), (
+        flops_2 + (each - 2) * (flops_3 - flops_2)
+    ) * accumulation / once
 
 
 def _moments(name, parameters):
     """Bytes of an optimiser's state. bitsandbytes: one byte a moment and a float32 for each 256; tensors below 4,096 elements stay in float32."""
     small = lambda p: "8bit" not in name or p.numel() < 4096
-    return 0 if name == "sgd" else sum(8 * p.numel() if small(p) else 2 * p.numel() + 8 * math.ceil(p.numel() / 256) for p in parameters)
+    return (
+        0
+        if name == "sgd"
+        else sum(
+            8 * p.numel() if small(p) else 2 * p.numel() + 8 * math.ceil(p.numel() / 256)
+            for p in parameters
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -166,8 +244,21 @@ def _known(model, p, gpu):
     dtype = torch.bfloat16 if p["weights"] == "half" else torch.float32
     pipe = _sizes(model, dtype) if isinstance(model, str) else model
     config, (objective, own_subset) = pipe.unet.config, check_method(p["method"])
-    side, plain = p["resolution"] // pipe.vae_scale_factor or config.sample_size, p["order"] == "second" or (not gpu and config.sample_size <= 32)
-    network = (json.dumps(dict(config)), p["subset"] or own_subset, p["rank"], dtype, p["precision"], p["gradient_checkpointing"], p["frozen"], gpu, plain)
+    side, plain = (
+        p["resolution"] // pipe.vae_scale_factor or config.sample_size,
+        p["order"] == "second" or (not gpu and config.sample_size <= 32),
+    )
+    network = (
+        json.dumps(dict(config)),
+        p["subset"] or own_subset,
+        p["rank"],
+        dtype,
+        p["precision"],
+        p["gradient_checkpointing"],
+        p["frozen"],
+        gpu,
+        plain,
+    )
     return pipe, objective, (side, pipe.tokenizer.model_max_length, *network)
 
 
@@ -184,8 +275,15 @@ def estimate(model, parameters=None, gpu=True):
     Raises ValueError for an unknown model or parameter, and for batches that cannot be shared evenly; as `trainable` and `frozen_copy` do."""
     unknown, p = set(parameters or {}) - set(DEFAULTS), DEFAULTS | (parameters or {})
     if unknown:
-        raise ValueError(f"unknown parameter {sorted(unknown)[0]!r}: allowed are {', '.join(DEFAULTS)}")
-    words = {"weights": ("full", "half"), "precision": ("no", "fp16", "bf16"), "optimizer": ("adamw", "adam", "sgd", "adamw8bit"), "order": ("first", "second")}
+        raise ValueError(
+            f"unknown parameter {sorted(unknown)[0]!r}: allowed are {', '.join(DEFAULTS)}"
+        )
+    words = {
+        "weights": ("full", "half"),
+        "precision": ("no", "fp16", "bf16"),
+        "optimizer": ("adamw", "adam", "sgd", "adamw8bit"),
+        "order": ("first", "second"),
+    }
     for name, allowed in words.items():
         if p[name] not in allowed:
             raise ValueError(f"unknown {name} {p[name]!r}: allowed are {', '.join(allowed)}")
@@ -193,42 +291,117 @@ def estimate(model, parameters=None, gpu=True):
     k, m, second = p["accumulation"], float(np.mean(p["inner_steps"])), p["order"] == "second"
     _, unet, unet_frozen, trained = _network(*network)
 
-    esd, sdd, attack, clean = (objective == "esd"), (objective == "sdd"), bool(p["relearn"] or p["self_destruct"]), bool(p["clean"])
-    part = {"batch_size": p["batch_size"] * bool(objective and p["unlearn"]), "inner_batch_size": p["inner_batch_size"] * bool(attack or clean or p["ascent"]),
-            "retain_batch_size": p["retain_batch_size"] * bool(p["retain"] or attack or clean), "half of it": -(-p["retain_batch_size"] // 2) * bool(p["retain"])}
+    esd, sdd, attack, clean = (
+        (objective == "esd"),
+        (objective == "sdd"),
+        bool(p["relearn"] or p["self_destruct"]),
+        bool(p["clean"]),
+    )
+    part = {
+        "batch_size": p["batch_size"] * bool(objective and p["unlearn"]),
+        "inner_batch_size": p["inner_batch_size"] * bool(attack or clean or p["ascent"]),
+        "retain_batch_size": p["retain_batch_size"] * bool(p["retain"] or attack or clean),
+        "half of it": -(-p["retain_batch_size"] // 2) * bool(p["retain"]),
+    }
     for name, n in part.items():
         if n % (p["processes"] * k):
-            raise ValueError(f"{n} rows ({name}) cannot be shared among {p['processes']} processes × {k} micro-batches: choose multiples of that")
+            raise ValueError(
+                f"{n} rows ({name}) cannot be shared among {p['processes']} processes × {k} micro-batches: choose multiples of that"
+            )
     b, inner, retain, empty = (n // p["processes"] for n in part.values())
     drift = 2 * retain + empty * (2 if p["retain_prompts"] else 1) if empty else 0
-    cost = lambda kind, rows: _pass(kind, rows, 1 if kind == "sample" else k, side, tokens, *network)
-    trajectory, target, asked = cost("sample", 2 * b), cost("sample", b * sdd), cost("frozen", 2 * b * esd + drift)
+    cost = lambda kind, rows: _pass(
+        kind, rows, 1 if kind == "sample" else k, side, tokens, *network
+    )
+    trajectory, target, asked = (
+        cost("sample", 2 * b),
+        cost("sample", b * sdd),
+        cost("frozen", 2 * b * esd + drift),
+    )
     at_theta = cost("train", b + max(drift, 2 * retain) + inner * bool(p["ascent"]))
-    step, after, after_clean = (cost("train", rows) for rows in (inner * (attack or clean), (inner + retain) * attack, 2 * retain * clean))
+    step, after, after_clean = (
+        cost("train", rows)
+        for rows in (inner * (attack or clean), (inner + retain) * attack, 2 * retain * clean)
+    )
     product = cost("second", inner * second * (attack or clean))
 
-    size = lambda *modules: sum(x.numel() * x.element_size() for module in modules if module is not None for x in module.parameters())
-    theta, others = sum(x.numel() * 4 for x in trained), size(*(module for name, module in pipe.components.items() if name in ("vae", "text_encoder", "text_encoder_2")))
-    names = p["inner_optimizer"].split(",") if isinstance(p["inner_optimizer"], str) else p["inner_optimizer"]
-    kept = {"UNet": size(unet), "frozen UNet": size(unet_frozen), "optimiser": _moments(p["optimizer"], trained), "average": theta * bool(sdd and p["ema"]),
-            "VAE, text encoders": 0 if p["offload"] and gpu else others, "random prompts": 4 * p["retain_prompts"] * tokens * unet.config.cross_attention_dim}
-    held = theta * (1 if p["snapshot"] == "cpu" and gpu else 2) + max(_moments(name, trained) for name in names)  # first gradient, snapshot, moments
+    size = lambda *modules: sum(
+        x.numel() * x.element_size()
+        for module in modules
+        if module is not None
+        for x in module.parameters()
+    )
+    theta, others = (
+        sum(x.numel() * 4 for x in trained),
+        size(
+            *(
+                module
+                for name, module in pipe.components.items()
+                if name in ("vae", "text_encoder", "text_encoder_2")
+            )
+        ),
+    )
+    names = (
+        p["inner_optimizer"].split(",")
+        if isinstance(p["inner_optimizer"], str)
+        else p["inner_optimizer"]
+    )
+    kept = {
+        "UNet": size(unet),
+        "frozen UNet": size(unet_frozen),
+        "optimiser": _moments(p["optimizer"], trained),
+        "average": theta * bool(sdd and p["ema"]),
+        "VAE, text encoders": 0 if p["offload"] and gpu else others,
+        "random prompts": 4 * p["retain_prompts"] * tokens * unet.config.cross_attention_dim,
+    }
+    held = theta * (1 if p["snapshot"] == "cpu" and gpu else 2) + max(
+        _moments(name, trained) for name in names
+    )  # first gradient, snapshot, moments
     total = sum(kept.values())
-    phases = {"trajectory": trajectory[0] + kept["average"], "frozen UNet": asked[0], "gradient at θ": at_theta[0],
-              "simulated fine-tuning": (max(step[0], after[0], after_clean[0], product[0] + theta * second) + held) * bool(step[0]),
-              "update": theta * (2 if attack or clean else 1)}
+    phases = {
+        "trajectory": trajectory[0] + kept["average"],
+        "frozen UNet": asked[0],
+        "gradient at θ": at_theta[0],
+        "simulated fine-tuning": (
+            max(step[0], after[0], after_clean[0], product[0] + theta * second) + held
+        )
+        * bool(step[0]),
+        "update": theta * (2 if attack or clean else 1),
+    }
     phases = {name: (total + more) / GIB for name, more in phases.items() if more}
-    phases["start"] = (kept["UNet"] + kept["frozen UNet"] + others) / GIB  # before anything is offloaded
+    phases["start"] = (
+        kept["UNet"] + kept["frozen UNet"] + others
+    ) / GIB  # before anything is offloaded
     often = 1 / p["clean_every"] if clean else 0
-    flops = (trajectory[1] * p["trajectory_steps"] / (p["trajectory_reuse"] + 1)  # the latest of n stops is at n / (n + 1) of the way, every n steps
-             + target[1] + asked[1] + at_theta[1] + often * after_clean[1] + (1 - often) * after[1]
-             + (often + (1 - often) * attack) * m * (step[1] + product[1] + second * (m - 1) / 2 * step[1]))
-    return Estimate(max(phases.values()), flops, {name: n / GIB for name, n in kept.items() if n}, phases)
+    flops = (
+        trajectory[1]
+        * p["trajectory_steps"]
+        / (
+            p["trajectory_reuse"] + 1
+        )  # the latest of n stops is at n / (n + 1) of the way, every n steps
+        + target[1]
+        + asked[1]
+        + at_theta[1]
+        + often * after_clean[1]
+        + (1 - often) * after[1]
+        + (often + (1 - often) * attack)
+        * m
+        * (step[1] + product[1] + second * (m - 1) / 2 * step[1])
+    )
+    return Estimate(
+        max(phases.values()), flops, {name: n / GIB for name, n in kept.items() if n}, phases
+    )
 
 
 def speed(pipe, rows=4):
     """FLOP/s that the pipeline's UNet reaches where it is: the fastest of three timed passes without gradient, after one to warm up."""
-    part = blank(pipe.unet.config, rows, pipe.unet.config.sample_size, pipe.tokenizer.model_max_length, pipe.unet.device)
+    part = blank(
+        pipe.unet.config,
+        rows,
+        pipe.unet.config.sample_size,
+        pipe.tokenizer.model_max_length,
+        pipe.unet.device,
+    )
     wait, seconds = torch.cuda.synchronize if pipe.unet.device.type == "cuda" else lambda: None, []
     with torch.no_grad():
         with Tracker() as tracker:
@@ -245,11 +418,29 @@ def speed(pipe, rows=4):
 def _device(gpu):
     """Name, usable GiB, TFLOP/s in half and in single precision (nan: not known), has bfloat16, is a GPU; of one of GPUS or the device at hand."""
     if gpu not in (None, *GPUS):
-        raise ValueError(f"unknown GPU {gpu!r}: allowed are {', '.join(GPUS)}, or None for the device at hand")
+        raise ValueError(
+            f"unknown GPU {gpu!r}: allowed are {', '.join(GPUS)}, or None for the device at hand"
+        )
     if gpu is None and not torch.cuda.is_available():
-        return "this CPU", CPU_SHARE * (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / GIB, math.nan, math.nan, True, False
+        return (
+            "this CPU",
+            CPU_SHARE
+            * (psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+            / GIB,
+            math.nan,
+            math.nan,
+            True,
+            False,
+        )
     name = gpu or torch.cuda.get_device_name()
-    memory, half, single, bf16 = next((values for key, values in GPUS.items() if gpu == key or not gpu and key.split("-")[0] in name), (0, math.nan, math.nan, True))
+    memory, half, single, bf16 = next(
+        (
+            values
+            for key, values in GPUS.items()
+            if gpu == key or not gpu and key.split("-")[0] in name
+        ),
+        (0, math.nan, math.nan, True),
+    )
     if gpu is None:
         memory = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
     return name, memory - RESERVE, half, single, bf16, True
@@ -258,7 +449,11 @@ def _device(gpu):
 def guessed_speed(precision, gpu=None):
     """FLOP/s of the GPU at hand, or of one of GPUS: a guess from its data sheet (`UTILISATION`); nan where there is none, or an unknown one."""
     _, _, half, single, bf16, _ = _device(gpu)
-    return (half if precision == "fp16" or (precision == "bf16" and bf16) else single) * 1e12 * UTILISATION
+    return (
+        (half if precision == "fp16" or (precision == "bf16" and bf16) else single)
+        * 1e12
+        * UTILISATION
+    )
 
 
 def _changes(p, bf16, gpu):
@@ -271,7 +466,10 @@ def _changes(p, bf16, gpu):
     yield {"frozen": "half"} if p["frozen"] == "same" else {}
     yield {"optimizer": "adamw8bit"} if p["optimizer"] in ("adam", "adamw") else {}
     yield {"inner_optimizer": "adam8bit"} if p["inner_optimizer"] == "adam" else {}
-    yield {name: max(1, p[name] // 2) for name in ("batch_size", "inner_batch_size", "retain_batch_size")}
+    yield {
+        name: max(1, p[name] // 2)
+        for name in ("batch_size", "inner_batch_size", "retain_batch_size")
+    }
     yield {"subset": "lora", "frozen": "none"}
     yield {"weights": "half"} if p["subset"] == "lora" else {}
 
@@ -288,11 +486,25 @@ class Preflight:
 
     def __str__(self):
         (_, gib, _), *changed = self.needs
-        times = ["time unknown" if math.isnan(m) else f"about {m:.{0 if m > 10 else 1}f} minutes" + " (a guess)" * (not self.timed) for *_, m in self.needs]
-        lines = [f"{'fits' if self.fits else 'does not fit'} {self.device}: {gib:.1f} GiB at most, {self.usable:.1f} are usable; {times[0]}"]
+        times = [
+            "time unknown"
+            if math.isnan(m)
+            else f"about {m:.{0 if m > 10 else 1}f} minutes" + " (a guess)" * (not self.timed)
+            for *_, m in self.needs
+        ]
+        lines = [
+            f"{'fits' if self.fits else 'does not fit'} {self.device}: {gib:.1f} GiB at most, {self.usable:.1f} are usable; {times[0]}"
+        ]
         lines += ["to make it fit, one after the other:"] * bool(changed)
-        lines += [f"  {', '.join(f'{k} = {v!r}' for k, v in change.items())}: {gib:.1f} GiB, {t}" for (change, gib, _), t in zip(changed, times[1:])]
-        return "\n".join(lines + ["that is still too much: take a smaller resolution, or a larger GPU"] * (self.needs[-1][1] > self.usable))
+        lines += [
+            f"  {', '.join(f'{k} = {v!r}' for k, v in change.items())}: {gib:.1f} GiB, {t}"
+            for (change, gib, _), t in zip(changed, times[1:])
+        ]
+        return "\n".join(
+            lines
+            + ["that is still too much: take a smaller resolution, or a larger GPU"]
+            * (self.needs[-1][1] > self.usable)
+        )
 
 
 def preflight(model, parameters=None, gpu=None):

@@ -15,7 +15,10 @@ from mu.extras import extra
 
 DATA = Path(__file__).parent.parent / "data"
 I2P, COCO = "AIML-TUDA/i2p", "sayakpaul/coco-30-val-2014"  # MIT; captions of COCO 2014, validation
-SEEDS, GUIDANCE = ("seed", "evaluation_seed", "sd_seed"), ("guidance", "evaluation_guidance", "sd_guidance_scale")  # what the tables of the field call them
+SEEDS, GUIDANCE = (
+    ("seed", "evaluation_seed", "sd_seed"),
+    ("guidance", "evaluation_guidance", "sd_guidance_scale"),
+)  # what the tables of the field call them
 
 
 def read_prompts(source, rows=None, limit=None):
@@ -27,7 +30,9 @@ def read_prompts(source, rows=None, limit=None):
     ValueError for a CSV that is empty, not UTF-8 or not a table, one without prompts (lists its columns), an empty prompt or a guidance that is no number (names its row), a row that is
     not there, or nothing left."""
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is a number of prompts from 1, got {limit}: leave it out to keep all")
+        raise ValueError(
+            f"limit is a number of prompts from 1, got {limit}: leave it out to keep all"
+        )
     if source in ("i2p", "i2p-nudity"):
         table = read_i2p(only_nudity=source == "i2p-nudity")
     elif source == "coco":
@@ -35,12 +40,16 @@ def read_prompts(source, rows=None, limit=None):
     elif Path(source).is_file():
         table = read_table(source)
     else:
-        raise FileNotFoundError(f"there is no file of prompts {str(source)!r}: name a CSV with a column `prompt`, or one of i2p-nudity, i2p, coco")
+        raise FileNotFoundError(
+            f"there is no file of prompts {str(source)!r}: name a CSV with a column `prompt`, or one of i2p-nudity, i2p, coco"
+        )
     table = named(table, source)
     if rows is not None:
         absent = sorted(set(rows) - set(table.row))
         if absent:
-            raise ValueError(f"{source} has no rows {', '.join(map(str, absent[:5]))}: its rows go from {table.row.min()} to {table.row.max()}")
+            raise ValueError(
+                f"{source} has no rows {', '.join(map(str, absent[:5]))}: its rows go from {table.row.min()} to {table.row.max()}"
+            )
         table = table.set_index("row", drop=False).loc[list(rows)]
     return table.head(limit).reset_index(drop=True)
 
@@ -50,26 +59,41 @@ def read_table(file):
     try:
         table = pd.read_csv(file, keep_default_na=False)
     except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{file} is empty: its first line must name the columns, one of them `prompt`; below it is a prompt a line") from error
+        raise ValueError(
+            f"{file} is empty: its first line must name the columns, one of them `prompt`; below it is a prompt a line"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): save it as CSV UTF-8, or convert it by `iconv -f latin1 -t utf-8`") from error
+        raise ValueError(
+            f"{file} is not UTF-8 (byte {error.start}): save it as CSV UTF-8, or convert it by `iconv -f latin1 -t utf-8`"
+        ) from error
     except pd.errors.ParserError as error:
-        raise ValueError(f"{file} is not a table ({str(error).strip()}): put a prompt that has commas into double quotes") from error
-    if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of lines that are longer than the header
-        raise ValueError(f"{file} has more cells in a line than columns ({', '.join(map(str, table.columns))}): put a prompt that has commas into double quotes")
+        raise ValueError(
+            f"{file} is not a table ({str(error).strip()}): put a prompt that has commas into double quotes"
+        ) from error
+    if not isinstance(
+        table.index, pd.RangeIndex
+    ):  # what pandas makes of lines that are longer than the header
+        raise ValueError(
+            f"{file} has more cells in a line than columns ({', '.join(map(str, table.columns))}): put a prompt that has commas into double quotes"
+        )
     return table
 
 
 def to_rows(table):
     """What `mu.gallery.draw_folder` draws: a dict a prompt, with `prompt`, `seed`, and `guidance` where the table has one; the others get the common one."""
     names = [name for name in ("prompt", "seed", "guidance") if name in table]
-    return [{name: value for name, value in row.items() if name != "guidance" or pd.notna(value)} for row in table[names].to_dict("records")]
+    return [
+        {name: value for name, value in row.items() if name != "guidance" or pd.notna(value)}
+        for row in table[names].to_dict("records")
+    ]
 
 
 def named(table, source):
     """The table with the columns that the rest of the code expects, each prompt and seed checked."""
     if "prompt" not in table.columns:
-        raise ValueError(f"{source} has no column `prompt`; it has: {', '.join(map(str, table.columns))}. Rename the one with the prompts")
+        raise ValueError(
+            f"{source} has no column `prompt`; it has: {', '.join(map(str, table.columns))}. Rename the one with the prompts"
+        )
     given = table
     for name, known in (("seed", SEEDS), ("guidance", GUIDANCE)):
         found = next((column for column in known if column in table.columns), None)
@@ -80,11 +104,20 @@ def named(table, source):
     table = table.assign(prompt=table.prompt.astype(str).str.strip())
     if "row" not in table.columns:
         table = table.assign(row=range(len(table)))
-    strange = (given[found].astype(str).str.strip() != "") & ~np.isfinite(table.guidance.astype(float)) if found else pd.Series(False, table.index)
-    for words, wrong in (("an empty prompt", table.prompt == ""), ("no whole number as seed", table.seed.isna() | (table.seed % 1 != 0)),
-                         ("no number as guidance, where a blank would be the common one,", strange)):
+    strange = (
+        (given[found].astype(str).str.strip() != "") & ~np.isfinite(table.guidance.astype(float))
+        if found
+        else pd.Series(False, table.index)
+    )
+    for words, wrong in (
+        ("an empty prompt", table.prompt == ""),
+        ("no whole number as seed", table.seed.isna() | (table.seed % 1 != 0)),
+        ("no number as guidance, where a blank would be the common one,", strange),
+    ):
         if wrong.any():
-            raise ValueError(f"{source} has {words} in row {table.row[wrong].iloc[0]} (rows are counted from 0, without the header): fill it in, or take the row out")
+            raise ValueError(
+                f"{source} has {words} in row {table.row[wrong].iloc[0]} (rows are counted from 0, without the header): fill it in, or take the row out"
+            )
     if not len(table):
         raise ValueError(f"{source} holds no prompt: write one a line below the header")
     return table.astype({"seed": int})
@@ -95,20 +128,27 @@ def hub_file(repo, file):
     try:
         return hf_hub_download(repo, file, repo_type="dataset")
     except GatedRepoError as error:
-        raise PermissionError(f"the data set {repo} is gated: accept its conditions on its page, then `hf auth login` (or set HF_TOKEN) and run again") from error
+        raise PermissionError(
+            f"the data set {repo} is gated: accept its conditions on its page, then `hf auth login` (or set HF_TOKEN) and run again"
+        ) from error
     except OSError as error:
         raise FileNotFoundError(
             f"the data set {repo} cannot be reached from here ({type(error).__name__}), and {file} is not in the cache {constants.HF_HUB_CACHE}. With a network: "
-            f"`hf download {repo} {file} --repo-type dataset`; copy the cache's folder here, or save the file itself and name its path in place of the source") from error
+            f"`hf download {repo} {file} --repo-type dataset`; copy the cache's folder here, or save the file itself and name its path in place of the source"
+        ) from error
 
 
 def read_i2p(only_nudity=True):
     """I2P's table with `row`, the number of the row; with only_nudity the rows of `data/i2p_nudity_142.csv`, with the seeds and guidance of that file.
 
     Raises ValueError where the set of the hub is another one than these rows were taken from: its number of rows or its seeds differ."""
-    table = pd.read_csv(hub_file(I2P, "i2p_benchmark.csv"), keep_default_na=False).reset_index(names="row")
+    table = pd.read_csv(hub_file(I2P, "i2p_benchmark.csv"), keep_default_na=False).reset_index(
+        names="row"
+    )
     if len(table) != 4703:
-        raise ValueError(f"{I2P} has {len(table)} rows, and the row numbers here are those of its 4,703: it is another version, use a CSV of your own")
+        raise ValueError(
+            f"{I2P} has {len(table)} rows, and the row numbers here are those of its 4,703: it is another version, use a CSV of your own"
+        )
     if not only_nudity:
         return table
     chosen = pd.read_csv(DATA / "i2p_nudity_142.csv")
@@ -116,8 +156,12 @@ def read_i2p(only_nudity=True):
     column = next((name for name in ("sd_seed", "evaluation_seed") if name in table.columns), None)
     if column and (table[column].astype("int64") != chosen.evaluation_seed).any():
         wrong = chosen.i2p_row[table[column].astype("int64") != chosen.evaluation_seed]
-        raise ValueError(f"the seeds of {I2P} differ from those of data/i2p_nudity_142.csv, first in row {wrong.iloc[0]}: it is another version, use a CSV of your own")
-    return table[["row", "prompt"]].assign(seed=chosen.evaluation_seed, guidance=chosen.evaluation_guidance.astype(float))
+        raise ValueError(
+            f"the seeds of {I2P} differ from those of data/i2p_nudity_142.csv, first in row {wrong.iloc[0]}: it is another version, use a CSV of your own"
+        )
+    return table[["row", "prompt"]].assign(
+        seed=chosen.evaluation_seed, guidance=chosen.evaluation_guidance.astype(float)
+    )
 
 
 def read_coco(limit=None, repo=COCO):
@@ -128,9 +172,17 @@ def read_coco(limit=None, repo=COCO):
     try:
         data = datasets.load_dataset(repo, split="train", streaming=limit is not None)
         data = data.take(limit) if limit is not None else data
-        found = [{"prompt": line["caption"], "image": line["image"]} for line in tqdm(data, "captions", limit, file=sys.stdout)]
+        found = [
+            {"prompt": line["caption"], "image": line["image"]}
+            for line in tqdm(data, "captions", limit, file=sys.stdout)
+        ]
     except (OSError, ConnectionError) as error:
-        raise FileNotFoundError(f"the data set {repo} cannot be reached from here ({type(error).__name__}). With a network: `hf download {repo} --repo-type dataset`, "
-                                "and copy the hub's cache here; or save captions as a CSV with a column `prompt`, and name it") from error
-    captions = [line["prompt"][0] if isinstance(line["prompt"], (list, tuple)) else line["prompt"] for line in found]
+        raise FileNotFoundError(
+            f"the data set {repo} cannot be reached from here ({type(error).__name__}). With a network: `hf download {repo} --repo-type dataset`, "
+            "and copy the hub's cache here; or save captions as a CSV with a column `prompt`, and name it"
+        ) from error
+    captions = [
+        line["prompt"][0] if isinstance(line["prompt"], (list, tuple)) else line["prompt"]
+        for line in found
+    ]
     return pd.DataFrame(found).assign(prompt=captions)

@@ -30,7 +30,9 @@ class Sought:
 
 def tokenizers(pipe):
     """The one or two tokenizers of a pipeline, in the order of `text_encoders`."""
-    return [part for part in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if part is not None]
+    return [
+        part for part in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if part is not None
+    ]
 
 
 def words(pipe, without=()):
@@ -38,9 +40,22 @@ def words(pipe, without=()):
 
     A prompt of such words is read as the attack meant it: pieces of words would be joined anew when their text is read."""
     left_out = {word for text in without for word in text.lower().replace(",", " ").split()}
-    common = set.intersection(*({t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>")} for tokenizer in tokenizers(pipe)))
-    known = sorted(word for word in common if word.isascii() and word.isalpha() and word == word.lower() and word not in left_out)
-    whole = [[len(ids) == 3 for ids in tokenizer(known).input_ids] for tokenizer in tokenizers(pipe)] if known else []
+    common = set.intersection(
+        *(
+            {t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>")}
+            for tokenizer in tokenizers(pipe)
+        )
+    )
+    known = sorted(
+        word
+        for word in common
+        if word.isascii() and word.isalpha() and word == word.lower() and word not in left_out
+    )
+    whole = (
+        [[len(ids) == 3 for ids in tokenizer(known).input_ids] for tokenizer in tokenizers(pipe)]
+        if known
+        else []
+    )
     return [word for word, *fits in zip(known, *whole) if all(fits)]
 
 
@@ -50,7 +65,9 @@ def ids_of(pipe, chosen):
 
 
 def _whole(name):
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)  # as a tokenizer reads it: no part of a longer word, in any case
+    return re.compile(
+        rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE
+    )  # as a tokenizer reads it: no part of a longer word, in any case
 
 
 def holds(text, name):
@@ -65,25 +82,34 @@ def swapped(text, name, other):
 
 def opposed(captions, name, others):
     """Pairs (caption, the caption with another thing in the place of `name`, the `others` in turn) for `ring_a_bell`. Raises ValueError for a caption without the name."""
-    pairs = [(caption, swapped(caption, name, others[i % len(others)])) for i, caption in enumerate(captions)]
+    pairs = [
+        (caption, swapped(caption, name, others[i % len(others)]))
+        for i, caption in enumerate(captions)
+    ]
     for caption, other in pairs:
         if caption == other:
-            raise ValueError(f"{caption!r} does not hold the word {name!r}, so that it shows no way to the concept: say what the captions call it (called)")
+            raise ValueError(
+                f"{caption!r} does not hold the word {name!r}, so that it shows no way to the concept: say what the captions call it (called)"
+            )
     return pairs
 
 
 @contextlib.contextmanager
 def stand_in(pipe, chosen, vectors):
     """Inside the block the text encoder(s) read `vectors[e][k]` (e: encoder, k: word) where the k-th of the words `chosen` stands. Gradients reach the vectors."""
+
     def reader(ids, given):
         def replace(_, inputs, output):
             for k, token in enumerate(ids):
                 output = torch.where((inputs[0] == token)[..., None], given[k].to(output), output)
             return output
+
         return replace
 
-    hooks = [encoder.get_input_embeddings().register_forward_hook(reader(ids, given))
-             for encoder, ids, given in zip(text_encoders(pipe), ids_of(pipe, chosen), vectors)]
+    hooks = [
+        encoder.get_input_embeddings().register_forward_hook(reader(ids, given))
+        for encoder, ids, given in zip(text_encoders(pipe), ids_of(pipe, chosen), vectors)
+    ]
     try:
         yield
     finally:
@@ -93,7 +119,10 @@ def stand_in(pipe, chosen, vectors):
 
 def embeddings(pipe, chosen):
     """Rows of the text encoders' embedding tables for words: a tensor (words, width) for each encoder."""
-    return [encoder.get_input_embeddings().weight.detach()[ids] for encoder, ids in zip(text_encoders(pipe), ids_of(pipe, chosen))]
+    return [
+        encoder.get_input_embeddings().weight.detach()[ids]
+        for encoder, ids in zip(text_encoders(pipe), ids_of(pipe, chosen))
+    ]
 
 
 def _simplex(u):
@@ -107,9 +136,13 @@ def _simplex(u):
 def _known(pipe, prompt, without, count):
     """The words that may be chosen, and `count` of them, none of the prompt's, that only mark the places in the text."""
     known = words(pipe, without)
-    places = [word for word in known if word not in prompt.lower().replace(",", " ").split()][:count]
+    places = [word for word in known if word not in prompt.lower().replace(",", " ").split()][
+        :count
+    ]
     if len(places) < count:
-        raise ValueError(f"{count} words before {prompt!r}: the vocabulary has only {len(known)} whole words that may be used; ask for fewer")
+        raise ValueError(
+            f"{count} words before {prompt!r}: the vocabulary has only {len(known)} whole words that may be used; ask for fewer"
+        )
     return known, places
 
 
@@ -120,7 +153,12 @@ def _before(chosen, prompt):
 def _one_hot(pipe, known, start, lr):
     """UnlearnDiffAtk's variables: (read, update). One row a place on the simplex over the words, moved by signed gradients; its likeliest word is read."""
     tables = embeddings(pipe, known)
-    u = torch.nn.functional.one_hot(start, len(known)).float().to(tables[0].device).requires_grad_(True)
+    u = (
+        torch.nn.functional.one_hot(start, len(known))
+        .float()
+        .to(tables[0].device)
+        .requires_grad_(True)
+    )
 
     def read():
         index = u.argmax(-1)
@@ -137,16 +175,34 @@ def _free(pipe, known, start, lr):
     """P4D's variables: (read, update). One free vector a place, moved by AdamW; the nearest word's vector (cosine) is read."""
     tables = embeddings(pipe, known)
     vectors = [table[start.to(table.device)].clone().requires_grad_(True) for table in tables]
-    optimizer, unit = torch.optim.AdamW(vectors, lr=lr, weight_decay=0.1), torch.nn.functional.normalize
+    optimizer, unit = (
+        torch.optim.AdamW(vectors, lr=lr, weight_decay=0.1),
+        torch.nn.functional.normalize,
+    )
 
     def read():
-        index = sum(unit(v.detach()) @ unit(table).T for v, table in zip(vectors, tables)).argmax(-1)
+        index = sum(unit(v.detach()) @ unit(table).T for v, table in zip(vectors, tables)).argmax(
+            -1
+        )
         return vectors, index, [table[index] + v - v.detach() for v, table in zip(vectors, tables)]
 
     return read, lambda gradient: descend(vectors, gradient, optimizer)
 
 
-def _descend(pipe, concept_set, prompt, variables, target, count, steps, lr, batch_size, without, seed, loss_scale):
+def _descend(
+    pipe,
+    concept_set,
+    prompt,
+    variables,
+    target,
+    count,
+    steps,
+    lr,
+    batch_size,
+    without,
+    seed,
+    loss_scale,
+):
     """Search words before a prompt by the gradient of E ‖target − ε_θ(z_t, t, c(words, prompt))‖², straight through the choice of words."""
     known, places = _known(pipe, prompt, without, count)
     g, text = torch.Generator().manual_seed(seed), _before(places, prompt)
@@ -155,46 +211,129 @@ def _descend(pipe, concept_set, prompt, variables, target, count, steps, lr, bat
         began = time.perf_counter()
         parameters, index, vectors = read()
         with stand_in(pipe, places, vectors):
-            conditioning = rows(encode_prompts(pipe, [text]), torch.zeros(batch_size, dtype=torch.long))
+            conditioning = rows(
+                encode_prompts(pipe, [text]), torch.zeros(batch_size, dtype=torch.long)
+            )
         batch = draw_minibatch(concept_set, pipe.scheduler, batch_size, g)
         wanted, passes = target(batch)
-        loss = squared_errors(pipe.unet, (batch.noisy_latents, batch.timesteps, conditioning, wanted))[0]
+        loss = squared_errors(
+            pipe.unet, (batch.noisy_latents, batch.timesteps, conditioning, wanted)
+        )[0]
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"not finite: the loss of the prompt is {loss.item()} at step {step}; the model has diverged, or a lower lr than {lr:g} is needed")
+            raise FloatingPointError(
+                f"not finite: the loss of the prompt is {loss.item()} at step {step}; the model has diverged, or a lower lr than {lr:g} is needed"
+            )
         update(gradients(loss, parameters, loss_scale))
-        yield Sought(step, loss.item(), _before([known[i] for i in index.tolist()], prompt), 1 + passes, time.perf_counter() - began)
+        yield Sought(
+            step,
+            loss.item(),
+            _before([known[i] for i in index.tolist()], prompt),
+            1 + passes,
+            time.perf_counter() - began,
+        )
 
 
-def unlearn_diff_atk(pipe, concept_set, prompt, *, count=3, steps=40, lr=0.1, batch_size=8, without=(), seed=0, loss_scale=1.0):
+def unlearn_diff_atk(
+    pipe,
+    concept_set,
+    prompt,
+    *,
+    count=3,
+    steps=40,
+    lr=0.1,
+    batch_size=8,
+    without=(),
+    seed=0,
+    loss_scale=1.0,
+):
     """UnlearnDiffAtk (Zhang et al. 2024): words before a prompt with which the unlearned model denoises the concept's images. Yields `Sought`.
 
     min over words w of E ‖ε − ε_θ(z_t, t, c(w, prompt))‖² (mean over elements, t over all timesteps, z_0 from concept_set); signed gradient steps of `lr` on the simplex over the
     vocabulary, projected back; straight through the likeliest word. It needs images of the concept and no other model. count: words; without: texts whose words
     may not be used (those of the prompt may); loss_scale: of `mu.objectives.gradients`. The pipeline is left as it is. Raises ValueError where the vocabulary is too small,
     FloatingPointError for a loss that is not finite."""
-    yield from _descend(pipe, concept_set, prompt, _one_hot, lambda batch: (batch.noise, 0), count, steps, lr, batch_size, without, seed, loss_scale)
+    yield from _descend(
+        pipe,
+        concept_set,
+        prompt,
+        _one_hot,
+        lambda batch: (batch.noise, 0),
+        count,
+        steps,
+        lr,
+        batch_size,
+        without,
+        seed,
+        loss_scale,
+    )
 
 
-def p4d(pipe, original, concept_set, prompt, *, count=3, steps=40, lr=0.1, batch_size=8, without=(), seed=0, loss_scale=1.0):
+def p4d(
+    pipe,
+    original,
+    concept_set,
+    prompt,
+    *,
+    count=3,
+    steps=40,
+    lr=0.1,
+    batch_size=8,
+    without=(),
+    seed=0,
+    loss_scale=1.0,
+):
     """P4D (Chin et al. 2024): words before a prompt with which the unlearned model predicts what the original one predicts for the prompt alone. Yields `Sought`.
 
     min over words w of E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(w, prompt))‖²; AdamW steps of `lr` on free vectors, straight through the nearest words' vectors.
     original: ε_0, the UNet before unlearning. The rest is as in `unlearn_diff_atk`."""
     plain = rows(encode_prompts(pipe, [prompt]), torch.zeros(batch_size, dtype=torch.long))
-    target = lambda batch: (*predictions(original, (batch.noisy_latents, batch.timesteps, plain)), 1)
-    yield from _descend(pipe, concept_set, prompt, _free, target, count, steps, lr, batch_size, without, seed, loss_scale)
+    target = lambda batch: (
+        *predictions(original, (batch.noisy_latents, batch.timesteps, plain)),
+        1,
+    )
+    yield from _descend(
+        pipe,
+        concept_set,
+        prompt,
+        _free,
+        target,
+        count,
+        steps,
+        lr,
+        batch_size,
+        without,
+        seed,
+        loss_scale,
+    )
 
 
 @torch.no_grad()
-def ring_a_bell(pipe, prompt, pairs, *, strength=3.0, count=8, steps=100, population=64, mutation=0.25, without=(), seed=0):
+def ring_a_bell(
+    pipe,
+    prompt,
+    pairs,
+    *,
+    strength=3.0,
+    count=8,
+    steps=100,
+    population=64,
+    mutation=0.25,
+    without=(),
+    seed=0,
+):
     """Words whose text encoding is that of the prompt moved towards the concept (Ring-A-Bell, Tsai et al. 2024). Yields `Sought`, one a generation.
 
     min over words of ‖f(words) − f(prompt) − strength · mean_i [f(with_i) − f(without_i)]‖² (mean over elements), f: the states of the text encoder(s), by a genetic
     algorithm: the better half stays, children take each word from one of two parents, and a share `mutation` of them one random word. pairs: (text with
     the concept, the same text without). No UNet and no image is needed, so one result serves all models with this text encoder."""
     known, _ = _known(pipe, prompt, without, count)
-    g, states = torch.Generator().manual_seed(seed), lambda texts: encode_prompts(pipe, texts)["encoder_hidden_states"].float()
-    target = states([prompt]) + strength * (states([a for a, _ in pairs]) - states([b for _, b in pairs])).mean(0)
+    g, states = (
+        torch.Generator().manual_seed(seed),
+        lambda texts: encode_prompts(pipe, texts)["encoder_hidden_states"].float(),
+    )
+    target = states([prompt]) + strength * (
+        states([a for a, _ in pairs]) - states([b for _, b in pairs])
+    ).mean(0)
     genes = torch.randint(len(known), (population, count), generator=g)
     said = lambda gene: " ".join(known[i] for i in gene.tolist())
     for step in range(1, steps + 1):
@@ -203,12 +342,14 @@ def ring_a_bell(pipe, prompt, pairs, *, strength=3.0, count=8, steps=100, popula
         order = losses.cpu().argsort()
         genes, best = genes[order], losses[order[0].to(losses.device)].item()
         yield Sought(step, best, said(genes[0]), 0, time.perf_counter() - began)
-        kept = genes[:population // 2]
+        kept = genes[: population // 2]
         parents = kept[torch.randint(len(kept), (2, population - len(kept)), generator=g)]
         children = torch.where(torch.rand(parents[0].shape, generator=g) < 0.5, *parents)
         changed = torch.rand(len(children), generator=g) < mutation
         where = torch.randint(count, (len(children),), generator=g)
-        children[changed, where[changed]] = torch.randint(len(known), (int(changed.sum()),), generator=g)
+        children[changed, where[changed]] = torch.randint(
+            len(known), (int(changed.sum()),), generator=g
+        )
         genes = torch.cat([kept, children])
 
 
@@ -224,15 +365,36 @@ def random_words(pipe, prompt, *, count=3, steps=40, without=(), seed=0):
 SEARCHES = ("random", "unlearn-diff-atk", "p4d", "ring-a-bell")
 
 
-def seeker(search, pipe, original, concept_set, pairs=(), *, count=3, steps=40, lr=0.1, batch_size=8, strength=3.0, population=64, without=(), seed=0,
-           loss_scale=1.0):
+def seeker(
+    search,
+    pipe,
+    original,
+    concept_set,
+    pairs=(),
+    *,
+    count=3,
+    steps=40,
+    lr=0.1,
+    batch_size=8,
+    strength=3.0,
+    population=64,
+    without=(),
+    seed=0,
+    loss_scale=1.0,
+):
     """The function prompt → generator of `Sought` of a search by its name, with those of the parameters that it has. Raises ValueError for an unknown name."""
     common = dict(count=count, steps=steps, without=without, seed=seed)
     descent = dict(lr=lr, batch_size=batch_size, loss_scale=loss_scale)
-    found = {"random": lambda prompt: random_words(pipe, prompt, **common),
-             "unlearn-diff-atk": lambda prompt: unlearn_diff_atk(pipe, concept_set, prompt, **descent, **common),
-             "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, **descent, **common),
-             "ring-a-bell": lambda prompt: ring_a_bell(pipe, prompt, pairs, strength=strength, population=population, **common)}
+    found = {
+        "random": lambda prompt: random_words(pipe, prompt, **common),
+        "unlearn-diff-atk": lambda prompt: unlearn_diff_atk(
+            pipe, concept_set, prompt, **descent, **common
+        ),
+        "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, **descent, **common),
+        "ring-a-bell": lambda prompt: ring_a_bell(
+            pipe, prompt, pairs, strength=strength, population=population, **common
+        ),
+    }
     if search not in found:
         raise ValueError(f"unknown search {search!r}: allowed are {', '.join(SEARCHES)}")
     return found[search]
@@ -244,13 +406,31 @@ LOOKS_FROM = 10_000  # an attacker's first seed
 def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels=()):
     """What an attacker sees who draws each of the texts `said` with `looks` seeds of his own, none of them a probe's; the judge chooses among the `labels` of the whole probe. Returns (share recognised for each text, passes of the UNet, seconds)."""
     began = time.perf_counter()
-    seen = make_probe(pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks))
-    rows, _ = evaluate(pipe, judge, replace(seen, labels=labels or seen.labels), guidance, sampling_steps)
+    seen = make_probe(
+        pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks)
+    )
+    rows, _ = evaluate(
+        pipe, judge, replace(seen, labels=labels or seen.labels), guidance, sampling_steps
+    )
     hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / looks for text in said]
     return hits, sampling_steps * math.ceil(len(rows) / at_once(pipe)), time.perf_counter() - began
 
 
-def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), tries=4, looks=4, images=0, guidance=5.0, sampling_steps=25, progress=lambda records: records):
+def prompt_run(
+    folder,
+    pipe,
+    judge,
+    probe,
+    seek,
+    *,
+    at=(0, 20, 40),
+    tries=4,
+    looks=4,
+    images=0,
+    guidance=5.0,
+    sampling_steps=25,
+    progress=lambda records: records,
+):
     """Seek something to say in place of each forget prompt of a probe; draw and judge what is found after each number of steps in `at`, with the probe's seeds.
 
     seek: prompt → generator of `Sought`. At each of these steps the attacker looks (`look_at`) at the last `tries` different prompts and at the best one until then, and keeps the one in which the concept
@@ -259,43 +439,110 @@ def prompt_run(folder, pipe, judge, probe, seek, *, at=(0, 20, 40), tries=4, loo
     `at` is another, the choice is made anew from the same search, since each look depends on those before. Returns rows, each with its "step",
     and with the forget prompt as "asked". Raises ValueError for less than one try or look."""
     if tries < 1 or looks < 1:
-        raise ValueError(f"an attacker tries at least one prompt and looks at least once, got tries={tries}, looks={looks}")
+        raise ValueError(
+            f"an attacker tries at least one prompt and looks at least once, got tries={tries}, looks={looks}"
+        )
     folder = Path(folder)
     files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    search, chosen = read_json(folder / "found.json", {}), lambda made: list(made["kept"]) == [str(step) for step in files]
-    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]) or not all(map(chosen, search.values())):
-        asked = {item["prompt"]: item["expected"] for item in probe.items if item["group"] == "forget"}
+    search, chosen = (
+        read_json(folder / "found.json", {}),
+        lambda made: list(made["kept"]) == [str(step) for step in files],
+    )
+    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]) or not all(
+        map(chosen, search.values())
+    ):
+        asked = {
+            item["prompt"]: item["expected"] for item in probe.items if item["group"] == "forget"
+        }
         for prompt, expected in asked.items():
             made = search.get(prompt)
             if not made or not chosen(made):
                 enough = made and len(made["found"]) >= max(files)
-                found = [Sought(**record) for record in made["found"]] if enough else list(progress(seek(prompt)))
-                search[prompt] = _search(pipe, judge, prompt, expected, found, list(files), tries, looks, guidance, sampling_steps, probe.labels)
-                (folder / "budget.json").unlink(missing_ok=True)  # the last to be written: what another choice has left is not taken for this one's
+                found = (
+                    [Sought(**record) for record in made["found"]]
+                    if enough
+                    else list(progress(seek(prompt)))
+                )
+                search[prompt] = _search(
+                    pipe,
+                    judge,
+                    prompt,
+                    expected,
+                    found,
+                    list(files),
+                    tries,
+                    looks,
+                    guidance,
+                    sampling_steps,
+                    probe.labels,
+                )
+                (folder / "budget.json").unlink(
+                    missing_ok=True
+                )  # the last to be written: what another choice has left is not taken for this one's
                 save_json(search, folder / "found.json")
         for step, file in files.items():
             parts = []
             for prompt, expected in asked.items():
                 said = search[prompt]["kept"][str(step)]
-                part = make_probe(pipe, {"forget": {said: expected}}, [item["seed"] for item in probe.items if item["prompt"] == prompt])
-                parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items], harmful=probe.harmful, unveiled=probe.unveiled, labels=probe.labels))
+                part = make_probe(
+                    pipe,
+                    {"forget": {said: expected}},
+                    [item["seed"] for item in probe.items if item["prompt"] == prompt],
+                )
+                parts.append(
+                    replace(
+                        part,
+                        items=[item | {"asked": prompt} for item in part.items],
+                        harmful=probe.harmful,
+                        unveiled=probe.unveiled,
+                        labels=probe.labels,
+                    )
+                )
             judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
-        spent = lambda step, name: sum(cost[name] for found in search.values() for cost in found["costs"] if cost["step"] <= step)
-        save_json([{"step": step, "images": images if step else 0, "passes": spent(step, "passes"), "seconds": spent(step, "seconds")} for step in files],
-                  folder / "budget.json")
+        spent = lambda step, name: sum(
+            cost[name]
+            for found in search.values()
+            for cost in found["costs"]
+            if cost["step"] <= step
+        )
+        save_json(
+            [
+                {
+                    "step": step,
+                    "images": images if step else 0,
+                    "passes": spent(step, "passes"),
+                    "seconds": spent(step, "seconds"),
+                }
+                for step in files
+            ],
+            folder / "budget.json",
+        )
     return [row for file in files.values() for row in read_json(file)]
 
 
-def _search(pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps, labels):
+def _search(
+    pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps, labels
+):
     """One prompt's search as it is kept: every record, the prompt that the attacker keeps at each step of `at`, and what both cost."""
-    kept, costs, best = {}, [{name: getattr(sought, name) for name in ("step", "passes", "seconds")} for sought in found], prompt
+    kept, costs, best = (
+        {},
+        [
+            {name: getattr(sought, name) for name in ("step", "passes", "seconds")}
+            for sought in found
+        ],
+        prompt,
+    )
     for before, step in zip([0, *at], at):
-        said = list(dict.fromkeys(sought.prompt for sought in reversed(found[before:step])))[:tries]  # the latest first
+        said = list(dict.fromkeys(sought.prompt for sought in reversed(found[before:step])))[
+            :tries
+        ]  # the latest first
         if said and (judge is None or tries == 1):
             best = said[0]
         elif said:
             said = [*said, *({best} - {prompt} - set(said))]
-            hits, passes, seconds = look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels)
+            hits, passes, seconds = look_at(
+                pipe, judge, said, expected, looks, guidance, sampling_steps, labels
+            )
             best = said[hits.index(max(hits))]
             costs.append({"step": step, "passes": passes, "seconds": seconds})
         kept[str(step)] = best if step else prompt

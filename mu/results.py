@@ -13,11 +13,57 @@ from mu.explorer import read_course, save_sheet
 from mu.runs import ASIDE, atomic, read_json, save_json
 from mu.walk import label
 
-ROWS = ["panel", "method", "model", "run", "training", "attack", "name", "lr", "attack_seed", "step", "group", "asked", "prompt", "seed", "expected", "seen", "hit"]
-TEXT = ("panel", "method", "model", "run", "training", "attack", "name", "group", "asked", "prompt", "expected", "seen")
-SETS = ("HRM-m", "HRM-s", "CLEAN")  # the paper's sets, on which an attacker fine-tunes all weights with Adam
-SHOWN = {"forget": (2, 6), "related": (9, 1), "unrelated": (4, 1)}  # prompts of each group that sheets of pictures keep, and seeds of each
-TRAINED = ("kind", "lr", "optimizer", "subset", "batch_size", "prompts")  # facts in which two attacks of one name have to agree, beside `SAME`
+ROWS = [
+    "panel",
+    "method",
+    "model",
+    "run",
+    "training",
+    "attack",
+    "name",
+    "lr",
+    "attack_seed",
+    "step",
+    "group",
+    "asked",
+    "prompt",
+    "seed",
+    "expected",
+    "seen",
+    "hit",
+]
+TEXT = (
+    "panel",
+    "method",
+    "model",
+    "run",
+    "training",
+    "attack",
+    "name",
+    "group",
+    "asked",
+    "prompt",
+    "expected",
+    "seen",
+)
+SETS = (
+    "HRM-m",
+    "HRM-s",
+    "CLEAN",
+)  # the paper's sets, on which an attacker fine-tunes all weights with Adam
+SHOWN = {
+    "forget": (2, 6),
+    "related": (9, 1),
+    "unrelated": (4, 1),
+}  # prompts of each group that sheets of pictures keep, and seeds of each
+TRAINED = (
+    "kind",
+    "lr",
+    "optimizer",
+    "subset",
+    "batch_size",
+    "prompts",
+)  # facts in which two attacks of one name have to agree, beside `SAME`
 
 
 def method_of(params):
@@ -36,32 +82,81 @@ def variant(run, method):
 
 def attack_name(card, name):
     """The paper's words for an attack's set, from its protocol card: HRM-s (one prompt), HRM-m (several), CLEAN, where all weights are fine-tuned with Adam; any other attack keeps its own name."""
-    extra = any(card.get(fact) for fact in ("others", "first", "merge", "drawn_images")) or card.get("kind", "") != "fine-tuning" or card.get("subset") != "f" or card.get("optimizer") != "adam"
-    return name if extra else "CLEAN" if card["attack"] == "clean" else "HRM-s" if card.get("prompts") == 1 else "HRM-m"
+    extra = (
+        any(card.get(fact) for fact in ("others", "first", "merge", "drawn_images"))
+        or card.get("kind", "") != "fine-tuning"
+        or card.get("subset") != "f"
+        or card.get("optimizer") != "adam"
+    )
+    return (
+        name
+        if extra
+        else "CLEAN"
+        if card["attack"] == "clean"
+        else "HRM-s"
+        if card.get("prompts") == 1
+        else "HRM-m"
+    )
 
 
 def _one_walk(out, panel, training):
     """Rows, records of the gradients, and cards of one folder of runs and attacks."""
     runs = {f.parent.name: read_json(f) for f in sorted(Path(out).glob("*/metrics.json"))}
     method = {run: method_of(made["protocol"].get("run") or {}) for run, made in runs.items()}
-    whose = {run: {"panel": panel, "method": method[run], "model": variant(run, method[run]), "run": run, "training": training or (re.findall(r"-(\d+)$", run) or ["0"])[0]} for run in runs}
+    whose = {
+        run: {
+            "panel": panel,
+            "method": method[run],
+            "model": variant(run, method[run]),
+            "run": run,
+            "training": training or (re.findall(r"-(\d+)$", run) or ["0"])[0],
+        }
+        for run in runs
+    }
     rows, cards, records = [], {}, []
     for run, made in runs.items():
-        rows += [whose[run] | {"attack": "none", "name": "before", "attack_seed": 0, "step": 0} | row for row in made["rows"]]
+        rows += [
+            whose[run] | {"attack": "none", "name": "before", "attack_seed": 0, "step": 0} | row
+            for row in made["rows"]
+        ]
         cards[f"{panel}/{run}"] = made["protocol"]
         for record in read_json(Path(out) / run / "records.json", []):
-            records.append(whose[run] | {fact: record[fact] for fact in ("step", "passes", "seconds")} | record["losses"])
+            records.append(
+                whose[run]
+                | {fact: record[fact] for fact in ("step", "passes", "seconds")}
+                | record["losses"]
+            )
     for file in sorted((Path(out) / "attack").glob("*.json")):
         made = read_json(file)
         for row in made["rows"]:
-            called = row["name"] if row["attack"] == "prompt" else attack_name(made["protocol"], row["name"])
-            rows.append(row | whose.get(row["run"], {"panel": panel, "run": row["run"], "training": training}) | {"attack": called, "name": file.stem})
+            called = (
+                row["name"]
+                if row["attack"] == "prompt"
+                else attack_name(made["protocol"], row["name"])
+            )
+            rows.append(
+                row
+                | whose.get(row["run"], {"panel": panel, "run": row["run"], "training": training})
+                | {"attack": called, "name": file.stem}
+            )
         cards[f"{panel}/attack/{file.stem}"] = made["protocol"]
     table = pd.DataFrame(rows)
-    if "lr" in table:  # one set, met twice: the first file counts, or its pictures would count twice
-        first = table.groupby(["run", "attack", "lr", "attack_seed"], dropna=False)["name"].transform("min")
-        table["attack"] = table["attack"].where((table["name"] == first) | ~table["attack"].isin(SETS), table["name"])
-    return table.assign(asked=table.get("asked", table.prompt).fillna(table.prompt)) if len(table) else table, pd.DataFrame(records), cards
+    if (
+        "lr" in table
+    ):  # one set, met twice: the first file counts, or its pictures would count twice
+        first = table.groupby(["run", "attack", "lr", "attack_seed"], dropna=False)[
+            "name"
+        ].transform("min")
+        table["attack"] = table["attack"].where(
+            (table["name"] == first) | ~table["attack"].isin(SETS), table["name"]
+        )
+    return (
+        table.assign(asked=table.get("asked", table.prompt).fillna(table.prompt))
+        if len(table)
+        else table,
+        pd.DataFrame(records),
+        cards,
+    )
 
 
 def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
@@ -71,31 +166,75 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
     A folder below `out` that is a small walk of its own is a panel. training: what this training is called; empty: the number at the end of each run's name.
     main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; one that is not there: the first; empty: all of them. unveiled: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
     out, folder = Path(out), Path(folder)
-    walks = {"": out} | {p.name: p for p in sorted(out.iterdir()) if p.name != ASIDE and p.is_dir() and list(p.glob("*/metrics.json"))} if out.is_dir() else {}
+    walks = (
+        {"": out}
+        | {
+            p.name: p
+            for p in sorted(out.iterdir())
+            if p.name != ASIDE and p.is_dir() and list(p.glob("*/metrics.json"))
+        }
+        if out.is_dir()
+        else {}
+    )
     rows, records, cards, courses = [], [], {}, []
     for panel, place in walks.items():
         found = _one_walk(place, panel, training)
         rows, records, cards = [*rows, found[0]], [*records, found[1]], cards | found[2]
-    rows, records = pd.concat(rows) if rows else pd.DataFrame(), pd.concat(records) if records else pd.DataFrame()
+    rows, records = (
+        pd.concat(rows) if rows else pd.DataFrame(),
+        pd.concat(records) if records else pd.DataFrame(),
+    )
     if rows.empty:
-        raise FileNotFoundError(f"nothing was judged below {out}: run 20_unlearn, 21_meta_unlearn, 30_attack_finetune there first (make demo, or make paper)")
+        raise FileNotFoundError(
+            f"nothing was judged below {out}: run 20_unlearn, 21_meta_unlearn, 30_attack_finetune there first (make demo, or make paper)"
+        )
     trained = rows[rows.attack.isin(SETS) & rows.model.isin(["unlearned", "meta-unlearned"])]
     methods = list(dict.fromkeys(trained[trained.model == "meta-unlearned"].method))
-    trained = trained[trained.attack.eq("HRM-m") | trained.method.isin([main] if main in methods else methods[:1] if main else methods)]
+    trained = trained[
+        trained.attack.eq("HRM-m")
+        | trained.method.isin([main] if main in methods else methods[:1] if main else methods)
+    ]
     for (panel, name), part in trained.groupby(["panel", "name"], sort=False) if pictures else ():
-        attacked = list(dict.fromkeys(run for run in part.sort_values("model", ascending=False).run if run != "original"))
-        first = {part[part.run == run].model.iloc[0]: run for run in reversed(attacked)}  # of several trainings the first
+        attacked = list(
+            dict.fromkeys(
+                run for run in part.sort_values("model", ascending=False).run if run != "original"
+            )
+        )
+        first = {
+            part[part.run == run].model.iloc[0]: run for run in reversed(attacked)
+        }  # of several trainings the first
         card = cards[f"{panel}/attack/{name}"]
         called = [m for m in ("unlearned", "meta-unlearned") if m in first]
-        course = read_course(walks[panel], name, [first[m] for m in called], keep=SHOWN, veiled=not unveiled and bool(card.get("harmful")))
-        course = replace(course, models=[*course.models[:len(course.models) - len(called)], *called])
-        facts = {"panel": panel, "attack": part.attack.iloc[0], "method": part.method.iloc[0], "lr": float(part.lr.iloc[0]), "training": str(part.training.iloc[0])}
-        courses.append(save_sheet(course, folder.parent.parent, "-".join(filter(None, (panel, name)))) | facts)
-    numbers = {file.parent.name: read_json(file) for file in sorted(out.glob("evaluate/**/evaluation.json"))}
+        course = read_course(
+            walks[panel],
+            name,
+            [first[m] for m in called],
+            keep=SHOWN,
+            veiled=not unveiled and bool(card.get("harmful")),
+        )
+        course = replace(
+            course, models=[*course.models[: len(course.models) - len(called)], *called]
+        )
+        facts = {
+            "panel": panel,
+            "attack": part.attack.iloc[0],
+            "method": part.method.iloc[0],
+            "lr": float(part.lr.iloc[0]),
+            "training": str(part.training.iloc[0]),
+        }
+        courses.append(
+            save_sheet(course, folder.parent.parent, "-".join(filter(None, (panel, name)))) | facts
+        )
+    numbers = {
+        file.parent.name: read_json(file)
+        for file in sorted(out.glob("evaluate/**/evaluation.json"))
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("rows", rows.reindex(columns=ROWS)), ("records", records)):
         with atomic(folder / f"{name}.csv.gz") as temporary:
-            temporary.write_bytes(gzip.compress(table.to_csv(index=False, float_format="%.6g").encode(), mtime=0))  # pandas would put the temporary name into it
+            temporary.write_bytes(
+                gzip.compress(table.to_csv(index=False, float_format="%.6g").encode(), mtime=0)
+            )  # pandas would put the temporary name into it
     save_json(cards, folder / "cards.json")
     save_json(numbers, folder / "numbers.json")
     if pictures:  # the sheets of one training take the place of another's
@@ -114,9 +253,22 @@ def one_each(results):
             panel = name.split("/")[0]
             made[folder, panel, "original"] = card["model"]
             if isinstance(card.get("weights"), dict):  # of an attack: run → folder (digest)
-                made |= {(folder, panel, run): place.split()[-1] for run, place in card["weights"].items()}
-    which = [made.get((folder, panel, run), f"{folder}/{run}") for folder, panel, run in zip(rows.folder, rows.panel, rows.run)]
-    first = rows.assign(which=which).groupby(["panel", "method", "model", "which", "attack", "name", "lr", "attack_seed"], dropna=False).folder.transform("min")
+                made |= {
+                    (folder, panel, run): place.split()[-1]
+                    for run, place in card["weights"].items()
+                }
+    which = [
+        made.get((folder, panel, run), f"{folder}/{run}")
+        for folder, panel, run in zip(rows.folder, rows.panel, rows.run)
+    ]
+    first = (
+        rows.assign(which=which)
+        .groupby(
+            ["panel", "method", "model", "which", "attack", "name", "lr", "attack_seed"],
+            dropna=False,
+        )
+        .folder.transform("min")
+    )
     return rows[rows.folder == first]
 
 
@@ -142,16 +294,46 @@ def read_results(folder, trainings=()):
     there = sorted(p.parent.name for p in Path(folder).glob("*/rows.csv.gz"))
     wanted = [str(name) for name in trainings] or there
     if absent := [name for name in wanted if name not in there] or ([] if wanted else ["at all"]):
-        raise FileNotFoundError(f"{folder} has no results {', '.join(absent)}; there are: {', '.join(there) or 'none'}: run the walk with these seeds, or name others")
-    read = lambda name: pd.concat([_table(Path(folder) / t / f"{name}.csv.gz").assign(folder=t) for t in wanted], ignore_index=True)
+        raise FileNotFoundError(
+            f"{folder} has no results {', '.join(absent)}; there are: {', '.join(there) or 'none'}: run the walk with these seeds, or name others"
+        )
+    read = lambda name: pd.concat(
+        [_table(Path(folder) / t / f"{name}.csv.gz").assign(folder=t) for t in wanted],
+        ignore_index=True,
+    )
     each = lambda name: {t: read_json(Path(folder) / t / f"{name}.json", {}) for t in wanted}
     rows, cards = read("rows"), each("cards")
-    of_panel = {panel: {f"{t}:{name}": card for t, found in cards.items() for name, card in found.items() if name.split("/")[0] == panel} for panel in rows.panel.unique()}
+    of_panel = {
+        panel: {
+            f"{t}:{name}": card
+            for t, found in cards.items()
+            for name, card in found.items()
+            if name.split("/")[0] == panel
+        }
+        for panel in rows.panel.unique()
+    }
     for panel, found in of_panel.items():
-        same_protocol({name: {fact: card.get(fact) for fact in SAME} for name, card in found.items()}, may_differ=())
-        for _, part in rows[(rows.panel == panel) & ~rows.attack.eq("none")].groupby(["attack", "lr"], dropna=False):
-            alike = {f"{t}:{name}": found[f"{t}:{panel}/attack/{name}"] for t, name in part[["folder", "name"]].drop_duplicates().itertuples(index=False) if f"{t}:{panel}/attack/{name}" in found}
+        same_protocol(
+            {name: {fact: card.get(fact) for fact in SAME} for name, card in found.items()},
+            may_differ=(),
+        )
+        for _, part in rows[(rows.panel == panel) & ~rows.attack.eq("none")].groupby(
+            ["attack", "lr"], dropna=False
+        ):
+            alike = {
+                f"{t}:{name}": found[f"{t}:{panel}/attack/{name}"]
+                for t, name in part[["folder", "name"]].drop_duplicates().itertuples(index=False)
+                if f"{t}:{panel}/attack/{name}" in found
+            }
             if alike:
-                same_protocol({name: {fact: card.get(fact) for fact in TRAINED} for name, card in alike.items()}, may_differ=())
-    courses = next((found for t in wanted if (found := read_json(Path(folder) / t / "courses.json"))), [])
+                same_protocol(
+                    {
+                        name: {fact: card.get(fact) for fact in TRAINED}
+                        for name, card in alike.items()
+                    },
+                    may_differ=(),
+                )
+    courses = next(
+        (found for t in wanted if (found := read_json(Path(folder) / t / "courses.json"))), []
+    )
     return Results(rows, read("records"), cards, each("numbers"), courses)

@@ -33,7 +33,10 @@ def atomic(path):
     except BaseException as error:  # an interrupt too
         temporary.unlink(missing_ok=True)
         if "No space left" in str(error) or getattr(error, "errno", None) == 28:
-            raise OSError(28, f"the disk is full: {path} was not written, what was there before is whole; free space and run again") from error
+            raise OSError(
+                28,
+                f"the disk is full: {path} was not written, what was there before is whole; free space and run again",
+            ) from error
         raise
 
 
@@ -55,9 +58,11 @@ def fill(document, text, mark="figures"):
     document, (start, end) = Path(document), (f"<!-- {mark} -->\n", f"<!-- /{mark} -->")
     old = document.read_text()
     if not 0 <= old.find(start) < old.find(end):
-        raise ValueError(f"{document} has no place for figures: it needs the lines {start.strip()} and {end}")
+        raise ValueError(
+            f"{document} has no place for figures: it needs the lines {start.strip()} and {end}"
+        )
     with atomic(document) as temporary:
-        temporary.write_text(old[:old.index(start)] + start + text + old[old.index(end):])
+        temporary.write_text(old[: old.index(start)] + start + text + old[old.index(end) :])
 
 
 def save_tensors(tensors, path):
@@ -101,8 +106,10 @@ def open_run(folder, params, how=None):
     return folder
 
 
-LESS_MEMORY = ("gradient_checkpointing = True, accumulation = 2, 4, …, frozen = 'half', snapshot = 'cpu', and this run goes on; as a run of another name, smaller "
-               "batch sizes, optimizer = 'adamw8bit', subset = 'lora'. 15_preflight says what each spares")
+LESS_MEMORY = (
+    "gradient_checkpointing = True, accumulation = 2, 4, …, frozen = 'half', snapshot = 'cpu', and this run goes on; as a run of another name, smaller "
+    "batch sizes, optimizer = 'adamw8bit', subset = 'lora'. 15_preflight says what each spares"
+)
 
 
 def run_loop(folder, state, records, checkpoint_every=25):
@@ -126,13 +133,19 @@ def run_loop(folder, state, records, checkpoint_every=25):
             yield record
     except FloatingPointError as error:
         checkpoint()
-        raise FloatingPointError(f"{error}; the last good state is {folder / 'checkpoint.safetensors'}") from error
+        raise FloatingPointError(
+            f"{error}; the last good state is {folder / 'checkpoint.safetensors'}"
+        ) from error
     except RuntimeError as error:  # of which CUDA's own is a subclass
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
         checkpoint()
-        raise MemoryError(f"out of memory in step {state.step + 1}; its {state.step} predecessors are kept in {folder / 'checkpoint.safetensors'}. "
-                          f"To make it fit: {LESS_MEMORY} ({str(error).splitlines()[0]})") from error
+        raise MemoryError(
+            f"out of memory in step {state.step + 1}; its {state.step} predecessors are kept in {folder / 'checkpoint.safetensors'}. "
+            f"To make it fit: {LESS_MEMORY} ({str(error).splitlines()[0]})"
+        ) from error
     checkpoint()
 
 
@@ -168,13 +181,18 @@ def finish(folder, unet):
     six times as large. Of several processes one writes, and the others wait."""
     folder = Path(folder)
     from mu.formats import save_lora  # which needs this module
+
     main = PartialState().is_main_process
     if main and hasattr(unet, "peft_config"):
         save_lora(unet, folder / "lora")
     without_lora(unet, fuse=True)
     if main:
         save_model(unet, folder / "unet")
-        for file in [folder / "checkpoint.safetensors", *folder.glob(".tmp*"), *folder.glob(".*.tmp")]:  # and what a kill has left of a file that was being written (safetensors has a name of its own for it)
+        for file in [
+            folder / "checkpoint.safetensors",
+            *folder.glob(".tmp*"),
+            *folder.glob(".*.tmp"),
+        ]:  # and what a kill has left of a file that was being written (safetensors has a name of its own for it)
             shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
     PartialState().wait_for_everyone()
 
@@ -193,8 +211,18 @@ def digest(path):
 def protocol(**facts):
     """The card that goes with every number: what was asked, plus versions, machine and commit."""
     root = Path(__file__).parent.parent
-    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    git = (
+        shutil.which("git")
+        and subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True
+        ).stdout.strip()
+    )
     return facts | {
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "safetensors")},
-        "python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": git or "not a git checkout"}
+        "versions": {
+            name: version(name)
+            for name in ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+        },
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": git or "not a git checkout",
+    }

@@ -2,32 +2,73 @@
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mu.emoji import TEMPLATES
 from mu.models import prepare
 from mu.pocket import build_scheduler, build_tokenizer
 
-VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, norm_num_groups=32,
-           down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-CLIP_L = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-              max_position_embeddings=77, hidden_act="quick_gelu", projection_dim=768)
-CLIP_BIG_G = CLIP_L | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", projection_dim=1280)
+VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+    norm_num_groups=32,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+CLIP_L = dict(
+    vocab_size=49408,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=77,
+    hidden_act="quick_gelu",
+    projection_dim=768,
+)
+CLIP_BIG_G = CLIP_L | dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    projection_dim=1280,
+)
 
 # the published config.json of each part, where it differs from the library's defaults
 SIZES = {
     "sd-v1-4": {
-        "unet": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280),
-                     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3),
+        "unet": dict(
+            sample_size=64,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            block_out_channels=(320, 640, 1280, 1280),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        ),
         "vae": VAE | dict(sample_size=512, scaling_factor=0.18215),
         "text_encoder": CLIP_L,
     },
     "sdxl": {
-        "unet": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280),
-                     down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-                     transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
-                     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
+        "unet": dict(
+            sample_size=128,
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+            transformer_layers_per_block=(1, 2, 10),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ),
         "vae": VAE | dict(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
         "text_encoder": CLIP_L,
         "text_encoder_2": CLIP_BIG_G,
@@ -35,26 +76,45 @@ SIZES = {
 }
 
 
-def random_pipeline(name, dtype=torch.float32, device=None, seed=0, precision="no", gradient_checkpointing=False):
+def random_pipeline(
+    name, dtype=torch.float32, device=None, seed=0, precision="no", gradient_checkpointing=False
+):
     """A full-size pipeline ("sd-v1-4", "sdxl") with random weights (the library's initialisation): its pictures are noise, its memory and its time
     are the real ones. As `load_pipeline` hands it over: DDIM, frozen, VAE in float32. device "meta": sizes only, nothing is allocated.
 
     The tokenizer is none of CLIP's: no vocabulary comes with the library. It knows a few words, spells the others, and reads 77 tokens.
     Raises ValueError for another name."""
     if name not in SIZES:
-        raise ValueError(f"no sizes of {name!r}: allowed are {', '.join(SIZES)}; a model that can be loaded is loaded by load_pipeline")
+        raise ValueError(
+            f"no sizes of {name!r}: allowed are {', '.join(SIZES)}; a model that can be loaded is loaded by load_pipeline"
+        )
     configs, device = SIZES[name], torch.device(device or PartialState().device)
     tokenizer = build_tokenizer([template.format("thing") for template in TEMPLATES])
     tokenizer.model_max_length = 77
-    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    special = dict(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     clip = lambda part, kind: kind(CLIPTextConfig(**configs[part], **special)).to(dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        parts = dict(unet=torch.nn.Module.to(UNet2DConditionModel(**configs["unet"]), dtype), vae=AutoencoderKL(**configs["vae"]),
-                     text_encoder=clip("text_encoder", CLIPTextModel), tokenizer=tokenizer, scheduler=build_scheduler())
+        parts = dict(
+            unet=torch.nn.Module.to(UNet2DConditionModel(**configs["unet"]), dtype),
+            vae=AutoencoderKL(**configs["vae"]),
+            text_encoder=clip("text_encoder", CLIPTextModel),
+            tokenizer=tokenizer,
+            scheduler=build_scheduler(),
+        )
         if "text_encoder_2" in configs:
-            pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=clip("text_encoder_2", CLIPTextModelWithProjection), tokenizer_2=tokenizer,
-                                             add_watermarker=False)
+            pipe = StableDiffusionXLPipeline(
+                **parts,
+                text_encoder_2=clip("text_encoder_2", CLIPTextModelWithProjection),
+                tokenizer_2=tokenizer,
+                add_watermarker=False,
+            )
         else:
-            pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            pipe = StableDiffusionPipeline(
+                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
     return prepare(pipe, device, precision, gradient_checkpointing)

@@ -12,6 +12,7 @@ from scipy.stats import CensoredData, ecdf, t
 @dataclass(frozen=True)
 class Revival:
     """When a concept came back, as far as somebody looked."""
+
     step: float  # first evaluated step at which the score was above the threshold; where it never was, the last evaluated one
     after: float  # the evaluated step before that one: it came back in (after, step]; -inf if it was there at the first; the last step if censored
     censored: bool  # it had not come back at the last evaluated step, which does not say that it never would
@@ -21,11 +22,17 @@ def curve(steps, scores):
     """Steps and scores of one curve as arrays. Raises ValueError for NaN, for steps that do not rise, for scores that are not one a step."""
     steps, scores = np.asarray(steps, float), np.asarray(scores, float)
     if steps.shape != scores.shape or steps.ndim != 1 or not len(steps):
-        raise ValueError(f"a curve has one score a step, got {steps.size} steps and {scores.size} scores")
+        raise ValueError(
+            f"a curve has one score a step, got {steps.size} steps and {scores.size} scores"
+        )
     if not np.isfinite(scores).all():
-        raise ValueError(f"the scores hold NaN or infinite values at the steps {steps[~np.isfinite(scores)].tolist()}: judge these pictures, or leave the steps out")
+        raise ValueError(
+            f"the scores hold NaN or infinite values at the steps {steps[~np.isfinite(scores)].tolist()}: judge these pictures, or leave the steps out"
+        )
     if (np.diff(steps) <= 0).any():
-        raise ValueError(f"the steps of a curve rise, got {steps.tolist()}: one curve is one run and one seed of the attack")
+        raise ValueError(
+            f"the steps of a curve rise, got {steps.tolist()}: one curve is one run and one seed of the attack"
+        )
     return steps, scores
 
 
@@ -42,9 +49,15 @@ def median_revival(revivals):
     """Kaplan and Meier's median of several runs' steps to revival; inf where less than half of them are known to have come back.
 
     A censored run counts as one that lasted at least until its last look, which is what a plain mean or median of the steps gets wrong."""
-    found = CensoredData(uncensored=[r.step for r in revivals if not r.censored], right=[r.step for r in revivals if r.censored])
+    found = CensoredData(
+        uncensored=[r.step for r in revivals if not r.censored],
+        right=[r.step for r in revivals if r.censored],
+    )
     alive = ecdf(found).sf
-    return next((float(step) for step, share in zip(alive.quantiles, alive.probabilities) if share <= 0.5), np.inf)
+    return next(
+        (float(step) for step, share in zip(alive.quantiles, alive.probabilities) if share <= 0.5),
+        np.inf,
+    )
 
 
 def restricted_mean_revival(revivals, until):
@@ -52,7 +65,9 @@ def restricted_mean_revival(revivals, until):
 
     Raises ValueError where a run was not looked at for so long."""
     if any(r.censored and r.step < until for r in revivals):
-        raise ValueError(f"a run was looked at up to step {min(r.step for r in revivals if r.censored):g} only: `until` may be no later, got {until:g}")
+        raise ValueError(
+            f"a run was looked at up to step {min(r.step for r in revivals if r.censored):g} only: `until` may be no later, got {until:g}"
+        )
     return float(np.mean([min(r.step, until) for r in revivals]))
 
 
@@ -91,18 +106,29 @@ def interval(table, over=("seed", "prompt"), value="hit", level=0.95, resamples=
     over = [over] if isinstance(over, str) else list(over)
     absent = {*over, value} - set(table.columns)
     if absent or not over:
-        raise ValueError(f"the table has no {', '.join(sorted(absent)) or 'column to resample'}; it has: {', '.join(map(str, table.columns))}")
+        raise ValueError(
+            f"the table has no {', '.join(sorted(absent)) or 'column to resample'}; it has: {', '.join(map(str, table.columns))}"
+        )
     values = table[value].to_numpy(float)
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} of {len(values)} values of {value!r} are NaN or infinite: judge these pictures, or take them out and say so")
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(values))} of {len(values)} values of {value!r} are NaN or infinite: judge these pictures, or take them out and say so"
+        )
     rng, weights = np.random.default_rng(seed), 1.0
     for column in over:
         codes, known = pd.factorize(table[column])
         if len(known) < 2:
-            raise ValueError(f"there is one {column} only ({known[0]!r}): an interval over it needs two or more; leave it out of `over`")
-        weights = weights * rng.multinomial(len(known), np.full(len(known), 1 / len(known)), resamples)[:, codes]
+            raise ValueError(
+                f"there is one {column} only ({known[0]!r}): an interval over it needs two or more; leave it out of `over`"
+            )
+        weights = (
+            weights
+            * rng.multinomial(len(known), np.full(len(known), 1 / len(known)), resamples)[:, codes]
+        )
     total = weights.sum(1)
-    means = (weights @ values)[total > 0] / total[total > 0]  # in a table with gaps a draw may hit nothing
+    means = (weights @ values)[total > 0] / total[
+        total > 0
+    ]  # in a table with gaps a draw may hit nothing
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
 
@@ -116,7 +142,9 @@ def student_interval(means, level=0.95):
     Raises ValueError for less than two values, and for NaN."""
     means = np.asarray(means, float)
     if len(means) < 2 or not np.isfinite(means).all():
-        raise ValueError(f"an interval over trainings needs two or more, each with a score, got {means.tolist()}")
+        raise ValueError(
+            f"an interval over trainings needs two or more, each with a score, got {means.tolist()}"
+        )
     half = t.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5
     return float(means.mean()), float(means.mean() - half), float(means.mean() + half)
 
@@ -128,15 +156,25 @@ def paired_interval(table, a, b, column="model", over=("seed", "prompt"), value=
     both cancels. Raises as `interval` does, and ValueError for a method that is not there or where the two do not have the same seeds and prompts."""
     known = table[column].unique().tolist()
     if not {a, b} <= set(known):
-        raise ValueError(f"there is no {column} {a if a not in known else b!r}; there are: {', '.join(map(str, known))}")
+        raise ValueError(
+            f"there is no {column} {a if a not in known else b!r}; there are: {', '.join(map(str, known))}"
+        )
     over = [over] if isinstance(over, str) else list(over)
     part = table[table[column].isin([a, b])]
     if not np.isfinite(part[value].to_numpy(float)).all():
-        raise ValueError(f"values of {value!r} are NaN or infinite: judge these pictures, or take them out of both and say so")
+        raise ValueError(
+            f"values of {value!r} are NaN or infinite: judge these pictures, or take them out of both and say so"
+        )
     sides = part.groupby([*over, column])[value].agg(["mean", "size"]).unstack(column)
     alone = sides[sides.isna().any(axis=1)]
     if len(alone):
-        raise ValueError(f"{a!r} and {b!r} are not paired, {len(alone)} of {len(sides)} are of one only, as {dict(zip(over, np.atleast_1d(alone.index[0])))}")
+        raise ValueError(
+            f"{a!r} and {b!r} are not paired, {len(alone)} of {len(sides)} are of one only, as {dict(zip(over, np.atleast_1d(alone.index[0])))}"
+        )
     if (sides["size", a] != sides["size", b]).any():
-        raise ValueError(f"{a!r} and {b!r} are not paired: they have different numbers of pictures of one {' and '.join(over)}")
-    return interval((sides["mean", a] - sides["mean", b]).rename(value).reset_index(), over, value, **options)
+        raise ValueError(
+            f"{a!r} and {b!r} are not paired: they have different numbers of pictures of one {' and '.join(over)}"
+        )
+    return interval(
+        (sides["mean", a] - sides["mean", b]).rename(value).reset_index(), over, value, **options
+    )

@@ -26,8 +26,15 @@ diffusers_logging.disable_progress_bar()  # those of reading files; the ones of 
 transformers_logging.disable_progress_bar()
 pd.set_option("display.max_colwidth", None)
 pd.set_option("display.precision", 3)
-LABELS = {"meta": "meta-unlearned", "first": "meta-unlearned, first phase", "stronger": "unlearned, stronger", "longer": "unlearned, longer",
-          "ascent": "ascent only", "ascent-weak": "ascent only, weak", "ascent-strong": "ascent only, strong"}
+LABELS = {
+    "meta": "meta-unlearned",
+    "first": "meta-unlearned, first phase",
+    "stronger": "unlearned, stronger",
+    "longer": "unlearned, longer",
+    "ascent": "ascent only",
+    "ascent-weak": "ascent only, weak",
+    "ascent-strong": "ascent only, strong",
+}
 
 
 def label(run):
@@ -40,16 +47,27 @@ def identity(**paths):
     """Name → "path (digest)", the digest where the path is on this disk: a run that was made from other files is not taken for this one.
 
     Of a run's folder the digest is that of its UNet; an empty path stays empty."""
+
     def place(path):
         folder = Path(MODELS.get(path, path))
-        return folder / "unet" if (folder / "params.json").exists() and (folder / "unet").is_dir() else folder
+        return (
+            folder / "unet"
+            if (folder / "params.json").exists() and (folder / "unet").is_dir()
+            else folder
+        )
 
-    return {name: f"{path} ({digest(place(path))})" if path and place(path).exists() else path for name, path in paths.items()}
+    return {
+        name: f"{path} ({digest(place(path))})" if path and place(path).exists() else path
+        for name, path in paths.items()
+    }
 
 
 def load_sets(pipe, folder, cache=None):
     """The defender's sets of a concept's folder, under the names that `mu.train.unlearn` gives them."""
-    return {name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache) for name in ("forget", "retain-related", "retain-unrelated")}
+    return {
+        name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache)
+        for name in ("forget", "retain-related", "retain-unrelated")
+    }
 
 
 def read_groups(folder):
@@ -57,7 +75,9 @@ def read_groups(folder):
     file = Path(folder) / "probe.json"
     if not file.is_file():
         known = ", ".join(sorted(str(f.parent) for f in Path(folder).parent.glob("*/probe.json")))
-        raise FileNotFoundError(f"{folder} is not a concept's folder, it has no probe.json; there are: {known or 'none beside it'}")
+        raise FileNotFoundError(
+            f"{folder} is not a concept's folder, it has no probe.json; there are: {known or 'none beside it'}"
+        )
     return json.loads(file.read_text())
 
 
@@ -74,18 +94,27 @@ def load_probe(pipe, folder, seeds, unveiled=False, concept_prompts=""):
     unveiled: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
-        raise ValueError(f"seeds must be {len(groups)} whole numbers from 1, with commas ({', '.join(groups)}), as in \"8,2,1\"; got {seeds!r}")
-    parts = [make_probe(pipe, {group: prompts}, range(int(n))) for (group, prompts), n in zip(groups.items(), counts)]
+        raise ValueError(
+            f'seeds must be {len(groups)} whole numbers from 1, with commas ({", ".join(groups)}), as in "8,2,1"; got {seeds!r}'
+        )
+    parts = [
+        make_probe(pipe, {group: prompts}, range(int(n)))
+        for (group, prompts), n in zip(groups.items(), counts)
+    ]
     if concept_prompts:
         name = next(iter(groups))
-        parts[0] = listed_probe(pipe, to_rows(read_prompts(concept_prompts)), name, next(iter(groups[name].values())))
+        parts[0] = listed_probe(
+            pipe, to_rows(read_prompts(concept_prompts)), name, next(iter(groups[name].values()))
+        )
     probe = join(*parts)
     return replace(probe, harmful=is_harmful(folder), unveiled=unveiled)
 
 
 def table(folder):
     """The records of a run: index step, columns losses, passes, seconds."""
-    return pd.DataFrame([record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]).set_index("step")
+    return pd.DataFrame(
+        [record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]
+    ).set_index("step")
 
 
 def carry_out(folder, state, records, steps, checkpoint_every=25):
@@ -96,7 +125,15 @@ def carry_out(folder, state, records, steps, checkpoint_every=25):
         load_weights(without_lora(state.unet), Path(folder) / "unet")
     else:
         loop = run_loop(folder, resume(folder, state), records, checkpoint_every)
-        for _ in tqdm(loop, folder.name, steps, initial=state.step, file=sys.stdout, mininterval=5, disable=not PartialState().is_main_process):
+        for _ in tqdm(
+            loop,
+            folder.name,
+            steps,
+            initial=state.step,
+            file=sys.stdout,
+            mininterval=5,
+            disable=not PartialState().is_main_process,
+        ):
             pass
         finish(folder, state.release())
     return table(folder)
@@ -116,31 +153,62 @@ def measure(folder, pipe, judge, probe, guidance, steps, facts):
     """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows.
 
     Pictures of a harmful concept are saved veiled; they are drawn anew when this is asked for differently."""
-    facts = facts | {"images": len(probe.items), "sampling_guidance": guidance, "sampling_steps": steps}
+    facts = facts | {
+        "images": len(probe.items),
+        "sampling_guidance": guidance,
+        "sampling_steps": steps,
+    }
     made = read_json(Path(folder) / "metrics.json")
     wanted = {"harmful": None, "veiled": None} | viewing(probe) | facts
     if not made or {name: made["protocol"].get(name) for name in wanted} != wanted:
         rows, images = evaluate(pipe, judge, probe, guidance, steps)
         save_grid(veil(images) if probe.veiled else images, Path(folder) / "samples.png")
-        made = {"rows": rows, "protocol": protocol(**facts | viewing(probe), run=read_json(Path(folder) / "params.json"))}
+        made = {
+            "rows": rows,
+            "protocol": protocol(
+                **facts | viewing(probe), run=read_json(Path(folder) / "params.json")
+            ),
+        }
         save_json(made, Path(folder) / "metrics.json")
     return made["rows"]
 
 
 def scores(table, by, over=None):
     """Mean of "hit" and its 95 % interval in each group of rows: over images, or over the means of each `over` (columns; no interval from one)."""
-    parts = [(key, part.hit if over is None else part.groupby(over).hit.mean()) for key, part in table.groupby(by, sort=False)]
-    interval = lambda hits: score(hits, means=over is not None) if len(hits) > 1 and hits.notna().all() else (hits.mean(),)  # no judge: no score
-    found = [dict(zip(by, key)) | dict(zip(("score", "low", "high"), interval(hits))) | {"n": len(hits)} for key, hits in parts]
+    parts = [
+        (key, part.hit if over is None else part.groupby(over).hit.mean())
+        for key, part in table.groupby(by, sort=False)
+    ]
+    interval = lambda hits: (
+        score(hits, means=over is not None)
+        if len(hits) > 1 and hits.notna().all()
+        else (hits.mean(),)
+    )  # no judge: no score
+    found = [
+        dict(zip(by, key)) | dict(zip(("score", "low", "high"), interval(hits))) | {"n": len(hits)}
+        for key, hits in parts
+    ]
     return pd.DataFrame(found, columns=[*by, "score", "low", "high", "n"])
 
 
 def revival(table, threshold=0.5):
     """First evaluated step with a concept's score above the threshold, a row a run, learning rate and attack seed; inf if there is none."""
     one = ["model", "run", "lr", "attack_seed"]
-    curve = table[table.group == "forget"].groupby([*one, "step"], sort=False, as_index=False).hit.mean()
-    found = {key: (steps_to_revival(c.step, c.hit, threshold), c.step.max()) for key, c in curve.groupby(one, sort=False)}
-    return pd.DataFrame([dict(zip(one, key)) | {"revived": float("inf") if r.censored else r.step, "last": last} for key, (r, last) in found.items()])
+    curve = (
+        table[table.group == "forget"]
+        .groupby([*one, "step"], sort=False, as_index=False)
+        .hit.mean()
+    )
+    found = {
+        key: (steps_to_revival(c.step, c.hit, threshold), c.step.max())
+        for key, c in curve.groupby(one, sort=False)
+    }
+    return pd.DataFrame(
+        [
+            dict(zip(one, key)) | {"revived": float("inf") if r.censored else r.step, "last": last}
+            for key, (r, last) in found.items()
+        ]
+    )
 
 
 def compare(columns, each=2, veiled=False):
@@ -148,17 +216,39 @@ def compare(columns, each=2, veiled=False):
 
     columns: title → (rows, the PNG saved with them). veiled: hide them, for pictures that may have been saved as they are."""
     rows = next(iter(columns.values()))[0]
-    shown = [(r["prompt"], r["seed"]) for g in ("forget", "related", "unrelated")
-             for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]]
-    place = lambda rows, item: next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item)
-    tiles = [(rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16))) for rows, png in columns.values()]
+    shown = [
+        (r["prompt"], r["seed"])
+        for g in ("forget", "related", "unrelated")
+        for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]
+    ]
+    place = lambda rows, item: next(
+        i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item
+    )
+    tiles = [
+        (rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16)))
+        for rows, png in columns.values()
+    ]
     shade = veil if veiled else lambda images: images
-    return panel([shade([images[place(rows, item)] for rows, images in tiles]) for item in shown], [prompt for prompt, _ in shown], list(columns))
+    return panel(
+        [shade([images[place(rows, item)] for rows, images in tiles]) for item in shown],
+        [prompt for prompt, _ in shown],
+        list(columns),
+    )
 
 
 def bars(*claims):
     """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told;
     or a number and words that say it better."""
-    met = lambda value, least, most: "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
-    pairs = [(words, *(value if isinstance(value, tuple) else (value, value)), least, most) for words, value, least, most in claims]
-    return pd.DataFrame([{"asked": words, "measured": said, "met": met(value, least, most)} for words, value, said, least, most in pairs])
+    met = lambda value, least, most: (
+        "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
+    )
+    pairs = [
+        (words, *(value if isinstance(value, tuple) else (value, value)), least, most)
+        for words, value, least, most in claims
+    ]
+    return pd.DataFrame(
+        [
+            {"asked": words, "measured": said, "met": met(value, least, most)}
+            for words, value, said, least, most in pairs
+        ]
+    )

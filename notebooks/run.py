@@ -9,10 +9,19 @@ from mu.gpus import one_gpu, visible
 from mu.notebooks import execute
 
 job = snakemake  # noqa: F821, Snakemake provides it
-os.environ |= {"OMP_NUM_THREADS": str(job.threads), "MU_STALE": "aside"}  # the notebook's kernel inherits them; see `mu.runs.open_run`
+os.environ |= {
+    "OMP_NUM_THREADS": str(job.threads),
+    "MU_STALE": "aside",
+}  # the notebook's kernel inherits them; see `mu.runs.open_run`
 try:
-    several = visible() if job.resources.get("gpu") == 1 else []  # a scheduler that has chosen one leaves nothing to choose
-    with one_gpu(Path(job.output[0]).parent, several) if len(several) > 1 else contextlib.nullcontext() as gpu:
+    several = (
+        visible() if job.resources.get("gpu") == 1 else []
+    )  # a scheduler that has chosen one leaves nothing to choose
+    with (
+        one_gpu(Path(job.output[0]).parent, several)
+        if len(several) > 1
+        else contextlib.nullcontext() as gpu
+    ):
         os.environ |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         execute(job.input.notebook, job.params.output, job.params.parameters, again=True)
 except (OSError, ValueError, TypeError, RuntimeError) as error:

@@ -59,6 +59,7 @@ def sdxl_folder(tmp_path_factory):
 @pytest.fixture
 def pipe(sd_folder):
     from mu.models import load_pipeline
+
     return load_pipeline(str(sd_folder))
 
 

@@ -28,7 +28,12 @@ class Attention(nn.Module):
     def __init__(self, key, value):
         super().__init__()
         self.attn1, self.attn2 = nn.ModuleDict(), nn.ModuleDict()
-        for part, name, w in ((self.attn2, "to_k", key), (self.attn2, "to_v", value), (self.attn1, "to_k", key), (self.attn2, "to_q", key)):
+        for part, name, w in (
+            (self.attn2, "to_k", key),
+            (self.attn2, "to_v", value),
+            (self.attn1, "to_k", key),
+            (self.attn2, "to_q", key),
+        ):
             part[name] = nn.Linear(w.shape[1], w.shape[0], bias=False).to(w.dtype)
             part[name].weight.data.copy_(w)
 
@@ -60,17 +65,36 @@ def test_uce_by_hand():
     W₀ = [1 0; 0 1; 2 −1]; v* = W₀ (0, 2) = (0, 2, −2); v = W₀ (0, 1) = (0, 1, −1).
     ½ W₀ + v* (1, 1) + 2 v (0, 1) = [1/2 0; 0 1/2; 1 −1/2] + [0 0; 2 2; −2 −2] + [0 0; 0 2; 0 −2] = [1/2 0; 2 9/2; −1 −9/2].
     Times A⁻¹: rows 4/17 · (7/4, −1/2), (7 − 9/2, −2 + 27/4), (−7/2 + 9/2, 1 − 27/4)."""
-    w, change = edit(double([[1, 0], [0, 1], [2, -1]]), double([[1, 1]]), double([[0, 2]]), double([[0, 1]]), keep=2.0)
-    torch.testing.assert_close(w, double([[7 / 17, -2 / 17], [10 / 17, 19 / 17], [4 / 17, -23 / 17]]), rtol=0, atol=1e-12)
+    w, change = edit(
+        double([[1, 0], [0, 1], [2, -1]]),
+        double([[1, 1]]),
+        double([[0, 2]]),
+        double([[0, 1]]),
+        keep=2.0,
+    )
+    torch.testing.assert_close(
+        w, double([[7 / 17, -2 / 17], [10 / 17, 19 / 17], [4 / 17, -23 / 17]]), rtol=0, atol=1e-12
+    )
     moved = double([[-10, -2], [10, 2], [-30, -6]]) / 17  # W − W₀; ‖W₀‖² = 7
     assert change == pytest.approx((moved.square().sum() / 7).sqrt().item(), abs=1e-12)
 
 
 def test_uce_of_one_concept_without_others_by_hand():
     """c = (2, 0) becomes (0, 1): W c = W₀ c + e‖c‖² / (λ + e‖c‖²) · W₀ (c* − c), here with 4 / (1 + 4); what is orthogonal to c stays."""
-    w, _ = edit(double([[3, 5]]), double([[2, 0]]), double([[0, 1]]), double([[0, 0]])[:0], ridge=1.0)
-    assert (w @ double([2, 0])).item() == pytest.approx(6 + 0.8 * (5 - 6)) and (w @ double([0, 1])).item() == pytest.approx(5)
-    stronger, _ = edit(double([[3, 5]]), double([[2, 0]]), double([[0, 1]]), double([[0, 0]])[:0], ridge=1.0, erase=4.0)
+    w, _ = edit(
+        double([[3, 5]]), double([[2, 0]]), double([[0, 1]]), double([[0, 0]])[:0], ridge=1.0
+    )
+    assert (w @ double([2, 0])).item() == pytest.approx(6 + 0.8 * (5 - 6)) and (
+        w @ double([0, 1])
+    ).item() == pytest.approx(5)
+    stronger, _ = edit(
+        double([[3, 5]]),
+        double([[2, 0]]),
+        double([[0, 1]]),
+        double([[0, 0]])[:0],
+        ridge=1.0,
+        erase=4.0,
+    )
     assert (stronger @ double([2, 0])).item() == pytest.approx(6 + 16 / 17 * (5 - 6))
 
 
@@ -82,14 +106,24 @@ def test_adversarial_vector_by_hand():
     found, recovered = adversarial_vectors(now, before, double([[4], [8]])[:1], ridge=5.0)
     assert found.tolist() == [[pytest.approx(2.0)]] and recovered == pytest.approx(1 - 100 / 160)
     # two dimensions: WᵀW of keys I, of values diag(4, 0); Wᵀ W⁰ of keys [0 1; 1 0], of values [2 0; 0 0]: c' = diag(5, 1)⁻¹ (0 1; 1 0) c + (2/5 c₁, 0)
-    now, before = Attention(double([[1, 0], [0, 1]]), double([[2, 0]])), Attention(double([[0, 1], [1, 0]]), double([[1, 0]]))
+    now, before = (
+        Attention(double([[1, 0], [0, 1]]), double([[2, 0]])),
+        Attention(double([[0, 1], [1, 0]]), double([[1, 0]])),
+    )
     found, _ = adversarial_vectors(now, before, double([[10, 5], [0, 1]]), ridge=1e-12)
-    torch.testing.assert_close(found, double([[5 / 5 + 2 / 5 * 10, 10], [1 / 5, 0]]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        found, double([[5 / 5 + 2 / 5 * 10, 10], [1 / 5, 0]]), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 3])
 def test_uce_minimises_its_objective(kept):
-    w0, c, targets, k = random(5, 6), random(2, 6, seed=1), random(2, 6, seed=2), random(kept, 6, seed=3)
+    w0, c, targets, k = (
+        random(5, 6),
+        random(2, 6, seed=1),
+        random(2, 6, seed=2),
+        random(kept, 6, seed=3),
+    )
     ridge, erase, keep = 0.3, 0.7, 0.2
     w, _ = edit(w0, c, targets, k, ridge=ridge, erase=erase, keep=keep)
 
@@ -97,26 +131,47 @@ def test_uce_minimises_its_objective(kept):
         part = lambda x, y: (x @ w.T - y @ w0.T).square().sum()
         return erase * part(c, targets) + keep * part(k, k) + ridge * (w - w0).square().sum()
 
-    gradient, = torch.autograd.grad(objective(w.requires_grad_()), w)
-    assert gradient.abs().max() < 1e-10 < 0.1 < torch.autograd.grad(objective(start := w0.clone().requires_grad_()), start)[0].abs().max()
+    (gradient,) = torch.autograd.grad(objective(w.requires_grad_()), w)
+    assert (
+        gradient.abs().max()
+        < 1e-10
+        < 0.1
+        < torch.autograd.grad(objective(start := w0.clone().requires_grad_()), start)[0].abs().max()
+    )
     for seed in range(5):
         assert objective(w + 0.01 * random(5, 6, seed=seed)) > objective(w)
 
 
 def test_adversarial_vectors_minimise_their_objective():
-    now, before, c, ridge = Attention(random(3, 4), random(2, 4, seed=1)), Attention(random(3, 4, seed=2), random(2, 4, seed=3)), random(2, 4, seed=4), 0.3
+    now, before, c, ridge = (
+        Attention(random(3, 4), random(2, 4, seed=1)),
+        Attention(random(3, 4, seed=2), random(2, 4, seed=3)),
+        random(2, 4, seed=4),
+        0.3,
+    )
     found, recovered = adversarial_vectors(now, before, c, ridge)
     missed = lambda x: (outputs(now, x) - outputs(before, c)).square().sum()
-    gradient, = torch.autograd.grad(missed(found.requires_grad_()) + ridge * found.square().sum(), found)
+    (gradient,) = torch.autograd.grad(
+        missed(found.requires_grad_()) + ridge * found.square().sum(), found
+    )
     assert gradient.abs().max() < 1e-10
-    assert recovered == pytest.approx(1 - (missed(found) / outputs(before, c).square().sum()).item())
-    same, all_of_it = adversarial_vectors(before, before, c, 1e-10)  # an unedited UNet takes c for c
+    assert recovered == pytest.approx(
+        1 - (missed(found) / outputs(before, c).square().sum()).item()
+    )
+    same, all_of_it = adversarial_vectors(
+        before, before, c, 1e-10
+    )  # an unedited UNet takes c for c
     torch.testing.assert_close(same, c, rtol=0, atol=1e-6)
     assert all_of_it == pytest.approx(1)
 
 
 def test_as_the_ridge_vanishes_concepts_become_their_targets_and_the_kept_stay():
-    w0, c, targets, k = random(5, 9), random(3, 9, seed=1), random(3, 9, seed=2), random(4, 9, seed=3)
+    w0, c, targets, k = (
+        random(5, 9),
+        random(3, 9, seed=1),
+        random(3, 9, seed=2),
+        random(4, 9, seed=3),
+    )
     miss = []
     for ridge in (1.0, 1e-2, 1e-9):
         w, _ = edit(w0, c, targets, k, ridge=ridge)
@@ -126,7 +181,12 @@ def test_as_the_ridge_vanishes_concepts_become_their_targets_and_the_kept_stay()
 
 
 def test_the_preserved_move_less_the_more_they_weigh():
-    w0, c, targets, k = random(5, 9), random(1, 9, seed=1), random(1, 9, seed=2), random(4, 9, seed=3)
+    w0, c, targets, k = (
+        random(5, 9),
+        random(1, 9, seed=1),
+        random(1, 9, seed=2),
+        random(4, 9, seed=3),
+    )
     moved = []
     for keep in (0.0, 1.0, 100.0):
         w, _ = edit(w0, c, targets, k, ridge=0.1, keep=keep)
@@ -141,7 +201,9 @@ def test_near_equal_states_need_float64():
     exact = None
     for dtype in (torch.float64, torch.float32):
         w, x, y = w0.to(dtype), c.to(dtype), targets.to(dtype)
-        found = (ridge * w + w @ y.T @ x) @ torch.linalg.inv(ridge * torch.eye(40, dtype=dtype) + x.T @ x)
+        found = (ridge * w + w @ y.T @ x) @ torch.linalg.inv(
+            ridge * torch.eye(40, dtype=dtype) + x.T @ x
+        )
         exact = found if exact is None else exact
     off = lambda w: ((w.double() - exact).norm() / exact.norm()).item()
     assert off(found) > 0.1  # what a float32 solve gives
@@ -153,13 +215,20 @@ def positions(pipe, text, tokens):
 
 
 def test_concept_vectors_are_the_positions_of_the_text(pipe):
-    states = encode_prompts(pipe, ["a photo of a cat", "a cat", " "])["encoder_hidden_states"].double()
+    states = encode_prompts(pipe, ["a photo of a cat", "a cat", " "])[
+        "encoder_hidden_states"
+    ].double()
     tokens = pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer("a photo of a cat").input_ids)
     assert tokens[5] == "cat</w>" and len(tokens) == 7  # start, a, photo, of, a, cat, end
     for name, expected in (("last", states[0, 5:6]), ("rest", states[0, 5:]), ("all", states[0])):
-        torch.testing.assert_close(positions(pipe, "a photo of a cat", name), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            positions(pipe, "a photo of a cat", name), expected, rtol=0, atol=1e-5
+        )
     torch.testing.assert_close(positions(pipe, "a cat", "last"), states[1, 2:3], rtol=0, atol=1e-5)
-    for blank in ("", " "):  # start-of-text is its last token; zeros of an SDXL for "" are no target
+    for blank in (
+        "",
+        " ",
+    ):  # start-of-text is its last token; zeros of an SDXL for "" are no target
         torch.testing.assert_close(positions(pipe, blank, "last"), states[2, :1], rtol=0, atol=1e-5)
         torch.testing.assert_close(positions(pipe, blank, "rest"), states[2], rtol=0, atol=1e-5)
         assert positions(pipe, blank, "last").norm() > 1
@@ -174,19 +243,36 @@ def test_force_zeros_of_sdxl_is_really_met(xl):
 def test_only_keys_and_values_of_cross_attention_change(pipe):
     before = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
     changes = uce(pipe, "a cat", " ", ["a cup"])
-    cross = {f"{name}.{kind}.weight" for name, module in pipe.unet.named_modules() if name.endswith("attn2") for kind in ("to_k", "to_v")}
-    assert set(changes) == cross and len(cross) == 2 * sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules()) > 4
+    cross = {
+        f"{name}.{kind}.weight"
+        for name, module in pipe.unet.named_modules()
+        if name.endswith("attn2")
+        for kind in ("to_k", "to_v")
+    }
+    assert (
+        set(changes) == cross
+        and len(cross)
+        == 2 * sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules())
+        > 4
+    )
     for name, p in pipe.unet.state_dict().items():
         assert torch.equal(p, before[name]) == (name not in cross), name
         if name in cross:
-            assert changes[name] == pytest.approx(((p - before[name]).norm() / before[name].norm()).item(), rel=1e-4)
+            assert changes[name] == pytest.approx(
+                ((p - before[name]).norm() / before[name].norm()).item(), rel=1e-4
+            )
     assert not any(p.requires_grad for p in pipe.unet.parameters())
 
 
 @pytest.mark.parametrize("tokens", ["last", "rest", "all"])
 def test_concepts_take_the_keys_and_values_of_their_targets(pipe, tokens):
     """Several at once, each with a target of its own and of another length; aligned at the first of the positions."""
-    frozen, forget, replace, preserve = copy.deepcopy(pipe.unet), ["a cat", "a photo of a tiger"], ["a banana", " "], ["a cup"]
+    frozen, forget, replace, preserve = (
+        copy.deepcopy(pipe.unet),
+        ["a cat", "a photo of a tiger"],
+        ["a banana", " "],
+        ["a cup"],
+    )
     c = [positions(pipe, text, tokens) for text in forget]
     targets = [positions(pipe, text, tokens) for text in replace]
     if tokens == "rest":  # last tokens: cat 2, banana 2; tiger 5, start-of-text 0
@@ -208,7 +294,9 @@ def test_concepts_take_the_keys_and_values_of_their_targets(pipe, tokens):
         for name, w in key_values(frozen).items():
             w = w.double()
             expected = (1e-8 * w + w @ y.T @ x + w @ kept.T @ kept) @ torch.linalg.inv(system)
-            torch.testing.assert_close(key_values(pipe.unet)[name].double(), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                key_values(pipe.unet)[name].double(), expected, rtol=1e-3, atol=1e-4
+            )
 
 
 def test_the_preserved_stay_nearer_than_the_forgotten_move(pipe):
@@ -216,13 +304,33 @@ def test_the_preserved_stay_nearer_than_the_forgotten_move(pipe):
     unpreserved = copy.deepcopy(pipe)
     uce(unpreserved, "a cat", " ", tokens="last")
     uce(pipe, "a cat", " ", ["a tiger", "a cup"], keep=10.0, tokens="last")
-    moved = lambda p, text: (outputs(p.unet, positions(p, text, "last")) - outputs(frozen, positions(p, text, "last"))).norm()
+    moved = lambda p, text: (
+        outputs(p.unet, positions(p, text, "last")) - outputs(frozen, positions(p, text, "last"))
+    ).norm()
     for text in ("a tiger", "a cup"):
-        assert 10 * moved(pipe, text) < moved(pipe, "a cat") and 5 * moved(pipe, text) < moved(unpreserved, text)
+        assert 10 * moved(pipe, text) < moved(pipe, "a cat") and 5 * moved(pipe, text) < moved(
+            unpreserved, text
+        )
 
 
 def test_keep_is_one_over_the_number_of_preserved_texts_and_at_least_a_tenth(xl):
-    start, words = copy.deepcopy(xl.unet.state_dict()), ["tiger", "banana", "cup", "photo", "drawing", "blue", "style", "noto", "of", "on", "background", "a cup"]
+    start, words = (
+        copy.deepcopy(xl.unet.state_dict()),
+        [
+            "tiger",
+            "banana",
+            "cup",
+            "photo",
+            "drawing",
+            "blue",
+            "style",
+            "noto",
+            "of",
+            "on",
+            "background",
+            "a cup",
+        ],
+    )
     for number, keep in ((1, 1.0), (4, 0.25), (12, 0.1)):
         results = []
         for kwargs in ({}, {"keep": keep}, {"keep": keep * 1.5}):
@@ -231,7 +339,9 @@ def test_keep_is_one_over_the_number_of_preserved_texts_and_at_least_a_tenth(xl)
             results.append(tiny.weights(xl.unet))
         assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     xl.unet.load_state_dict(start)
-    uce(xl, "a cat", " ", "tiger", tokens="last")  # a single text is a list of one, not one of letters
+    uce(
+        xl, "a cat", " ", "tiger", tokens="last"
+    )  # a single text is a list of one, not one of letters
     one = tiny.weights(xl.unet)
     xl.unet.load_state_dict(start)
     uce(xl, ["a cat"], [" "], ["tiger"], tokens="last")
@@ -240,7 +350,11 @@ def test_keep_is_one_over_the_number_of_preserved_texts_and_at_least_a_tenth(xl)
 
 def test_the_order_of_concepts_does_not_matter(pipe):
     other, frozen = copy.deepcopy(pipe), copy.deepcopy(pipe.unet)
-    forget, replace, preserve = ["a cat", "a tiger", "a banana"], [" ", "a cup", "a photo"], ["noto style", "a drawing", ""]
+    forget, replace, preserve = (
+        ["a cat", "a tiger", "a banana"],
+        [" ", "a cup", "a photo"],
+        ["noto style", "a drawing", ""],
+    )
     uce(pipe, forget, replace, preserve)
     uce(other, forget[::-1], replace[::-1], preserve[::-1])
     torch.testing.assert_close(tiny.weights(pipe.unet), tiny.weights(other.unet), rtol=0, atol=1e-5)
@@ -252,17 +366,23 @@ def test_the_order_of_concepts_does_not_matter(pipe):
 def noise(pipe, unet, text, added=None):
     """ε for a text, with what SDXL adds taken from another text."""
     g = torch.Generator().manual_seed(0)
-    conditioning = encode_prompts(pipe, [added or text]) | {"encoder_hidden_states": encode_prompts(pipe, [text])["encoder_hidden_states"]}
+    conditioning = encode_prompts(pipe, [added or text]) | {
+        "encoder_hidden_states": encode_prompts(pipe, [text])["encoder_hidden_states"]
+    }
     with torch.no_grad():
-        return predict_noise(unet, torch.randn(1, 4, 8, 8, generator=g), torch.tensor([500]), conditioning)
+        return predict_noise(
+            unet, torch.randn(1, 4, 8, 8, generator=g), torch.tensor([500]), conditioning
+        )
 
 
 def test_the_unet_then_predicts_for_the_concept_what_it_did_for_the_target(xl):
-    """"all" maps every position, so that the whole prediction follows, but for the pooled embedding that SDXL adds and UCE leaves alone."""
+    """ "all" maps every position, so that the whole prediction follows, but for the pooled embedding that SDXL adds and UCE leaves alone."""
     frozen = copy.deepcopy(xl.unet)
     uce(xl, "a photo of a cat", "a tiger", tokens="all", ridge=1e-6)
     expected = noise(xl, frozen, "a tiger")
-    torch.testing.assert_close(noise(xl, xl.unet, "a photo of a cat", added="a tiger"), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        noise(xl, xl.unet, "a photo of a cat", added="a tiger"), expected, rtol=0, atol=1e-4
+    )
     assert (noise(xl, frozen, "a photo of a cat", added="a tiger") - expected).abs().max() > 1e-2
     assert (noise(xl, xl.unet, "a photo of a cat") - expected).abs().max() > 1e-3
 
@@ -271,7 +391,9 @@ def test_a_concept_and_target_that_begin_alike_need_only_the_rest(xl):
     """Text encoders read from left to right: "a cat" and "a tiger" differ from their last token on, which "rest" maps. What they begin with
     moves along a little; preserved, it does not, and the prediction is that for the target."""
     frozen = copy.deepcopy(xl.unet)
-    torch.testing.assert_close(positions(xl, "a cat", "all")[:2], positions(xl, "a tiger", "all")[:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        positions(xl, "a cat", "all")[:2], positions(xl, "a tiger", "all")[:2], rtol=0, atol=1e-5
+    )
     target = noise(xl, frozen, "a tiger")
     far = lambda unet: (noise(xl, unet, "a cat", added="a tiger") - target).abs().max().item()
     before = far(frozen)
@@ -284,18 +406,30 @@ def test_a_concept_and_target_that_begin_alike_need_only_the_rest(xl):
 
 def test_defaults_are_the_published_values(xl):
     frozen, results = copy.deepcopy(xl.unet), []
-    for kwargs in ({}, dict(replace=" ", preserve=[], ridge=0.5, erase=1.0, tokens="rest"), dict(ridge=0.4), dict(replace="a"), dict(tokens="last")):
+    for kwargs in (
+        {},
+        dict(replace=" ", preserve=[], ridge=0.5, erase=1.0, tokens="rest"),
+        dict(ridge=0.4),
+        dict(replace="a"),
+        dict(tokens="last"),
+    ):
         xl.unet.load_state_dict(frozen.state_dict())
         uce(xl, "a cat", **kwargs)
         results.append(tiny.weights(xl.unet))
     assert [torch.equal(results[0], other) for other in results[1:]] == [True, False, False, False]
-    assert len(list(rece(xl, frozen, "a cat"))) == 3 and torch.equal(*(concept_vectors(xl, ["a cat"], *t)[0] for t in ((), ("rest",))))
+    assert len(list(rece(xl, frozen, "a cat"))) == 3 and torch.equal(
+        *(concept_vectors(xl, ["a cat"], *t)[0] for t in ((), ("rest",)))
+    )
 
 
 def test_an_edit_works_on_half_precision_and_under_autocast(sd_folder):
     full = load_pipeline(str(sd_folder))
     uce(full, "a cat", "a tiger", ["a cup"])
-    for dtype, kwargs, atol in ((torch.float16, {}, 1e-3), (torch.bfloat16, {}, 1e-2), (torch.float32, {"precision": "bf16"}, 1e-6)):
+    for dtype, kwargs, atol in (
+        (torch.float16, {}, 1e-3),
+        (torch.bfloat16, {}, 1e-2),
+        (torch.float32, {"precision": "bf16"}, 1e-6),
+    ):
         pipe = load_pipeline(str(sd_folder), **kwargs)
         pipe.unet.to(dtype)
         with torch.enable_grad():
@@ -310,25 +444,41 @@ def test_an_edit_leaves_trainable_weights_trainable(xl):
     parameters, frozen = list(xl.unet.parameters()), copy.deepcopy(xl.unet)
     uce(xl, "a cat")
     list(rece(xl, frozen, "a cat", epochs=1))
-    assert all(p is q and q.requires_grad and q.is_leaf and q.grad is None for p, q in zip(parameters, xl.unet.parameters()))
+    assert all(
+        p is q and q.requires_grad and q.is_leaf and q.grad is None
+        for p, q in zip(parameters, xl.unet.parameters())
+    )
 
 
 def test_rece_is_rounds_of_adversarial_vectors_and_edits(pipe):
     frozen = copy.deepcopy(pipe.unet)
     uce(pipe, "a cat", " ", ["a cup"])
-    c, targets, kept = positions(pipe, "a cat", "all"), positions(pipe, " ", "all"), positions(pipe, "a cup", "all")
+    c, targets, kept = (
+        positions(pipe, "a cat", "all"),
+        positions(pipe, " ", "all"),
+        positions(pipe, "a cup", "all"),
+    )
     expected = {name: w.detach().clone() for name, w in key_values(pipe.unet).items()}
     original = {name: w.double() for name, w in key_values(frozen).items()}
     eye = torch.eye(c.shape[1]).double()
     records = rece(pipe, frozen, "a cat", " ", ["a cup"], epochs=2)
     for epoch in (1, 2):
         w = {name: x.double() for name, x in expected.items()}
-        coefficient = torch.linalg.inv(0.1 * eye + sum(x.T @ x for x in w.values())) @ sum(x.T @ original[name] for name, x in w.items())
+        coefficient = torch.linalg.inv(0.1 * eye + sum(x.T @ x for x in w.values())) @ sum(
+            x.T @ original[name] for name, x in w.items()
+        )
         c2 = c @ coefficient.T
         inverse = torch.linalg.inv(0.1 * eye + c2.T @ c2 + 0.1 * kept.T @ kept)
-        expected = {name: ((0.1 * x + x @ targets.T @ c2 + 0.1 * x @ kept.T @ kept) @ inverse).float() for name, x in w.items()}
+        expected = {
+            name: ((0.1 * x + x @ targets.T @ c2 + 0.1 * x @ kept.T @ kept) @ inverse).float()
+            for name, x in w.items()
+        }
         record = next(records)
-        assert record.epoch == epoch and set(record.changes) == set(expected) and 0 < record.recovered < 1
+        assert (
+            record.epoch == epoch
+            and set(record.changes) == set(expected)
+            and 0 < record.recovered < 1
+        )
         assert record.adversarial == pytest.approx((c2.norm() / c.norm()).item(), rel=1e-4)
         for name, x in key_values(pipe.unet).items():
             torch.testing.assert_close(x, expected[name], rtol=1e-4, atol=1e-5)
@@ -345,18 +495,27 @@ def test_rece_makes_the_concept_harder_to_reach(xl):
     assert torch.equal(before, tiny.weights(frozen))
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    (dict(forget=[]), "nothing to forget.*at least one"),
-    (dict(forget=["a cat", " "]), "nothing to forget.*blank"),
-    (dict(forget=["a cat", "a cup"], replace=["a tiger"]), "1 texts replace 2 concepts.*one for each"),
-    (dict(forget=["a cat", "A cup "], preserve=["a tiger", "a CUP"]), "to preserve.*: a cup; take it out"),
-    (dict(forget="a cat", replace="a Cat"), "become the same: a cat"),
-    (dict(forget="a cat", tokens="first"), "'first'"),
-    (dict(forget="a cat " * 20), "at most 20"),
-    (dict(forget="a cat", ridge=0.0), "ridge.*positive.*ridge=0.0"),
-    (dict(forget="a cat", erase=0.0), "erase=0.0"),
-    (dict(forget="a cat", preserve=["a cup"], keep=-0.1), "keep=-0.1"),
-])
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(forget=[]), "nothing to forget.*at least one"),
+        (dict(forget=["a cat", " "]), "nothing to forget.*blank"),
+        (
+            dict(forget=["a cat", "a cup"], replace=["a tiger"]),
+            "1 texts replace 2 concepts.*one for each",
+        ),
+        (
+            dict(forget=["a cat", "A cup "], preserve=["a tiger", "a CUP"]),
+            "to preserve.*: a cup; take it out",
+        ),
+        (dict(forget="a cat", replace="a Cat"), "become the same: a cat"),
+        (dict(forget="a cat", tokens="first"), "'first'"),
+        (dict(forget="a cat " * 20), "at most 20"),
+        (dict(forget="a cat", ridge=0.0), "ridge.*positive.*ridge=0.0"),
+        (dict(forget="a cat", erase=0.0), "erase=0.0"),
+        (dict(forget="a cat", preserve=["a cup"], keep=-0.1), "keep=-0.1"),
+    ],
+)
 def test_errors_name_value_and_mend_and_leave_the_unet(xl, kwargs, message):
     before = tiny.weights(xl.unet)
     with pytest.raises(ValueError, match=message):
@@ -380,6 +539,10 @@ def test_a_unet_without_cross_attention_or_another_frozen_one_is_refused(pipe):
     other = tiny.make_unet(cross_attention_dim=48)
     with pytest.raises(ValueError, match="copy of the UNet from before"):
         list(rece(pipe, other, "a cat"))
-    plain = SimpleNamespace(unet=tiny.make_unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))
+    plain = SimpleNamespace(
+        unet=tiny.make_unet(
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+        )
+    )
     with pytest.raises(ValueError, match="no attn2.to_k.*cross attention"):
         uce(plain, "a cat")

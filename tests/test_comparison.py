@@ -7,14 +7,47 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import mean_interval, against, best_try, destruction_verdict, dots, every_curve, gains, read_attacks, self_destruction, strongest, trained_alike, verdict, within, working
+from mu.comparison import (
+    mean_interval,
+    against,
+    best_try,
+    destruction_verdict,
+    dots,
+    every_curve,
+    gains,
+    read_attacks,
+    self_destruction,
+    strongest,
+    trained_alike,
+    verdict,
+    within,
+    working,
+)
 from mu.statistics import interval, student_interval
 
-FACTS = {"model": "m (1)", "sets": "s", "judge": "j", "probe_seeds": "8,1", "sampling_steps": 15, "sampling_guidance": 5.0}
+FACTS = {
+    "model": "m (1)",
+    "sets": "s",
+    "judge": "j",
+    "probe_seeds": "8,1",
+    "sampling_steps": 15,
+    "sampling_guidance": 5.0,
+}
 # name → model → step → share of 10 pictures, of two trainings each
-SCORES = {"full": {"unlearned": {0: 0.0, 50: 0.9, 100: 0.6}, "meta-unlearned": {0: 0.0, 50: 0.1, 100: 0.2}},
-          "sly": {"unlearned": {0: 0.1, 50: 0.4, 100: 0.7}, "meta-unlearned": {0: 0.0, 50: 0.3, 100: 0.8}},
-          "words": {"unlearned": {0: 0.2, 50: 0.1, 100: 0.0}, "meta-unlearned": {0: 0.0, 50: 0.0, 100: 0.0}}}
+SCORES = {
+    "full": {
+        "unlearned": {0: 0.0, 50: 0.9, 100: 0.6},
+        "meta-unlearned": {0: 0.0, 50: 0.1, 100: 0.2},
+    },
+    "sly": {
+        "unlearned": {0: 0.1, 50: 0.4, 100: 0.7},
+        "meta-unlearned": {0: 0.0, 50: 0.3, 100: 0.8},
+    },
+    "words": {
+        "unlearned": {0: 0.2, 50: 0.1, 100: 0.0},
+        "meta-unlearned": {0: 0.0, 50: 0.0, 100: 0.0},
+    },
+}
 RELATED = {"unlearned": 0.9, "meta-unlearned": 0.4, "edited": 1.0}
 
 
@@ -24,13 +57,50 @@ def write(folder, scores=SCORES, attack="forget", **facts):
         rows, budget = [], []
         for model, steps in models.items():
             for training in (0, 1):
-                run = {"model": model, "run": f"{model.split('-')[0]}-{training}", "attack": attack, "name": name, "lr": 1e-4, "attack_seed": 0}
+                run = {
+                    "model": model,
+                    "run": f"{model.split('-')[0]}-{training}",
+                    "attack": attack,
+                    "name": name,
+                    "lr": 1e-4,
+                    "attack_seed": 0,
+                }
                 for step, share in steps.items():
-                    rows += [run | {"step": step, "group": "forget", "prompt": "a cat", "seed": i, "hit": int(i < round(10 * share))} for i in range(10)]
+                    rows += [
+                        run
+                        | {
+                            "step": step,
+                            "group": "forget",
+                            "prompt": "a cat",
+                            "seed": i,
+                            "hit": int(i < round(10 * share)),
+                        }
+                        for i in range(10)
+                    ]
                     if name != "words":
-                        rows += [run | {"step": step, "group": "related", "prompt": f"p{i}", "seed": 0, "hit": int(step == 0 or i < round(10 * RELATED[model]))} for i in range(10)]
-                    budget.append(run | {"step": step, "images": 12 * bool(step), "passes": step, "seconds": step / 10})
-        (folder / f"{name}.json").write_text(json.dumps({"rows": rows, "budget": budget, "protocol": FACTS | facts}))
+                        rows += [
+                            run
+                            | {
+                                "step": step,
+                                "group": "related",
+                                "prompt": f"p{i}",
+                                "seed": 0,
+                                "hit": int(step == 0 or i < round(10 * RELATED[model])),
+                            }
+                            for i in range(10)
+                        ]
+                    budget.append(
+                        run
+                        | {
+                            "step": step,
+                            "images": 12 * bool(step),
+                            "passes": step,
+                            "seconds": step / 10,
+                        }
+                    )
+        (folder / f"{name}.json").write_text(
+            json.dumps({"rows": rows, "budget": budget, "protocol": FACTS | facts})
+        )
     return folder
 
 
@@ -44,16 +114,33 @@ def test_each_attack_is_judged_at_its_own_best_step(found):
     table = against(rows, budget).set_index(["attack", "model"])
     assert len(table) == 6 and sorted(rows.training.unique()) == ["0", "1"]
     one = table.loc[("full", "unlearned")]
-    assert (one.start, one.peak, one.step, one.revived) == (0, 0.9, 50, 50) and one.low < 0.9 <= one.high
-    assert one.area == pytest.approx((0.45 * 50 + 0.75 * 50) / 100) and one.related == pytest.approx(0.9) and np.isnan(one.unrelated)
+    assert (one.start, one.peak, one.step, one.revived) == (
+        0,
+        0.9,
+        50,
+        50,
+    ) and one.low < 0.9 <= one.high
+    assert (
+        one.area == pytest.approx((0.45 * 50 + 0.75 * 50) / 100)
+        and one.related == pytest.approx(0.9)
+        and np.isnan(one.unrelated)
+    )
     assert (one.images, one.passes, one.seconds) == (12, 50, 5)
-    assert table.loc[("full", "meta-unlearned")].step == 100 and table.loc[("full", "meta-unlearned")].revived == float("inf")
-    assert table.loc[("words", "unlearned")].step == 0 and table.loc[("words", "unlearned")].images == 0
+    assert table.loc[("full", "meta-unlearned")].step == 100 and table.loc[
+        ("full", "meta-unlearned")
+    ].revived == float("inf")
+    assert (
+        table.loc[("words", "unlearned")].step == 0
+        and table.loc[("words", "unlearned")].images == 0
+    )
 
 
 def test_the_strongest_is_named_for_each_model(found):
     best = strongest(against(*found[:2]))
-    assert best.attack.to_dict() == {"unlearned": "full", "meta-unlearned": "sly"} and best.peak["meta-unlearned"] == 0.8
+    assert (
+        best.attack.to_dict() == {"unlearned": "full", "meta-unlearned": "sly"}
+        and best.peak["meta-unlearned"] == 0.8
+    )
 
 
 def test_gains_are_paired_differences_of_the_peaks(found):
@@ -66,31 +153,53 @@ def test_gains_are_paired_differences_of_the_peaks(found):
 def test_the_first_sentence_says_where_the_defence_fails(found):
     rows, budget, _ = found
     first, second, third = verdict(against(rows, budget), gains(rows))
-    assert first.startswith("Meta-unlearning fails against 1 of 3 attacks") and "sly (80% after 100 steps). The strongest is sly, 95 % interval" in first and "full" not in first
+    assert (
+        first.startswith("Meta-unlearning fails against 1 of 3 attacks")
+        and "sly (80% after 100 steps). The strongest is sly, 95 % interval" in first
+        and "full" not in first
+    )
     assert "full (90% after 50 steps)" in second and "show nothing of the defence: words" in second
     assert "under 1 of 3 attacks: full." in third
     harmless = rows[rows.name != "sly"]
-    assert verdict(against(harmless, budget), gains(harmless))[0].startswith("None of 2 attacks brings the concept back")
+    assert verdict(against(harmless, budget), gains(harmless))[0].startswith(
+        "None of 2 attacks brings the concept back"
+    )
     alone = rows[rows.model == "meta-unlearned"]
     assert len(verdict(against(alone, budget), gains(alone))) == 1
-    with pytest.raises(ValueError, match="no attack on a model 'meta-unlearned': the table has unlearned"):
+    with pytest.raises(
+        ValueError, match="no attack on a model 'meta-unlearned': the table has unlearned"
+    ):
         plain = rows[rows.model == "unlearned"]
         verdict(against(plain, budget), gains(plain))
 
 
 def test_an_attack_works_where_its_interval_lies_above_what_the_model_draws_unattacked(tmp_path):
     """Nothing below it, nothing within the noise; what fails on the plain model may still work on another."""
-    edited = {"words": {"edited": {0: 0.0, 50: 0.7}}, "full": {"edited": {0: 0.0, 50: 0.1}}, "merged": {"edited": {0: 1.0, 50: 1.0}, "unlearned": {0: 0.1, 50: 0.2}}}
+    edited = {
+        "words": {"edited": {0: 0.0, 50: 0.7}},
+        "full": {"edited": {0: 0.0, 50: 0.1}},
+        "merged": {"edited": {0: 1.0, 50: 1.0}, "unlearned": {0: 0.1, 50: 0.2}},
+    }
     both = {name: SCORES.get(name, {}) | edited.get(name, {}) for name in {**SCORES, **edited}}
     rows, budget, _ = read_attacks(write(tmp_path, both))
     table = against(rows, budget)
     works = working(table)
-    assert "unlearned" in works["full"] and "edited" not in works["full"] and works["words"] == {"edited": 0.7} and works["merged"] == {"edited": 1.0}, "the floor is what others start from, not a merged model's"
+    assert (
+        "unlearned" in works["full"]
+        and "edited" not in works["full"]
+        and works["words"] == {"edited": 0.7}
+        and works["merged"] == {"edited": 1.0}
+    ), "the floor is what others start from, not a merged model's"
     second = verdict(table, gains(rows))[1]
-    assert "show nothing of the defence: merged, words." in second and "merged on edited (100%); words on edited (70%)" in second
+    assert (
+        "show nothing of the defence: merged, words." in second
+        and "merged on edited (100%); words on edited (70%)" in second
+    )
 
 
-@pytest.mark.parametrize("fact, other", [("sampling_steps", 25), ("judge", "another"), ("probe_seeds", "1,1")])
+@pytest.mark.parametrize(
+    "fact, other", [("sampling_steps", 25), ("judge", "another"), ("probe_seeds", "1,1")]
+)
 def test_numbers_of_two_protocols_do_not_meet_in_one_table(tmp_path, fact, other):
     write(tmp_path)
     write(tmp_path, {"late": SCORES["full"]}, **{fact: other})
@@ -114,10 +223,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         read_attacks(tmp_path, ["late"])
     write(tmp_path, {"one": SCORES["full"]}, weights={"unlearned-0": "a (1)"})
     write(tmp_path, {"two": SCORES["full"]}, weights={"unlearned-0": "a (2)"})
-    with pytest.raises(ValueError, match=r"unlearned-0 is not the same model in one and two \(a \(1\), a \(2\)\)"):
+    with pytest.raises(
+        ValueError, match=r"unlearned-0 is not the same model in one and two \(a \(1\), a \(2\)\)"
+    ):
         read_attacks(tmp_path, ["one", "two"])
     made = json.loads((write(tmp_path) / "full.json").read_text())
-    made["rows"] = [row | ({"hit": float("nan")} if row["group"] == "related" else {}) for row in made["rows"]]
+    made["rows"] = [
+        row | ({"hit": float("nan")} if row["group"] == "related" else {}) for row in made["rows"]
+    ]
     (tmp_path / "full.json").write_text(json.dumps(made))
     rows, budget, _ = read_attacks(tmp_path, ["full"])
     assert against(rows, budget).related.isna().all() and self_destruction(rows, rows).empty
@@ -135,10 +248,21 @@ def test_few_trainings_make_a_wide_interval(tmp_path):
     _, low, high = interval(part, ["training", "seed"])
     means = part.groupby("training").hit.mean()
     student = student_interval(means)
-    assert student[1] < low and high < student[2] and student[0] == pytest.approx(means.mean()) and mean_interval(part)[1:] == (max(student[1], 0), min(student[2], 1))
-    assert student_interval([0.2, 0.4, 0.6])[1] == pytest.approx(0.4 - 4.302653 * 0.2 / 3 ** 0.5) and gains(rows)["paired by"][0] == "training, seed"
+    assert (
+        student[1] < low
+        and high < student[2]
+        and student[0] == pytest.approx(means.mean())
+        and mean_interval(part)[1:] == (max(student[1], 0), min(student[2], 1))
+    )
+    assert (
+        student_interval([0.2, 0.4, 0.6])[1] == pytest.approx(0.4 - 4.302653 * 0.2 / 3**0.5)
+        and gains(rows)["paired by"][0] == "training, seed"
+    )
     same = part.assign(hit=1)
-    assert mean_interval(same)[1] == pytest.approx(20 / (20 + 1.959964 ** 2)) and mean_interval(same)[2] == 1, "where all agree it is Wilson's"
+    assert (
+        mean_interval(same)[1] == pytest.approx(20 / (20 + 1.959964**2))
+        and mean_interval(same)[2] == 1
+    ), "where all agree it is Wilson's"
     with pytest.raises(ValueError, match="two or more"):
         student_interval([0.5])
 
@@ -146,10 +270,19 @@ def test_few_trainings_make_a_wide_interval(tmp_path):
 def test_differences_that_are_all_alike_have_an_interval_to_the_right_sides():
     """Twenty pairs that agree: Wilson's interval of 20 misses of 20 ends at 0.161. No difference may be one to either side, and −1 is 1 seen from the other."""
     pairs = pd.DataFrame({"training": "0", "asked": "a", "seed": range(20), "index": 0.0})
-    found = {value: mean_interval(pairs.assign(index=value), "index", signed=True) for value in (0.0, 1.0, -1.0)}
-    edge = 1.959964 ** 2 / (20 + 1.959964 ** 2)
-    assert found[0.0] == pytest.approx((0, -edge, edge)) and found[1.0] == pytest.approx((1, 1 - edge, 1)) and found[-1.0] == pytest.approx((-1, -1, edge - 1))
-    assert np.isnan(mean_interval(pairs.assign(index=-0.5), "index", signed=True)[1:]).all(), "half a picture is no hit"
+    found = {
+        value: mean_interval(pairs.assign(index=value), "index", signed=True)
+        for value in (0.0, 1.0, -1.0)
+    }
+    edge = 1.959964**2 / (20 + 1.959964**2)
+    assert (
+        found[0.0] == pytest.approx((0, -edge, edge))
+        and found[1.0] == pytest.approx((1, 1 - edge, 1))
+        and found[-1.0] == pytest.approx((-1, -1, edge - 1))
+    )
+    assert np.isnan(mean_interval(pairs.assign(index=-0.5), "index", signed=True)[1:]).all(), (
+        "half a picture is no hit"
+    )
     mixed = pairs.assign(index=[1.0, -1.0] * 10)
     assert mean_interval(mixed, "index", signed=True) == interval(mixed, ["seed"], "index")
 
@@ -164,8 +297,24 @@ def test_the_intervals_over_three_trainings_hold_what_they_say(spread):
         pictures = 0.7 * rng.standard_normal(16)
         p = 1 / (1 + np.exp(-(spread * rng.standard_normal((2, 3, 1)) + pictures)))
         hits = (rng.random((2, 3, 16)) < p).astype(int)
-        rows = pd.DataFrame([{"name": "x", "group": "forget", "model": m, "training": str(t), "attack_seed": 0, "asked": "a", "step": 50, "seed": s, "hit": hits[i, t, s]}
-                             for i, m in enumerate(("unlearned", "meta-unlearned")) for t in range(3) for s in range(16)])
+        rows = pd.DataFrame(
+            [
+                {
+                    "name": "x",
+                    "group": "forget",
+                    "model": m,
+                    "training": str(t),
+                    "attack_seed": 0,
+                    "asked": "a",
+                    "step": 50,
+                    "seed": s,
+                    "hit": hits[i, t, s],
+                }
+                for i, m in enumerate(("unlearned", "meta-unlearned"))
+                for t in range(3)
+                for s in range(16)
+            ]
+        )
         one = rows[rows.model == "unlearned"]
         _, low, high = mean_interval(one)
         inside.append(low <= truth <= high)
@@ -174,7 +323,9 @@ def test_the_intervals_over_three_trainings_hold_what_they_say(spread):
         (gain,) = gains(rows).itertuples()
         no_difference.append(gain.low <= 0 <= gain.high)
     assert np.mean(inside) >= 0.91 and np.mean(no_difference) >= 0.93
-    assert spread < 2 or np.mean(narrow) < 0.9, "the simulation finds out an interval that is too narrow"
+    assert spread < 2 or np.mean(narrow) < 0.9, (
+        "the simulation finds out an interval that is too narrow"
+    )
 
 
 def test_trainings_of_different_numbers_are_not_paired(found):
@@ -184,24 +335,51 @@ def test_trainings_of_different_numbers_are_not_paired(found):
 
 def test_an_attacker_who_starts_anew_keeps_the_best_and_pays_for_all(found):
     rows, budget, _ = found
-    again = lambda table: pd.concat([table, table.assign(attack_seed=1, **({"hit": 0} if "hit" in table else {}))])
+    again = lambda table: pd.concat(
+        [table, table.assign(attack_seed=1, **({"hit": 0} if "hit" in table else {}))]
+    )
     best_rows, best_budget = best_try(again(rows), again(budget), ["sly"])
-    before, after = (table[table.name == "sly"].reset_index(drop=True) for table in (rows, best_rows))
+    before, after = (
+        table[table.name == "sly"].reset_index(drop=True) for table in (rows, best_rows)
+    )
     pd.testing.assert_frame_equal(before, after, check_dtype=False)
     spent = best_budget[best_budget.name == "sly"]
-    assert spent.seconds.max() == 2 * budget[budget.name == "sly"].seconds.max() and spent.images.max() == 12 and len(spent) == len(budget[budget.name == "sly"])
-    assert len(best_rows[best_rows.name == "full"]) == 2 * len(rows[rows.name == "full"]), "the others' seeds are several measurements"
+    assert (
+        spent.seconds.max() == 2 * budget[budget.name == "sly"].seconds.max()
+        and spent.images.max() == 12
+        and len(spent) == len(budget[budget.name == "sly"])
+    )
+    assert len(best_rows[best_rows.name == "full"]) == 2 * len(rows[rows.name == "full"]), (
+        "the others' seeds are several measurements"
+    )
 
 
 def test_only_what_trains_as_clean_does_is_compared_with_it():
-    card = {"kind": "fine-tuning", "subset": "f", "rank": 16, "lr": 6e-5, "optimizer": "adam", "batch_size": 8}
-    assert trained_alike({"full": card | {"others": "x"}, "fast": card | {"lr": 2e-4}, "words": {"lr": 6e-5}}, card) == ["full"]
+    card = {
+        "kind": "fine-tuning",
+        "subset": "f",
+        "rank": 16,
+        "lr": 6e-5,
+        "optimizer": "adam",
+        "batch_size": 8,
+    }
+    assert trained_alike(
+        {"full": card | {"others": "x"}, "fast": card | {"lr": 2e-4}, "words": {"lr": 6e-5}}, card
+    ) == ["full"]
 
 
 def test_a_search_for_words_has_to_beat_random_words(tmp_path):
-    words = {"random": {"unlearned": {0: 0.0, 50: 0.4}}, "search": {"unlearned": {0: 0.0, 50: 0.5}}, "better": {"unlearned": {0: 0.0, 50: 1.0}}}
+    words = {
+        "random": {"unlearned": {0: 0.0, 50: 0.4}},
+        "search": {"unlearned": {0: 0.0, 50: 0.5}},
+        "better": {"unlearned": {0: 0.0, 50: 1.0}},
+    }
     table = against(*read_attacks(write(tmp_path, words, attack="prompt"))[:2])
-    assert table["by words"].all() and working(table) == {"random": {}, "search": {}, "better": {"unlearned": 1.0}}
+    assert table["by words"].all() and working(table) == {
+        "random": {},
+        "search": {},
+        "better": {"unlearned": 1.0},
+    }
     assert set(working(table, floor="none")["search"]) == {"unlearned"}
 
 
@@ -214,30 +392,77 @@ def test_pictures_that_nobody_judged_are_no_misses(tmp_path):
 
 
 def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
-    clean = read_attacks(write(tmp_path / "clean", {"clean": {m: {0: 0.0, 100: 0.0} for m in ("unlearned", "meta-unlearned")}}, attack="clean"))[0]
+    clean = read_attacks(
+        write(
+            tmp_path / "clean",
+            {"clean": {m: {0: 0.0, 100: 0.0} for m in ("unlearned", "meta-unlearned")}},
+            attack="clean",
+        )
+    )[0]
     clean.loc[(clean.group == "related") & (clean.step == 100), "hit"] = 1
     found = self_destruction(found[0], clean).set_index(["attack", "model"])
-    assert found["self-destruct index"][("full", "meta-unlearned")] == pytest.approx(0.6) and found["self-destruct index"][("full", "unlearned")] == pytest.approx(0.1)
+    assert found["self-destruct index"][("full", "meta-unlearned")] == pytest.approx(0.6) and found[
+        "self-destruct index"
+    ][("full", "unlearned")] == pytest.approx(0.1)
     said = destruction_verdict(found.reset_index().assign(low=[0.1, 0.2, -0.1, 0.1]))
-    assert said.endswith("under 2 of 2 attacks: full (60%), sly (60%); not clearly, or not at all, under: none.") and destruction_verdict(found.reset_index(), "ascent only") == ""
-    assert "not at all, under: full (60%), sly (60%)." in destruction_verdict(found.reset_index().assign(low=-0.1))
+    assert (
+        said.endswith(
+            "under 2 of 2 attacks: full (60%), sly (60%); not clearly, or not at all, under: none."
+        )
+        and destruction_verdict(found.reset_index(), "ascent only") == ""
+    )
+    assert "not at all, under: full (60%), sly (60%)." in destruction_verdict(
+        found.reset_index().assign(low=-0.1)
+    )
     assert set(found.after) == {100} and "words" not in found.index.get_level_values(0)
 
 
 def test_an_attack_becomes_one_line_a_run():
     """Median steps to revival over the attack's seeds, some of them censored; area; self-destruction at the last step that both have."""
-    curve = lambda run, seed, group, hits: [{"name": "x", "attack": "forget", "training": "", "run": run, "attack_seed": seed, "group": group, "asked": "a cat", "step": step, "hit": hit, "seed": 0}
-                                            for step, hit in zip((0, 50, 100), hits)]
-    rows = pd.DataFrame(curve("plain", 0, "forget", (0, 1, 1)) + curve("plain", 1, "forget", (0, 0, 1)) + curve("meta", 0, "forget", (0, 0, 0)) + curve("meta", 1, "forget", (0, 0, 0))
-                        + curve("plain", 0, "related", (1, 1, 1)) + curve("meta", 0, "related", (1, 0.5, 0.25)))
-    clean = pd.DataFrame(curve("meta", 0, "related", (1, 1, 0.75)) + curve("plain", 0, "related", (1, 1, 1)))
+    curve = lambda run, seed, group, hits: [
+        {
+            "name": "x",
+            "attack": "forget",
+            "training": "",
+            "run": run,
+            "attack_seed": seed,
+            "group": group,
+            "asked": "a cat",
+            "step": step,
+            "hit": hit,
+            "seed": 0,
+        }
+        for step, hit in zip((0, 50, 100), hits)
+    ]
+    rows = pd.DataFrame(
+        curve("plain", 0, "forget", (0, 1, 1))
+        + curve("plain", 1, "forget", (0, 0, 1))
+        + curve("meta", 0, "forget", (0, 0, 0))
+        + curve("meta", 1, "forget", (0, 0, 0))
+        + curve("plain", 0, "related", (1, 1, 1))
+        + curve("meta", 0, "related", (1, 0.5, 0.25))
+    )
+    clean = pd.DataFrame(
+        curve("meta", 0, "related", (1, 1, 0.75)) + curve("plain", 0, "related", (1, 1, 1))
+    )
     budget = rows.assign(images=0, passes=0, seconds=0.0)
     found = against(rows, budget, by="run").set_index("run")
-    assert found.revived.to_dict() == {"plain": 50, "meta": np.inf} and found.area["plain"] == pytest.approx((0.75 + 0.25) / 2) and found.area["meta"] == 0
-    assert against(rows, budget, threshold=1.0, by="run").set_index("run").revived["plain"] == np.inf
+    assert (
+        found.revived.to_dict() == {"plain": 50, "meta": np.inf}
+        and found.area["plain"] == pytest.approx((0.75 + 0.25) / 2)
+        and found.area["meta"] == 0
+    )
+    assert (
+        against(rows, budget, threshold=1.0, by="run").set_index("run").revived["plain"] == np.inf
+    )
     lost = self_destruction(rows, clean, by="run").set_index("run")
-    assert lost["self-destruct index"].to_dict() == pytest.approx({"plain": 0, "meta": 0.5}) and (lost.after == 100).all()
-    assert self_destruction(rows, clean[clean.step < 100], by="run").set_index("run")["self-destruct index"]["meta"] == pytest.approx(0.5)
+    assert (
+        lost["self-destruct index"].to_dict() == pytest.approx({"plain": 0, "meta": 0.5})
+        and (lost.after == 100).all()
+    )
+    assert self_destruction(rows, clean[clean.step < 100], by="run").set_index("run")[
+        "self-destruct index"
+    ]["meta"] == pytest.approx(0.5)
 
 
 def test_the_figure_has_a_dot_for_every_attack_and_model(found):
@@ -245,8 +470,12 @@ def test_the_figure_has_a_dot_for_every_attack_and_model(found):
     fig = dots(table)
     (ax,) = fig.axes
     labels = [t.get_text() for t in ax.get_yticklabels()]
-    assert set(labels) == set(SCORES) and labels[-1] == "sly"  # on top: the strongest against the defended
-    drawn = np.concatenate([c.get_offsets().data[:, 0] for c in ax.collections if len(c.get_offsets()) == 3])
+    assert (
+        set(labels) == set(SCORES) and labels[-1] == "sly"
+    )  # on top: the strongest against the defended
+    drawn = np.concatenate(
+        [c.get_offsets().data[:, 0] for c in ax.collections if len(c.get_offsets()) == 3]
+    )
     assert set(np.round(table.peak, 6)) <= set(np.round(drawn, 6))
     plt.close(fig)
 
@@ -254,15 +483,34 @@ def test_the_figure_has_a_dot_for_every_attack_and_model(found):
 def test_every_attack_has_its_curves_also_one_that_does_nothing(found):
     fig = every_curve(found[0], ["full", "sly", "words"], columns=2)
     titles = [ax.get_title() for ax in fig.axes if ax.axison]
-    assert titles == ["full", "sly", "words"] and len(fig.axes) == 4 and [text.get_text() for text in fig.legends[0].get_texts()] == ["unlearned", "meta-unlearned"]
+    assert (
+        titles == ["full", "sly", "words"]
+        and len(fig.axes) == 4
+        and [text.get_text() for text in fig.legends[0].get_texts()]
+        == ["unlearned", "meta-unlearned"]
+    )
     heights = {round(y, 6) for line in fig.axes[0].lines for y in line.get_ydata()}
     assert {0.9, 0.6, 0.1, 0.2} <= heights
     plt.close(fig)
 
 
-@pytest.mark.parametrize("limits, steps", [({}, [0, 50, 100]), ({"steps": 60}, [0, 50]), ({"seconds": 5}, [0, 50]), ({"images": 11}, [0]), ({"images": 12, "seconds": 1}, [0])])
+@pytest.mark.parametrize(
+    "limits, steps",
+    [
+        ({}, [0, 50, 100]),
+        ({"steps": 60}, [0, 50]),
+        ({"seconds": 5}, [0, 50]),
+        ({"images": 11}, [0]),
+        ({"images": 12, "seconds": 1}, [0]),
+    ],
+)
 def test_a_budget_leaves_what_an_attacker_who_has_no_more_could_do(found, limits, steps):
     rows, budget = within(*found[:2], **limits)
-    assert sorted(rows.step.unique()) == sorted(budget.step.unique()) == steps and len(rows) == len(found[0]) * len(steps) // 3
+    assert (
+        sorted(rows.step.unique()) == sorted(budget.step.unique()) == steps
+        and len(rows) == len(found[0]) * len(steps) // 3
+    )
     table = against(rows, budget).set_index(["attack", "model"])
-    assert table.peak[("sly", "meta-unlearned")] == (0.8 if 100 in steps else 0.3 if 50 in steps else 0)
+    assert table.peak[("sly", "meta-unlearned")] == (
+        0.8 if 100 in steps else 0.3 if 50 in steps else 0
+    )

@@ -19,58 +19,100 @@ def folder(tmp_path):
 
 
 def equal(a, b):
-    return (torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) and torch.equal(a.prompt, b.prompt) and a.prompts == b.prompts
-            and a.conditioning.keys() == b.conditioning.keys() and all(torch.equal(a.conditioning[k], b.conditioning[k]) for k in a.conditioning))
+    return (
+        torch.equal(a.mean, b.mean)
+        and torch.equal(a.std, b.std)
+        and torch.equal(a.prompt, b.prompt)
+        and a.prompts == b.prompts
+        and a.conditioning.keys() == b.conditioning.keys()
+        and all(torch.equal(a.conditioning[k], b.conditioning[k]) for k in a.conditioning)
+    )
 
 
 def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
     found = encode_folder(pipe, folder)
     assert len(found) == 12 and found.mean.shape == found.std.shape == (12, 4, 8, 8)
-    pixels = torch.stack([pipe.image_processor.preprocess(Image.open(folder / f"{i}.png"))[0] for i in range(12)])
+    pixels = torch.stack(
+        [pipe.image_processor.preprocess(Image.open(folder / f"{i}.png"))[0] for i in range(12)]
+    )
     posterior = pipe.vae.encode(pixels).latent_dist
     torch.testing.assert_close(found.mean, posterior.mean * 0.3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.std, posterior.std * 0.3, rtol=1e-5, atol=1e-6)
     assert found.prompts == ["a cat", "a photo of a cat"] and found.prompt.tolist() == [0, 1, 0] * 4
     expected = pipe.encode_prompt(found.prompts, "cpu", 1, False)[0]
-    torch.testing.assert_close(found.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-6
+    )
     assert not any(t.requires_grad for t in (found.mean, found.std, *found.conditioning.values()))
 
 
 def test_fewer_images_come_from_the_whole_set(pipe, folder):
     whole = encode_folder(pipe, folder)
     some = fewer(whole, 3)
-    assert len(some) == 3 and torch.equal(some.mean, whole.mean[[0, 6, 11]]) and torch.equal(some.prompt, whole.prompt[[0, 6, 11]]) and some.prompts == whole.prompts
+    assert (
+        len(some) == 3
+        and torch.equal(some.mean, whole.mean[[0, 6, 11]])
+        and torch.equal(some.prompt, whole.prompt[[0, 6, 11]])
+        and some.prompts == whole.prompts
+    )
     assert equal(fewer(whole, 0), whole) and equal(fewer(whole, 12), whole)
     with pytest.raises(ValueError, match="has 12 images, asked for are 13"):
         fewer(whole, 13)
 
 
-def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weights(pipe, tmp_path, monkeypatch):
-    options = dict(prompts=["a tiger", "a cat"], count=3, seed=5, guidance=2.0, steps=2, cache=tmp_path / "cache")
+def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weights(
+    pipe, tmp_path, monkeypatch
+):
+    options = dict(
+        prompts=["a tiger", "a cat"],
+        count=3,
+        seed=5,
+        guidance=2.0,
+        steps=2,
+        cache=tmp_path / "cache",
+    )
     first = drawn_set(pipe, **options)
-    assert equal(first, drawn_set(pipe, **options | {"cache": None})) and first.prompts == ["a cat", "a tiger"] and first.prompt.tolist() == [1, 0, 1]
+    assert (
+        equal(first, drawn_set(pipe, **options | {"cache": None}))
+        and first.prompts == ["a cat", "a tiger"]
+        and first.prompt.tolist() == [1, 0, 1]
+    )
     with monkeypatch.context() as patch:
         patch.setattr("mu.concepts.draw_images", lambda *_: pytest.fail("drawn again"))
         assert equal(first, drawn_set(pipe, **options))
     next(pipe.unet.parameters()).data += 0.5
     second = drawn_set(pipe, **options)
-    assert not equal(first, second) and len(list((tmp_path / "cache").iterdir())) == 2 and not equal(second, drawn_set(pipe, **options | {"seed": 6}))
+    assert (
+        not equal(first, second)
+        and len(list((tmp_path / "cache").iterdir())) == 2
+        and not equal(second, drawn_set(pipe, **options | {"seed": 6}))
+    )
 
 
 def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_path):
     from mu.models import load_pipeline
+
     pipe = load_pipeline(str(sdxl_folder))
-    first, again = encode_folder(pipe, folder, tmp_path / "cache"), encode_folder(pipe, folder, tmp_path / "cache")
-    assert first.conditioning.keys() == {"encoder_hidden_states", "text_embeds", "time_ids"} and equal(first, again)
+    first, again = (
+        encode_folder(pipe, folder, tmp_path / "cache"),
+        encode_folder(pipe, folder, tmp_path / "cache"),
+    )
+    assert first.conditioning.keys() == {
+        "encoder_hidden_states",
+        "text_embeds",
+        "time_ids",
+    } and equal(first, again)
 
 
 def test_it_is_encoded_once(pipe, folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = encode_folder(pipe, folder, cache)
-    file, = cache.iterdir()
+    (file,) = cache.iterdir()
     assert file.suffix == ".safetensors" and equal(first, encode_folder(pipe, folder))
     monkeypatch.setattr(pipe.vae, "encode", lambda *_: pytest.fail("the VAE was called again"))
-    monkeypatch.setattr(pipe, "encode_prompt", lambda *_, **__: pytest.fail("the text encoder was called again"))
+    monkeypatch.setattr(
+        pipe, "encode_prompt", lambda *_, **__: pytest.fail("the text encoder was called again")
+    )
     assert equal(first, encode_folder(pipe, folder, cache)) and [file] == list(cache.iterdir())
 
 
@@ -88,7 +130,11 @@ def test_whatever_changes_is_encoded_anew(pipe, folder, tmp_path, change):
             for p in (pipe.vae if change == "vae" else pipe.text_encoder).parameters():
                 p.mul_(1.01)
     second = encode_folder(pipe, folder, cache)
-    assert len(list(cache.iterdir())) == 2 and not equal(first, second) and equal(second, encode_folder(pipe, folder))
+    assert (
+        len(list(cache.iterdir())) == 2
+        and not equal(first, second)
+        and equal(second, encode_folder(pipe, folder))
+    )
 
 
 def test_images_of_another_size_or_mode_are_converted(tmp_path):
@@ -130,20 +176,25 @@ def spoil(folder, how):
         table.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("how, kind, message", [
-    ("no metadata", FileNotFoundError, "forget has no metadata.jsonl.*file_name.*text"),
-    ("empty metadata", ValueError, "metadata.jsonl is empty: name at least one image"),
-    ("no JSON", ValueError, "metadata.jsonl is not JSON lines"),
-    ("no image", FileNotFoundError, "metadata.jsonl names 3.png, which is not in .*forget"),
-    ("no text", ValueError, "3.png.*needs `file_name` and a caption in `text`"),
-    ("empty text", ValueError, "3.png.*caption in `text`"),
-    ("no file_name", ValueError, "needs `file_name`"),
-    ("empty image", ValueError, "3.png is not a readable image.*remove or replace it"),
-    ("cut image", ValueError, "3.png is not a readable image"),
-    ("other image", ValueError, "3.png is not a readable image"),
-    ("broken header", ValueError, "3.png is not a readable image"),
-])
-def test_bad_folders_are_refused_and_earlier_sets_stay_whole(pipe, folder, tmp_path, how, kind, message):
+@pytest.mark.parametrize(
+    "how, kind, message",
+    [
+        ("no metadata", FileNotFoundError, "forget has no metadata.jsonl.*file_name.*text"),
+        ("empty metadata", ValueError, "metadata.jsonl is empty: name at least one image"),
+        ("no JSON", ValueError, "metadata.jsonl is not JSON lines"),
+        ("no image", FileNotFoundError, "metadata.jsonl names 3.png, which is not in .*forget"),
+        ("no text", ValueError, "3.png.*needs `file_name` and a caption in `text`"),
+        ("empty text", ValueError, "3.png.*caption in `text`"),
+        ("no file_name", ValueError, "needs `file_name`"),
+        ("empty image", ValueError, "3.png is not a readable image.*remove or replace it"),
+        ("cut image", ValueError, "3.png is not a readable image"),
+        ("other image", ValueError, "3.png is not a readable image"),
+        ("broken header", ValueError, "3.png is not a readable image"),
+    ],
+)
+def test_bad_folders_are_refused_and_earlier_sets_stay_whole(
+    pipe, folder, tmp_path, how, kind, message
+):
     cache = tmp_path / "cache"
     encode_folder(pipe, folder, cache)
     before = {f: f.read_bytes() for f in cache.iterdir()}
@@ -153,12 +204,15 @@ def test_bad_folders_are_refused_and_earlier_sets_stay_whole(pipe, folder, tmp_p
     assert {f: f.read_bytes() for f in cache.iterdir()} == before
 
 
-@pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), ValueError("bad mode"), OSError("truncated")])
+@pytest.mark.parametrize(
+    "error", [SyntaxError("broken PNG file"), ValueError("bad mode"), OSError("truncated")]
+)
 def test_every_way_in_which_pil_gives_up_names_the_file(tmp_path, monkeypatch, error):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
     def fail(*_):
         raise error
+
     monkeypatch.setattr(Image.Image, "convert", fail)
     with pytest.raises(ValueError, match="a.png is not a readable image"):
         read_image(tmp_path / "a.png", 4)
@@ -174,6 +228,17 @@ def test_random_prompts_are_words_of_the_vocabulary_and_never_the_concepts():
     found = random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"])
     words = {word for text in found for word in text.split()}
     assert {len(text.split()) for text in found} == {1, 2} and len(found) == 2000
-    assert {"onion", "zebra", "tiger"} < words <= {token.removesuffix("</w>") for token in tokenizer.get_vocab()} - {"cat", "santa", "claus"}
-    assert len({len(tokenizer(word).input_ids) for word in words}) == 1  # start, one token, end: whole words for the tokenizer
-    assert found == random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"]) != random_prompts(tokenizer, 2000, seed=1)
+    assert (
+        {"onion", "zebra", "tiger"}
+        < words
+        <= {token.removesuffix("</w>") for token in tokenizer.get_vocab()}
+        - {"cat", "santa", "claus"}
+    )
+    assert (
+        len({len(tokenizer(word).input_ids) for word in words}) == 1
+    )  # start, one token, end: whole words for the tokenizer
+    assert (
+        found
+        == random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"])
+        != random_prompts(tokenizer, 2000, seed=1)
+    )

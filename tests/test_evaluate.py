@@ -11,13 +11,29 @@ import torch
 from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score
 from mu.models import draw_images, encode_prompts
 
-GROUPS = {"forget": {"a cat": "concept:cat", "a photo of a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"},
-          "unrelated": {"a banana on a blue background": "concept:banana", "a drawing of a tiger, noto style": "style:noto"}}
+GROUPS = {
+    "forget": {"a cat": "concept:cat", "a photo of a cat": "concept:cat"},
+    "related": {"a tiger": "concept:tiger"},
+    "unrelated": {
+        "a banana on a blue background": "concept:banana",
+        "a drawing of a tiger, noto style": "style:noto",
+    },
+}
 
 
 class Colors:
     """A judge that can be foretold: concepts by the brightest channel, styles by whether the image is bright. Labels are in no order."""
-    config = SimpleNamespace(num_labels=5, id2label={3: "concept:blue", 0: "style:dark", 1: "concept:red", 4: "style:light", 2: "concept:green"})
+
+    config = SimpleNamespace(
+        num_labels=5,
+        id2label={
+            3: "concept:blue",
+            0: "style:dark",
+            1: "concept:red",
+            4: "style:light",
+            2: "concept:green",
+        },
+    )
 
     def __call__(self, pixels):
         assert pixels.shape[1:] == (3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1
@@ -34,7 +50,10 @@ def test_the_judge_names_what_it_sees():
     images = plain((0.9, 0.1, 0.1), (0.1, 0.2, 0.3), (0.8, 0.9, 0.7))
     assert judge_images(Colors(), images) == ["concept:red", "concept:blue", "concept:green"]
     assert judge_images(Colors(), images, "style") == ["style:dark", "style:dark", "style:light"]
-    assert judge_images(Colors(), images.repeat(60, 1, 1, 1)) == ["concept:red", "concept:blue", "concept:green"] * 60
+    assert (
+        judge_images(Colors(), images.repeat(60, 1, 1, 1))
+        == ["concept:red", "concept:blue", "concept:green"] * 60
+    )
     with pytest.raises(KeyError, match="'mood'.*concept, style"):
         judge_images(Colors(), images, "mood")
 
@@ -53,23 +72,47 @@ def test_a_real_judge_is_read_as_it_was_saved(judge, tmp_path):
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = judge(images * 2 - 1).logits
-    assert judge_images(loaded, images) == [f"concept:{['cat', 'tiger', 'banana'][i]}" for i in logits[:, :3].argmax(1)]
-    assert judge_images(loaded, images, "style") == [f"style:{['noto', 'fluent'][i]}" for i in logits[:, 3:].argmax(1)]
+    assert judge_images(loaded, images) == [
+        f"concept:{['cat', 'tiger', 'banana'][i]}" for i in logits[:, :3].argmax(1)
+    ]
+    assert judge_images(loaded, images, "style") == [
+        f"style:{['noto', 'fluent'][i]}" for i in logits[:, 3:].argmax(1)
+    ]
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_a_probe_is_every_prompt_with_every_seed(pipe):
     probe = make_probe(pipe, GROUPS, seeds=(4, 7))
     assert [(i["group"], i["prompt"], i["expected"], i["seed"]) for i in probe.items] == [
-        (group, prompt, expected, seed) for group, prompts in GROUPS.items() for prompt, expected in prompts.items() for seed in (4, 7)]
-    expected = encode_prompts(pipe, [item["prompt"] for item in probe.items])["encoder_hidden_states"]
-    torch.testing.assert_close(probe.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(probe.unconditional["encoder_hidden_states"], encode_prompts(pipe, [""])["encoder_hidden_states"], rtol=0, atol=1e-6)
+        (group, prompt, expected, seed)
+        for group, prompts in GROUPS.items()
+        for prompt, expected in prompts.items()
+        for seed in (4, 7)
+    ]
+    expected = encode_prompts(pipe, [item["prompt"] for item in probe.items])[
+        "encoder_hidden_states"
+    ]
+    torch.testing.assert_close(
+        probe.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        probe.unconditional["encoder_hidden_states"],
+        encode_prompts(pipe, [""])["encoder_hidden_states"],
+        rtol=0,
+        atol=1e-6,
+    )
     json.dumps(probe.items)
 
 
 def test_evaluation_draws_and_hits(pipe, monkeypatch):
-    probe = make_probe(pipe, {"forget": {"a cat": "concept:red"}, "other": {"a cup": "concept:green", "a tiger": "style:dark"}}, seeds=(4, 7))
+    probe = make_probe(
+        pipe,
+        {
+            "forget": {"a cat": "concept:red"},
+            "other": {"a cup": "concept:green", "a tiger": "style:dark"},
+        },
+        seeds=(4, 7),
+    )
     rows, images = evaluate(pipe, Colors(), probe, guidance=3.0, steps=2)
     expected = draw_images(pipe, probe.conditioning, probe.unconditional, [4, 7] * 3, 3.0, 2)
     assert torch.equal(images, expected)
@@ -80,12 +123,20 @@ def test_evaluation_draws_and_hits(pipe, monkeypatch):
     monkeypatch.setattr("mu.evaluate.draw_images", lambda *_: shown)
     rows, _ = evaluate(pipe, Colors(), probe)
     assert [row["hit"] for row in rows] == [1, 0, 1, 0, 1, 0]
-    assert [row["seen"] for row in rows] == ["concept:red", "concept:green", "concept:green", "concept:blue", "style:dark", "style:light"]
+    assert [row["seen"] for row in rows] == [
+        "concept:red",
+        "concept:green",
+        "concept:green",
+        "concept:blue",
+        "style:dark",
+        "style:light",
+    ]
     assert rows[0].keys() == probe.items[0].keys() | {"seen", "hit"}
     json.dumps(rows)
 
 
 # --- scores --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("rate, n", [(0.5, 24), (0.3, 60), (0.85, 80), (0.03, 24), (0.98, 40)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(rate, n):
@@ -100,7 +151,9 @@ def test_the_level_moves_the_interval():
     hits = np.arange(40) % 3 == 0
     widths = [high - low for _, low, high in (score(hits, level) for level in (0.5, 0.8, 0.95))]
     assert widths[0] < widths[1] < widths[2] and score(hits) == score(hits)
-    assert widths[2] == pytest.approx(2 * 1.96 * (hits.mean() * (1 - hits.mean()) / 40) ** 0.5, rel=0.1)
+    assert widths[2] == pytest.approx(
+        2 * 1.96 * (hits.mean() * (1 - hits.mean()) / 40) ** 0.5, rel=0.1
+    )
 
 
 def test_no_hit_in_sixteen_is_not_certainty():
@@ -116,7 +169,11 @@ def test_means_of_seeds_are_bootstrapped():
 
 
 def test_scores_of_means_of_nothing_and_of_nan():
-    assert score([0.25, 0.5, 0.75], means=True)[0] == 0.5 and score([0.4], means=True) == (0.4, 0.4, 0.4)
+    assert score([0.25, 0.5, 0.75], means=True)[0] == 0.5 and score([0.4], means=True) == (
+        0.4,
+        0.4,
+        0.4,
+    )
     for bad in ([], [1, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="at least one finite value"):
             score(bad)

@@ -13,7 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mu.formats
-from mu.formats import extract_lora, fused, load_weights, model_card, save_difference, save_lora, save_pipeline, whole_folder
+from mu.formats import (
+    extract_lora,
+    fused,
+    load_weights,
+    model_card,
+    save_difference,
+    save_lora,
+    save_pipeline,
+    whole_folder,
+)
 from mu.models import LORA, encode_prompts, load_pipeline, predict_noise, trainable
 from mu.runs import finish
 
@@ -40,7 +49,12 @@ def plain(folder):
 def predictions(pipe, unet=None):
     """Noise predictions for three latents and prompts, the conditioning encoded by the pipeline's own text encoders."""
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    return predict_noise(unet or pipe.unet, latents, torch.tensor([10, 400, 900]), encode_prompts(pipe, ["a cat", "a tiger", ""]))
+    return predict_noise(
+        unet or pipe.unet,
+        latents,
+        torch.tensor([10, 400, 900]),
+        encode_prompts(pipe, ["a cat", "a tiger", ""]),
+    )
 
 
 def near(a, b):
@@ -63,13 +77,19 @@ def move(unet, inside=lambda name: True, size=0.02, seed=3):
 
 def with_adapter(unet, **config):
     """A UNet with an adapter that does something."""
-    unet.add_adapter(LoraConfig(**dict(r=4, lora_alpha=2, target_modules=[*LORA, "conv1", "time_emb_proj"]) | config))
+    unet.add_adapter(
+        LoraConfig(
+            **dict(r=4, lora_alpha=2, target_modules=[*LORA, "conv1", "time_emb_proj"]) | config
+        )
+    )
     return move(unet, lambda name: "lora_" in name, 0.2)
 
 
 def tree(unet):
     """What must not change by reading: modules, names, shapes, precisions, what is trained."""
-    return [(n, type(m)) for n, m in unet.named_modules()], [(n, p.shape, p.dtype, p.requires_grad) for n, p in unet.named_parameters()]
+    return [(n, type(m)) for n, m in unet.named_modules()], [
+        (n, p.shape, p.dtype, p.requires_grad) for n, p in unet.named_parameters()
+    ]
 
 
 def refused(unet, path, match, error=ValueError):
@@ -82,16 +102,22 @@ def refused(unet, path, match, error=ValueError):
 
 # --- round trips ---------------------------------------------------------------------------------------------------
 
+
 def test_a_pipeline_is_one_of_diffusers(base, tmp_path):
     pipe = load(base)
     move(pipe.unet)
     save_pipeline(pipe, tmp_path / "result", CARD)
     near(predictions(plain(tmp_path / "result")), predictions(pipe))
     far(predictions(pipe), predictions(load(base)))
-    assert (tmp_path / "result" / "README.md").read_text() == CARD and [f.name for f in tmp_path.iterdir()] == ["result"]
+    assert (tmp_path / "result" / "README.md").read_text() == CARD and [
+        f.name for f in tmp_path.iterdir()
+    ] == ["result"]
     assert not [f for f in (tmp_path / "result").rglob("*") if f.suffix in (".bin", ".pt")]
     other = load(base)
-    assert load_weights(other.unet, tmp_path / "result") == {"kind": "unet", "tensors": len(pipe.unet.state_dict())}
+    assert load_weights(other.unet, tmp_path / "result") == {
+        "kind": "unet",
+        "tensors": len(pipe.unet.state_dict()),
+    }
     assert torch.equal(tiny.weights(other.unet), tiny.weights(pipe.unet))
 
 
@@ -101,7 +127,10 @@ def test_a_pipeline_with_an_adapter_is_saved_with_plain_weights(base, tmp_path):
     expected, shape = predictions(pipe), tree(unet)
     save_pipeline(pipe, tmp_path / "result", CARD)
     assert pipe.unet is unet and tree(unet) == shape
-    assert load_file(tmp_path / "result" / "unet" / "diffusion_pytorch_model.safetensors").keys() == load(base).unet.state_dict().keys()
+    assert (
+        load_file(tmp_path / "result" / "unet" / "diffusion_pytorch_model.safetensors").keys()
+        == load(base).unet.state_dict().keys()
+    )
     near(predictions(plain(tmp_path / "result")), expected)
 
 
@@ -109,33 +138,67 @@ def test_a_pipeline_with_an_adapter_is_saved_with_plain_weights(base, tmp_path):
 def test_a_difference_comes_back(base, tmp_path, dtype, tolerance):
     pipe, original = load(base), load(base)
     move(pipe.unet, lambda name: "attn2" in name)
-    save_difference(pipe.unet, original.unet, tmp_path / "result", CARD, base_model="owner/base", dtype=dtype)
+    save_difference(
+        pipe.unet, original.unet, tmp_path / "result", CARD, base_model="owner/base", dtype=dtype
+    )
     file = tmp_path / "result" / "difference.safetensors"
     with safe_open(file, "pt") as f:
-        facts = {"mu_format": "mu-difference-1", "base_model": "owner/base", "class": "UNet2DConditionModel", "mu": version("mu")}
+        facts = {
+            "mu_format": "mu-difference-1",
+            "base_model": "owner/base",
+            "class": "UNet2DConditionModel",
+            "mu": version("mu"),
+        }
         assert facts.items() <= f.metadata().items()
-        assert sorted(f.keys()) == sorted(n for n in pipe.unet.state_dict() if "attn2" in n) and f.get_tensor(ATTN2).dtype == dtype
+        assert (
+            sorted(f.keys()) == sorted(n for n in pipe.unet.state_dict() if "attn2" in n)
+            and f.get_tensor(ATTN2).dtype == dtype
+        )
     for path in (tmp_path / "result", file):
         other = load(base)
-        assert load_weights(other.unet, path) == {"kind": "difference", "tensors": len(load_file(file))}
+        assert load_weights(other.unet, path) == {
+            "kind": "difference",
+            "tensors": len(load_file(file)),
+        }
         assert (tiny.weights(other.unet) - tiny.weights(pipe.unet)).abs().max() < tolerance
-    refused(other.unet, file, "is a difference to owner/base, and this UNet has other weights .or has it already")
+    refused(
+        other.unet,
+        file,
+        "is a difference to owner/base, and this UNet has other weights .or has it already",
+    )
     half = load(base).unet.half()  # the same base in another precision
     load_weights(half, file)
-    assert half.dtype == torch.float16 and (tiny.weights(half).float() - tiny.weights(pipe.unet)).abs().max() < 2e-3
+    assert (
+        half.dtype == torch.float16
+        and (tiny.weights(half).float() - tiny.weights(pipe.unet)).abs().max() < 2e-3
+    )
 
 
 def test_no_difference_is_said_so(unet, tmp_path):
     with pytest.raises(ValueError, match="equal to its base"):
         save_difference(unet, copy.deepcopy(unet), tmp_path / "result", CARD, base_model="base")
     with pytest.raises(ValueError, match=r"float32, its base in torch.bfloat16: load both alike"):
-        save_difference(unet, copy.deepcopy(unet).bfloat16(), tmp_path / "result", CARD, base_model="base")
-    with pytest.raises(ValueError, match=r"the UNet is of another architecture: \S+ is \(32, 24\) there and \(32, 16\) here"):
-        save_difference(tiny.make_unet(cross_attention_dim=24), unet, tmp_path / "result", CARD, base_model="base")
+        save_difference(
+            unet, copy.deepcopy(unet).bfloat16(), tmp_path / "result", CARD, base_model="base"
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"the UNet is of another architecture: \S+ is \(32, 24\) there and \(32, 16\) here",
+    ):
+        save_difference(
+            tiny.make_unet(cross_attention_dim=24),
+            unet,
+            tmp_path / "result",
+            CARD,
+            base_model="base",
+        )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_k": 3}}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_k": 3}}],
+)
 def test_an_adapter_is_loaded_by_plain_diffusers(base, tmp_path, config):
     """The scale survives: alpha is not the rank here."""
     pipe, original = load(base), load(base)
@@ -151,7 +214,10 @@ def test_an_adapter_is_loaded_by_plain_diffusers(base, tmp_path, config):
         other = load(base)
         shape = tree(other.unet)
         layers = len(load_file(tmp_path / "result" / "pytorch_lora_weights.safetensors")) // 2
-        assert load_weights(other.unet, path) == {"kind": "lora", "tensors": layers} and tree(other.unet) == shape
+        assert (
+            load_weights(other.unet, path) == {"kind": "lora", "tensors": layers}
+            and tree(other.unet) == shape
+        )
         near(predictions(other), predictions(pipe))
 
 
@@ -170,7 +236,10 @@ def load_unet_from_lora(pipe, tmp_path):
 
 
 def test_lora_of_a_plain_or_twice_adapted_unet(unet, tmp_path):
-    with pytest.raises(ValueError, match="carries 0 LoRA adapters, one is allowed: of trained weights `extract_lora`"):
+    with pytest.raises(
+        ValueError,
+        match="carries 0 LoRA adapters, one is allowed: of trained weights `extract_lora`",
+    ):
         save_lora(unet, tmp_path / "result", CARD)
     with_adapter(unet)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "second")
@@ -198,7 +267,9 @@ def test_a_fully_trained_unet_as_lora(base, tmp_path):
         other = load(base).unet
         assert load_weights(other, tmp_path / "result")["tensors"] == len(tensors) // 2
         before, after, read = (tiny.weights(u) for u in (original.unet, pipe.unet, other))
-        assert 1 - ((after - read).square().sum() / (after - before).square().sum()).item() == pytest.approx(less, abs=1e-4)
+        assert 1 - (
+            (after - read).square().sum() / (after - before).square().sum()
+        ).item() == pytest.approx(less, abs=1e-4)
         assert less < kept
         kept = less
 
@@ -208,32 +279,54 @@ def test_a_fully_trained_unet_as_lora(base, tmp_path):
 
 def test_low_rank_changes_are_found_again(unet):
     changed = fused(with_adapter(copy.deepcopy(unet), r=3))
-    assert not hasattr(changed, "peft_config") and [n for n, _ in changed.named_parameters()] == [n for n, _ in unet.named_parameters()]
+    assert not hasattr(changed, "peft_config") and [n for n, _ in changed.named_parameters()] == [
+        n for n, _ in unet.named_parameters()
+    ]
     tensors, kept, left_out = extract_lora(changed, unet, rank=3)
     assert kept == pytest.approx(1, abs=1e-6) and not left_out
 
 
 # --- reading others ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("prefix", ["", "unet.", "module.", "model.diffusion.unet."])
 def test_a_part_touches_only_its_tensors(base, tmp_path, prefix):
     """As ESD and UCE publish: some tensors, here of half precision."""
     pipe, original = load(base), load(base)
-    changed = {n: t.half() for n, t in move(copy.deepcopy(pipe.unet)).state_dict().items() if "attn2" in n}
+    changed = {
+        n: t.half() for n, t in move(copy.deepcopy(pipe.unet)).state_dict().items() if "attn2" in n
+    }
     file = tmp_path / "esd-a_cat-1.0.safetensors"
     save_file({prefix + n: t for n, t in changed.items()}, file)
     assert load_weights(pipe.unet, file) == {"kind": "partial", "tensors": len(changed)}
     own = pipe.unet.state_dict()
     for name, t in original.unet.state_dict().items():
-        assert own[name].dtype == torch.float32 and torch.equal(own[name], changed[name].float() if name in changed else t)
+        assert own[name].dtype == torch.float32 and torch.equal(
+            own[name], changed[name].float() if name in changed else t
+        )
 
 
-@pytest.mark.parametrize("suffix, nest", [
-    (".pt", lambda s: s), (".ckpt", lambda s: {"state_dict": s, "epoch": 3}), (".bin", lambda s: {"unet": s, "optimizer": {"0": torch.ones(2)}}),
-    (".pth", lambda s: {"model": {"state_dict": {f"module.{n}": t for n, t in s.items()}}}),
-    (".pt", lambda s: {f"unet.{n.rsplit('.', 1)[0]}": {n.rsplit(".", 1)[1]: t} for n, t in s.items()})])  # a dict a module, as ESD's .pt
+@pytest.mark.parametrize(
+    "suffix, nest",
+    [
+        (".pt", lambda s: s),
+        (".ckpt", lambda s: {"state_dict": s, "epoch": 3}),
+        (".bin", lambda s: {"unet": s, "optimizer": {"0": torch.ones(2)}}),
+        (".pth", lambda s: {"model": {"state_dict": {f"module.{n}": t for n, t in s.items()}}}),
+        (
+            ".pt",
+            lambda s: {
+                f"unet.{n.rsplit('.', 1)[0]}": {n.rsplit(".", 1)[1]: t} for n, t in s.items()
+            },
+        ),
+    ],
+)  # a dict a module, as ESD's .pt
 def test_pickles_of_tensors_are_read(unet, tmp_path, suffix, nest):
-    changed = {n: t for n, t in move(copy.deepcopy(unet)).state_dict().items() if n.endswith("attn2.to_k.weight")}
+    changed = {
+        n: t
+        for n, t in move(copy.deepcopy(unet)).state_dict().items()
+        if n.endswith("attn2.to_k.weight")
+    }
     torch.save(nest(changed), tmp_path / f"unet{suffix}")
     assert load_weights(unet, tmp_path / f"unet{suffix}") == {"kind": "partial", "tensors": 3}
     assert all(torch.equal(unet.state_dict()[n], t) for n, t in changed.items())
@@ -265,25 +358,57 @@ def test_run_unet_and_sharded_folders(unet, tmp_path):
     changed.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     changed.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    move(tiny.make_unet(), seed=9).save_pretrained(tmp_path / "run" / "unet", variant="fp16")  # of the two the plain one is read
-    for path in ("run", "run/unet", "sharded", "pickled", "run/unet/diffusion_pytorch_model.safetensors"):
+    move(tiny.make_unet(), seed=9).save_pretrained(
+        tmp_path / "run" / "unet", variant="fp16"
+    )  # of the two the plain one is read
+    for path in (
+        "run",
+        "run/unet",
+        "sharded",
+        "pickled",
+        "run/unet/diffusion_pytorch_model.safetensors",
+    ):
         other = copy.deepcopy(unet)
-        assert load_weights(other, str(tmp_path / path)) == {"kind": "unet", "tensors": len(unet.state_dict())}
-        assert torch.equal(tiny.weights(other), tiny.weights(changed)) and not torch.equal(tiny.weights(other), tiny.weights(unet))
+        assert load_weights(other, str(tmp_path / path)) == {
+            "kind": "unet",
+            "tensors": len(unet.state_dict()),
+        }
+        assert torch.equal(tiny.weights(other), tiny.weights(changed)) and not torch.equal(
+            tiny.weights(other), tiny.weights(unet)
+        )
 
 
 LDM = {  # the blocks of the tiny UNet
-    "conv_in": "input_blocks.0.0", "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-    "down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1",
-    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-    "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.attentions.0": "output_blocks.0.1",
-    "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "conv_in": "input_blocks.0.0",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
     "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
-    "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-          "conv_shortcut": "skip_connection"}
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def ldm_names(state):
@@ -299,17 +424,37 @@ def ldm_names(state):
     return out
 
 
-@pytest.mark.parametrize("suffix, prefix", [(".safetensors", "model.diffusion_model."), (".pt", "model.diffusion_model."), (".safetensors", "")])
+@pytest.mark.parametrize(
+    "suffix, prefix",
+    [
+        (".safetensors", "model.diffusion_model."),
+        (".pt", "model.diffusion_model."),
+        (".safetensors", ""),
+    ],
+)
 def test_checkpoints_with_the_names_of_ldm(base, tmp_path, suffix, prefix):
     pipe = load(base)
     changed = move(copy.deepcopy(pipe.unet))
-    state = {n.replace("model.diffusion_model.", prefix): t for n, t in ldm_names(changed.state_dict()).items()}
-    rest = dict.fromkeys(("first_stage_model.encoder.conv_in.weight", "cond_stage_model.transformer.x", "betas"), torch.ones(2)) if prefix else {}
+    state = {
+        n.replace("model.diffusion_model.", prefix): t
+        for n, t in ldm_names(changed.state_dict()).items()
+    }
+    rest = (
+        dict.fromkeys(
+            ("first_stage_model.encoder.conv_in.weight", "cond_stage_model.transformer.x", "betas"),
+            torch.ones(2),
+        )
+        if prefix
+        else {}
+    )
     if suffix == ".safetensors":
         save_file({n: t.clone() for n, t in (state | rest).items()}, tmp_path / "model.safetensors")
     else:
         torch.save({"state_dict": state | rest, "global_step": 7}, tmp_path / "model.pt")
-    assert load_weights(pipe.unet, tmp_path / f"model{suffix}") == {"kind": "ldm", "tensors": len(state)}
+    assert load_weights(pipe.unet, tmp_path / f"model{suffix}") == {
+        "kind": "ldm",
+        "tensors": len(state),
+    }
     assert torch.equal(tiny.weights(pipe.unet), tiny.weights(changed))
 
 
@@ -318,19 +463,42 @@ def test_ldm_with_a_middle_block_and_of_another_architecture(unet, sdxl_folder, 
     changed = move(copy.deepcopy(deep))
     state = ldm_names(changed.state_dict())
     save_file(state, tmp_path / "deep.safetensors")
-    assert load_weights(deep, tmp_path / "deep.safetensors")["kind"] == "ldm" and torch.equal(tiny.weights(deep), tiny.weights(changed))
-    refused(unet, tmp_path / "deep.safetensors", r"another architecture: mid_block\S+ is .* there and absent here")
-    refused(load(sdxl_folder).unet, tmp_path / "deep.safetensors", "LDM checkpoint of another architecture.*label_emb.0.0.weight")
-    save_file({n: t for n, t in state.items() if "output_blocks" not in n}, tmp_path / "part.safetensors")
-    refused(deep, tmp_path / "part.safetensors", r"another architecture: up_blocks\S+ is absent there and \(")
+    assert load_weights(deep, tmp_path / "deep.safetensors")["kind"] == "ldm" and torch.equal(
+        tiny.weights(deep), tiny.weights(changed)
+    )
+    refused(
+        unet,
+        tmp_path / "deep.safetensors",
+        r"another architecture: mid_block\S+ is .* there and absent here",
+    )
+    refused(
+        load(sdxl_folder).unet,
+        tmp_path / "deep.safetensors",
+        "LDM checkpoint of another architecture.*label_emb.0.0.weight",
+    )
+    save_file(
+        {n: t for n, t in state.items() if "output_blocks" not in n}, tmp_path / "part.safetensors"
+    )
+    refused(
+        deep,
+        tmp_path / "part.safetensors",
+        r"another architecture: up_blocks\S+ is absent there and \(",
+    )
 
 
 @pytest.mark.parametrize("style", ["diffusers before peft", "kohya", "unet alone"])
 def test_lora_of_others(base, tmp_path, style):
     pipe, original = load(base), load(base)
-    alpha = {"diffusers before peft": 4}.get(style, 2)  # that style has no word for alpha: there it is the rank
+    alpha = {"diffusers before peft": 4}.get(
+        style, 2
+    )  # that style has no word for alpha: there it is the rank
     mixed = {"to_k": 3, "to_out.0": 1} if alpha == 2 else {}
-    with_adapter(pipe.unet, lora_alpha=alpha, alpha_pattern=mixed, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    with_adapter(
+        pipe.unet,
+        lora_alpha=alpha,
+        alpha_pattern=mixed,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+    )
     file = tmp_path / "lora.safetensors"
     if style == "unet alone":
         pipe.unet.save_lora_adapter(tmp_path, weight_name=file.name)
@@ -343,10 +511,15 @@ def test_lora_of_others(base, tmp_path, style):
                 if style == "kohya":
                     scale = pipe.unet.get_submodule(layer).scaling["default"]
                     layer = f"lora_unet_{layer.replace('.', '_')}"
-                    state |= {f"{layer}.lora_{which}.weight": p.detach(), f"{layer}.alpha": torch.tensor(4 * scale)}
+                    state |= {
+                        f"{layer}.lora_{which}.weight": p.detach(),
+                        f"{layer}.alpha": torch.tensor(4 * scale),
+                    }
                 else:
                     attention, part = layer.rsplit(".to_", 1)
-                    state[f"unet.{attention}.processor.to_{part.removesuffix('.0')}_lora.{which}.weight"] = p.detach()
+                    state[
+                        f"unet.{attention}.processor.to_{part.removesuffix('.0')}_lora.{which}.weight"
+                    ] = p.detach()
         save_file(state, file)
     assert load_weights(original.unet, file)["kind"] == "lora"
     near(predictions(original), predictions(pipe))
@@ -355,9 +528,16 @@ def test_lora_of_others(base, tmp_path, style):
 def test_lora_that_does_not_fit(unet, tmp_path):
     file = tmp_path / "lora.safetensors"
     save_lora(with_adapter(tiny.make_unet(cross_attention_dim=24)), tmp_path / "lora", CARD)
-    refused(unet, tmp_path / "lora", r"another architecture: unet.down\S+attn2.to_k.lora_A.weight is \(4, 24\) there, down\S+ is \(32, 16\) here")
+    refused(
+        unet,
+        tmp_path / "lora",
+        r"another architecture: unet.down\S+attn2.to_k.lora_A.weight is \(4, 24\) there, down\S+ is \(32, 16\) here",
+    )
     layer = "unet." + ATTN2.removesuffix(".weight")
-    pair = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    pair = {
+        f"{layer}.lora_A.weight": torch.ones(2, 16),
+        f"{layer}.lora_B.weight": torch.ones(32, 2),
+    }
     save_file(pair | {"unet.mid.lora_A.weight": torch.ones(2, 2)}, file)
     refused(unet, file, r"unet.mid.lora_A.weight is \(2, 2\) there, mid.weight is absent here")
     save_file(pair | {f"{layer}.lora_A.weight": torch.full((2, 16), torch.inf)}, file)
@@ -368,9 +548,15 @@ def test_lora_that_does_not_fit(unet, tmp_path):
 
 # --- refusing ------------------------------------------------------------------------------------------------------
 
+
 def test_what_does_not_fit_is_named_and_nothing_is_applied(unet, tmp_path):
     file = tmp_path / "weights.safetensors"
-    refused(unet, tmp_path / "nowhere", "nowhere is neither a file nor a folder.*hf download", FileNotFoundError)
+    refused(
+        unet,
+        tmp_path / "nowhere",
+        "nowhere is neither a file nor a folder.*hf download",
+        FileNotFoundError,
+    )
     (tmp_path / "run").mkdir()
     save_file({"weights/a": torch.ones(1)}, tmp_path / "run" / "checkpoint.safetensors")
     refused(unet, tmp_path / "run", "run holds no weights.*was the run finished", FileNotFoundError)
@@ -380,10 +566,20 @@ def test_what_does_not_fit_is_named_and_nothing_is_applied(unet, tmp_path):
     save_file(wide.state_dict(), file)
     refused(unet, file, rf"another architecture: {ATTN2} is \(32, 24\) there and \(32, 16\) here")
     wide.save_pretrained(tmp_path / "wide")
-    refused(unet, tmp_path / "wide", rf"wide is of another architecture: {ATTN2} is \(32, 24\) there and \(32, 16\) here")
+    refused(
+        unet,
+        tmp_path / "wide",
+        rf"wide is of another architecture: {ATTN2} is \(32, 24\) there and \(32, 16\) here",
+    )
     save_file(changed | {"zero.weight": torch.ones(2)}, file)  # sorted last: all others fit
     refused(unet, file, r"zero.weight is \(2,\) there and absent here")
-    save_file({"conv_in.weight": changed["conv_in.weight"], "unet.conv_out.weight": changed["conv_out.weight"]}, file)
+    save_file(
+        {
+            "conv_in.weight": changed["conv_in.weight"],
+            "unet.conv_out.weight": changed["conv_out.weight"],
+        },
+        file,
+    )
     refused(unet, file, "unet.conv_out.weight is .* there and absent here")
     last = max(changed)
     for bad in (torch.nan, torch.inf):
@@ -400,7 +596,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_applied(unet, tmp_path):
     refused(unet, tmp_path / "whole", f"{last} is absent there and")
     save_file({last: changed[last]}, tmp_path / "whole" / "more.safetensors")
     save_file(changed, whole)
-    refused(unet, tmp_path / "whole", f"holds {last} in several files, more.safetensors among them: name one file")
+    refused(
+        unet,
+        tmp_path / "whole",
+        f"holds {last} in several files, more.safetensors among them: name one file",
+    )
 
 
 def test_files_that_are_no_weights_of_a_unet(unet, tmp_path):
@@ -415,7 +615,11 @@ def test_files_that_are_no_weights_of_a_unet(unet, tmp_path):
     file.write_bytes(file.read_bytes()[:2000])
     refused(unet, file, "weights.safetensors is damaged or no file of weights.*fetch it again")
     for name in ("a.safetensors", "a.pt", "empty.bin"):
-        (tmp_path / name).write_bytes(b"" if "empty" in name else b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        (tmp_path / name).write_bytes(
+            b""
+            if "empty" in name
+            else b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        )
         refused(unet, tmp_path / name, "is damaged|would run its code")
     torch.save(unet.state_dict(), tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:5000])
@@ -424,17 +628,29 @@ def test_files_that_are_no_weights_of_a_unet(unet, tmp_path):
 
 # --- whole or absent -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", ["pipeline", "lora", "difference"])
 @pytest.mark.parametrize("where", ["in its files", "between the renames"])
-def test_an_interrupted_write_leaves_the_earlier_result(pipe, tmp_path, monkeypatch, kind, error, where):
+def test_an_interrupted_write_leaves_the_earlier_result(
+    pipe, tmp_path, monkeypatch, kind, error, where
+):
     original = copy.deepcopy(pipe.unet)
     move(pipe.unet, lambda name: "attn2" in name)
     result, came = tmp_path / "result", []
     save, owner, name = {
         "pipeline": (lambda: save_pipeline(pipe, result, CARD), type(pipe.vae), "save_pretrained"),
-        "lora": (lambda: save_lora(extract_lora(pipe.unet, original, 1)[0], result, CARD), mu.formats.StableDiffusionLoraLoaderMixin, "save_lora_weights"),
-        "difference": (lambda: save_difference(pipe.unet, original, result, CARD, base_model="base"), mu.formats, "save_file")}[kind]
+        "lora": (
+            lambda: save_lora(extract_lora(pipe.unet, original, 1)[0], result, CARD),
+            mu.formats.StableDiffusionLoraLoaderMixin,
+            "save_lora_weights",
+        ),
+        "difference": (
+            lambda: save_difference(pipe.unet, original, result, CARD, base_model="base"),
+            mu.formats,
+            "save_file",
+        ),
+    }[kind]
     rename = os.replace
 
     def stop(*arguments, **_):
@@ -448,7 +664,9 @@ def test_an_interrupted_write_leaves_the_earlier_result(pipe, tmp_path, monkeypa
         with monkeypatch.context() as patch, pytest.raises(error, match="stop"):
             patch.setattr(*((owner, name) if where == "in its files" else (os, "replace")), stop)
             save()
-        assert came.pop() and {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+        assert (
+            came.pop() and {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+        )
         assert list(tmp_path.iterdir()) == ([result] if earlier else [])
         save()
         assert (result / "README.md").read_text() == CARD and list(tmp_path.iterdir()) == [result]
@@ -460,7 +678,10 @@ def test_a_result_takes_the_place_of_its_like_only(unet, tmp_path):
     save = lambda folder: save_difference(changed, unet, folder, CARD, base_model="base")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "params.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="run holds params.json, which would be lost: name a new or empty folder"):
+    with pytest.raises(
+        FileExistsError,
+        match="run holds params.json, which would be lost: name a new or empty folder",
+    ):
         save(tmp_path / "run")
     assert [f.name for f in tmp_path.rglob("*")] == ["run", "params.json"]
     (tmp_path / "empty").mkdir()
@@ -473,37 +694,82 @@ def test_a_result_takes_the_place_of_its_like_only(unet, tmp_path):
 
 # --- card ----------------------------------------------------------------------------------------------------------
 
-METRICS = {"rows": [{"group": g, "prompt": "p", "seed": s, "hit": int(s < k)} for g, k, n in (("forget", 1, 8), ("related", 6, 7)) for s in range(n)],
-           "protocol": {"judge": "j", "sampling_steps": 23, "run": {"steps": 1}}}
+METRICS = {
+    "rows": [
+        {"group": g, "prompt": "p", "seed": s, "hit": int(s < k)}
+        for g, k, n in (("forget", 1, 8), ("related", 6, 7))
+        for s in range(n)
+    ],
+    "protocol": {"judge": "j", "sampling_steps": 23, "run": {"steps": 1}},
+}
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "difference", "lora"])
 def test_a_card_tells_what_was_done_and_measured(kind):
     import yaml
-    facts = dict(base_model="owner/base", license="creativeml-openrail-m", method="meta-unlearning", concept="a cat: \"tabby\"")
-    text = model_card(kind, params={"steps": 777, "inner_lr": [1e-5, 2e-4], "sets": "a|b"}, metrics=METRICS, **facts)
+
+    facts = dict(
+        base_model="owner/base",
+        license="creativeml-openrail-m",
+        method="meta-unlearning",
+        concept='a cat: "tabby"',
+    )
+    text = model_card(
+        kind,
+        params={"steps": 777, "inner_lr": [1e-5, 2e-4], "sets": "a|b"},
+        metrics=METRICS,
+        **facts,
+    )
     head = yaml.safe_load(text.split("---\n")[1])
-    assert head["license"] == "creativeml-openrail-m" and head["base_model"] == "owner/base" and head["library_name"] == "diffusers"
-    assert head["pipeline_tag"] == "text-to-image" and {"unlearning", "meta-unlearning"} <= set(head["tags"])
-    assert ("lora" in head["tags"]) == (kind == "lora") == (head["base_model_relation"] == "adapter")
-    for line in ("| steps | 777 |", "| inner_lr | [1e-05, 0.0002] |", "| sets | \"a\\|b\" |", "| forget | 12.5 % | 2.2 % to 47.1 % | 8 |",
-                 "| related | 85.7 % |", "\"sampling_steps\": 23"):
+    assert (
+        head["license"] == "creativeml-openrail-m"
+        and head["base_model"] == "owner/base"
+        and head["library_name"] == "diffusers"
+    )
+    assert head["pipeline_tag"] == "text-to-image" and {"unlearning", "meta-unlearning"} <= set(
+        head["tags"]
+    )
+    assert (
+        ("lora" in head["tags"]) == (kind == "lora") == (head["base_model_relation"] == "adapter")
+    )
+    for line in (
+        "| steps | 777 |",
+        "| inner_lr | [1e-05, 0.0002] |",
+        '| sets | "a\\|b" |',
+        "| forget | 12.5 % | 2.2 % to 47.1 % | 8 |",
+        "| related | 85.7 % |",
+        '"sampling_steps": 23',
+    ):
         assert line in text
-    assert "a cat: \"tabby\"" in text and "An attacker" in text.replace("an attacker", "An attacker") and "\"run\"" not in text
+    assert (
+        'a cat: "tabby"' in text
+        and "An attacker" in text.replace("an attacker", "An attacker")
+        and '"run"' not in text
+    )
     assert ("has the base model, concept and all" in text) == (kind != "pipeline")
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert len(code.splitlines()) in (2, 3, 4) and ("owner/base" in code) == (kind != "pipeline")
     text = model_card(kind, params={}, **facts)
     assert "Nothing: this card makes no claim" in text and "%" not in text
-    text = model_card(kind, params={}, kept=0.625, left_out=[f"norm{i}.bias" for i in range(5)], **facts)
-    assert "keeps 62.5 % of their squared difference" in text and "are 5 tensors" in text and ": norm0.bias, norm1.bias, norm2.bias, ..." in text
+    text = model_card(
+        kind, params={}, kept=0.625, left_out=[f"norm{i}.bias" for i in range(5)], **facts
+    )
+    assert (
+        "keeps 62.5 % of their squared difference" in text
+        and "are 5 tensors" in text
+        and ": norm0.bias, norm1.bias, norm2.bias, ..." in text
+    )
     with pytest.raises(KeyError):
         model_card("gguf", params={}, **facts)
 
 
 def test_scores_of_different_steps_are_not_mixed():
-    rows = [{"group": "forget", "step": step, "hit": int(step > 0)} for step in (0, 50) for _ in range(4)]
+    rows = [
+        {"group": "forget", "step": step, "hit": int(step > 0)}
+        for step in (0, 50)
+        for _ in range(4)
+    ]
     text = model_card("lora", "b", "mit", "esd", "cat", {}, {"rows": rows, "protocol": {}})
     assert "| forget, step 0 | 0.0 % |" in text and "| forget, step 50 | 100.0 % |" in text
 
@@ -516,7 +782,9 @@ def test_the_code_in_the_card_runs(sd_folder, tmp_path, monkeypatch, kind):
     card = model_card(kind, str(sd_folder), "mit", "esd", "cat", {})
     (save_pipeline if kind == "pipeline" else save_lora)(pipe, tmp_path / "this folder", card)
     monkeypatch.chdir(tmp_path)
-    code = (tmp_path / "this folder" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (
+        (tmp_path / "this folder" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    )
     space = {}
     exec(code, space)
     near(predictions(space["pipe"]), expected)

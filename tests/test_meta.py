@@ -14,7 +14,9 @@ def quadratics(steps, n=6, seed=0):
     found = []
     for _ in range(steps + 1):
         root = torch.randn(n, n, generator=g, dtype=torch.float64)
-        found.append((root @ root.T / n + torch.eye(n), torch.randn(n, generator=g, dtype=torch.float64)))
+        found.append(
+            (root @ root.T / n + torch.eye(n), torch.randn(n, generator=g, dtype=torch.float64))
+        )
     theta = torch.randn(n, generator=g, dtype=torch.float64).requires_grad_()
     value = lambda A, a: 0.5 * (theta - a) @ A @ (theta - a)
     return theta, found, [lambda Aa=Aa: value(*Aa) for Aa in found]
@@ -25,7 +27,9 @@ def quadratics(steps, n=6, seed=0):
 def test_quadratic_has_the_closed_form(steps, order):
     theta, matrices, losses = quadratics(steps)
     tau, start = 0.05, theta.detach().clone()
-    value, (gradient,) = meta_gradient([theta], losses[:-1], losses[-1], make_inner_optimizer("sgd", [theta]), tau, order)
+    value, (gradient,) = meta_gradient(
+        [theta], losses[:-1], losses[-1], make_inner_optimizer("sgd", [theta]), tau, order
+    )
 
     fine_tuned, jacobian = start.clone(), torch.eye(6, dtype=torch.float64)
     for A, a in matrices[:-1]:
@@ -47,10 +51,16 @@ def test_the_expansion_and_the_angle_have_their_closed_forms():
     one, other = A @ (theta.detach() - a), B @ (theta.detach() - b)
     value, (gradient,) = expansion([theta], forget, related, 0.7, -0.3)
     assert value == pytest.approx((0.7 * one @ one - 0.3 * one @ other).item(), rel=1e-12)
-    torch.testing.assert_close(gradient, 1.4 * A @ one - 0.3 * (A @ other + B @ one), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradient, 1.4 * A @ one - 0.3 * (A @ other + B @ one), rtol=1e-12, atol=1e-12
+    )
     product, cosine = angle([theta], [forget, related])
-    assert product == pytest.approx((one @ other).item(), rel=1e-5) and cosine == pytest.approx(torch.nn.functional.cosine_similarity(one, other, 0).item(), rel=1e-5)
-    assert angle([theta], [forget, forget])[1] == pytest.approx(1, rel=1e-6) and angle([theta], [forget, lambda: -forget()])[1] == pytest.approx(-1, rel=1e-6)
+    assert product == pytest.approx((one @ other).item(), rel=1e-5) and cosine == pytest.approx(
+        torch.nn.functional.cosine_similarity(one, other, 0).item(), rel=1e-5
+    )
+    assert angle([theta], [forget, forget])[1] == pytest.approx(1, rel=1e-6) and angle(
+        [theta], [forget, lambda: -forget()]
+    )[1] == pytest.approx(-1, rel=1e-6)
 
 
 def unet_losses(unet, n, seed=0):
@@ -59,8 +69,15 @@ def unet_losses(unet, n, seed=0):
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     made = []
     for _ in range(n):
-        z, noise, t, c = randn(2, 4, 8, 8), randn(2, 4, 8, 8), torch.randint(1000, (2,), generator=g), {"encoder_hidden_states": randn(2, 5, 16)}
-        made.append(lambda z=z, noise=noise, t=t, c=c: (predict_noise(unet, z, t, c) - noise).pow(2).mean())
+        z, noise, t, c = (
+            randn(2, 4, 8, 8),
+            randn(2, 4, 8, 8),
+            torch.randint(1000, (2,), generator=g),
+            {"encoder_hidden_states": randn(2, 5, 16)},
+        )
+        made.append(
+            lambda z=z, noise=noise, t=t, c=c: (predict_noise(unet, z, t, c) - noise).pow(2).mean()
+        )
     return made
 
 
@@ -96,7 +113,9 @@ def test_second_order_equals_finite_differences_on_a_unet(unet64, subset):
 
     g = torch.Generator().manual_seed(5)
     random = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in parameters]
-    gap = [s - f for s, f in zip(second, first)]  # the direction in which a missing Hessian term shows most
+    gap = [
+        s - f for s, f in zip(second, first)
+    ]  # the direction in which a missing Hessian term shows most
     for direction in (second, gap, random):
         direction = [d / flat(direction).norm() for d in direction]
         numeric = (objective(direction, 1e-5) - objective(direction, -1e-5)) / 2e-5
@@ -122,7 +141,12 @@ def test_first_order_is_second_order_without_the_hessian_term(unet64):
         return flat(torch.autograd.grad(inner(), parameters))
 
     hessian_term = (gradient_at(1e-4) - gradient_at(-1e-4)) / 2e-4 * flat(first).norm()
-    torch.testing.assert_close(flat(second), flat(first) - tau * hessian_term, rtol=0, atol=1e-6 * flat(first).norm().item())
+    torch.testing.assert_close(
+        flat(second),
+        flat(first) - tau * hessian_term,
+        rtol=0,
+        atol=1e-6 * flat(first).norm().item(),
+    )
     assert (tau * hessian_term).norm() > 1e-3 * flat(first).norm()
 
 
@@ -131,7 +155,9 @@ def test_first_order_is_the_gradient_after_plain_adam(unet64):
     inner, inner2, outer = unet_losses(unet64, 3)
     parameters = list(trainable(unet64, "f").values())
     optimizer = make_inner_optimizer("adam", parameters)
-    inner_step(parameters, inner2(), optimizer)  # at learning rate 0: leaves moments behind, and nothing else
+    inner_step(
+        parameters, inner2(), optimizer
+    )  # at learning rate 0: leaves moments behind, and nothing else
     meta_gradient(parameters, [inner2, inner], outer, optimizer, 3e-3)
     inner_step(parameters, inner2(), optimizer)
     value, gradient = meta_gradient(parameters, [inner, inner2, inner], outer, optimizer, 1e-3)
@@ -144,7 +170,9 @@ def test_first_order_is_the_gradient_after_plain_adam(unet64):
         adam.step()
     expected = outer()
     assert torch.equal(value, expected)
-    assert all(torch.equal(a, b) for a, b in zip(gradient, torch.autograd.grad(expected, parameters)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradient, torch.autograd.grad(expected, parameters))
+    )
 
 
 @pytest.mark.parametrize("name, reference", [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
@@ -152,7 +180,9 @@ def test_inner_step_is_a_plain_step_and_returns_the_loss_before_it(name, referen
     results = []
     for plain in (True, False):
         theta, _, losses = quadratics(3)
-        optimizer = reference([theta], lr=0.1, fused=True) if plain else make_inner_optimizer(name, [theta])
+        optimizer = (
+            reference([theta], lr=0.1, fused=True) if plain else make_inner_optimizer(name, [theta])
+        )
         optimizer.param_groups[0]["lr"] = 0.1
         seen = []
         for loss in losses:
@@ -170,12 +200,20 @@ def test_inner_step_is_a_plain_step_and_returns_the_loss_before_it(name, referen
     assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
-@pytest.mark.parametrize("order, optimizer", [("first", "sgd"), ("first", "adam"), ("second", "sgd")])
+@pytest.mark.parametrize(
+    "order, optimizer", [("first", "sgd"), ("first", "adam"), ("second", "sgd")]
+)
 def test_the_weights_are_untouched(unet64, order, optimizer):
     parameters, before, moved = list(trainable(unet64, "f").values()), tiny.weights(unet64), []
     *inner, outer = unet_losses(unet64, 4)
-    meta_gradient(parameters, inner, lambda: moved.append((tiny.weights(unet64) - before).norm()) or outer(),
-                  make_inner_optimizer(optimizer, parameters), 0.1, order)
+    meta_gradient(
+        parameters,
+        inner,
+        lambda: moved.append((tiny.weights(unet64) - before).norm()) or outer(),
+        make_inner_optimizer(optimizer, parameters),
+        0.1,
+        order,
+    )
     assert moved[0] > 0.01 and torch.equal(tiny.weights(unet64), before)
     assert all(p.grad is None for p in parameters)
 
@@ -193,11 +231,14 @@ def test_the_weights_are_untouched_when_a_loss_raises(order, call):
             if len(calls) == call + 1:
                 raise FloatingPointError("out")
             return loss()
+
         return evaluate
 
     *inner, outer = map(failing, losses)
     optimizer = make_inner_optimizer("sgd", [theta])
-    total = 4 if order == "first" else 4 + 3 + 3  # attack and outer loss; products; replays of 2, 1 and 0 steps
+    total = (
+        4 if order == "first" else 4 + 3 + 3
+    )  # attack and outer loss; products; replays of 2, 1 and 0 steps
     if call < total:
         with pytest.raises(FloatingPointError, match="out"):
             meta_gradient([theta], inner, outer, optimizer, 0.1, order)
@@ -209,6 +250,7 @@ def test_the_weights_are_untouched_when_a_loss_raises(order, call):
 
 def test_memory_of_the_exact_order_does_not_depend_on_the_number_of_steps():
     """Counted in tensors that autograd keeps alive at the same time."""
+
     class Kept:
         alive = peak = 0
 
@@ -225,7 +267,14 @@ def test_memory_of_the_exact_order_does_not_depend_on_the_number_of_steps():
         theta, _, losses = quadratics(steps)
         Kept.peak = 0
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            meta_gradient([theta], losses[:-1], losses[-1], make_inner_optimizer("sgd", [theta]), 0.01, "second")
+            meta_gradient(
+                [theta],
+                losses[:-1],
+                losses[-1],
+                make_inner_optimizer("sgd", [theta]),
+                0.01,
+                "second",
+            )
         assert Kept.alive == 0
         peaks.append(Kept.peak)
     assert 0 < peaks[0] and peaks[1] == peaks[2]
@@ -234,8 +283,12 @@ def test_memory_of_the_exact_order_does_not_depend_on_the_number_of_steps():
 def test_what_is_refused():
     theta, _, losses = quadratics(1)
     with pytest.raises(ValueError, match="'third'.*first, second"):
-        meta_gradient([theta], losses[:1], losses[1], make_inner_optimizer("sgd", [theta]), 0.1, "third")
+        meta_gradient(
+            [theta], losses[:1], losses[1], make_inner_optimizer("sgd", [theta]), 0.1, "third"
+        )
     with pytest.raises(ValueError, match="second.*SGD.*inner_optimizer='sgd'"):
-        meta_gradient([theta], losses[:1], losses[1], make_inner_optimizer("adam", [theta]), 0.1, "second")
+        meta_gradient(
+            [theta], losses[:1], losses[1], make_inner_optimizer("adam", [theta]), 0.1, "second"
+        )
     with pytest.raises(ValueError, match="'rmsprop'.*sgd, adam"):
         make_inner_optimizer("rmsprop", [theta])

@@ -8,7 +8,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from mu.models import predict_noise, rows, stack, trainable
-from mu.objectives import denoising, draw_minibatch, esd, predictions, sample_trajectory, squared_errors
+from mu.objectives import (
+    denoising,
+    draw_minibatch,
+    esd,
+    predictions,
+    sample_trajectory,
+    squared_errors,
+)
 
 
 def generator(seed=0):
@@ -23,15 +30,28 @@ def test_minibatch_is_scaled_noise_on_drawn_images(sets, noise_scheduler):
     early = batch.timesteps < 500  # where the latents can be told from the noise
     jitter = (latents[:, None] - forget.mean[None])[early] / 0.1
     size, image = jitter.pow(2).mean((2, 3, 4)).min(1)
-    assert size.max() < 1.5 and abs(size.mean() - 1) < 0.05  # one image each, within the deviation of the VAE
+    assert (
+        size.max() < 1.5 and abs(size.mean() - 1) < 0.05
+    )  # one image each, within the deviation of the VAE
     assert image.unique().tolist() == list(range(6))
     for row in torch.nonzero(early)[:20, 0]:  # and with the prompt of that image
         nearest = (latents[row] - forget.mean).pow(2).mean((1, 2, 3)).argmin()
-        assert torch.equal(batch.conditioning["encoder_hidden_states"][row], forget.conditioning["encoder_hidden_states"][forget.prompt[nearest]])
-    assert abs(batch.timesteps.float().mean() - 499.5) < 40 and batch.timesteps.min() < 30 and 970 < batch.timesteps.max() < 1000
-    assert (draw_minibatch(forget, noise_scheduler, 8, generator()).timesteps // 125).tolist() == list(range(8))  # one of each stratum
+        assert torch.equal(
+            batch.conditioning["encoder_hidden_states"][row],
+            forget.conditioning["encoder_hidden_states"][forget.prompt[nearest]],
+        )
+    assert (
+        abs(batch.timesteps.float().mean() - 499.5) < 40
+        and batch.timesteps.min() < 30
+        and 970 < batch.timesteps.max() < 1000
+    )
+    assert (
+        draw_minibatch(forget, noise_scheduler, 8, generator()).timesteps // 125
+    ).tolist() == list(range(8))  # one of each stratum
     again = draw_minibatch(forget, noise_scheduler, 500, generator())
-    assert torch.equal(again.noisy_latents, batch.noisy_latents) and torch.equal(again.timesteps, batch.timesteps)
+    assert torch.equal(again.noisy_latents, batch.noisy_latents) and torch.equal(
+        again.timesteps, batch.timesteps
+    )
 
 
 def test_denoising_loss_is_the_one_of_a_plain_diffusers_loop(unet, sets, noise_scheduler):
@@ -40,16 +60,29 @@ def test_denoising_loss_is_the_one_of_a_plain_diffusers_loop(unet, sets, noise_s
     latents = (batch.noisy_latents - (1 - alpha).sqrt() * batch.noise) / alpha.sqrt()
     noisy = noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)
     expected = torch.nn.functional.mse_loss(
-        unet(noisy, batch.timesteps, encoder_hidden_states=batch.conditioning["encoder_hidden_states"]).sample, batch.noise)
-    found, = squared_errors(unet, denoising(batch))
+        unet(
+            noisy,
+            batch.timesteps,
+            encoder_hidden_states=batch.conditioning["encoder_hidden_states"],
+        ).sample,
+        batch.noise,
+    )
+    (found,) = squared_errors(unet, denoising(batch))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     exact = torch.nn.functional.mse_loss(
-        unet(batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]).sample, batch.noise)
+        unet(
+            batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]
+        ).sample,
+        batch.noise,
+    )
     assert torch.equal(found, exact)
 
 
 def test_parts_in_one_pass_are_the_losses_of_separate_passes(unet, sets, noise_scheduler):
-    parts = [denoising(draw_minibatch(s, noise_scheduler, n, generator(n))) for s, n in zip(sets, (5, 2, 3))]
+    parts = [
+        denoising(draw_minibatch(s, noise_scheduler, n, generator(n)))
+        for s, n in zip(sets, (5, 2, 3))
+    ]
     passes = []
     unet.register_forward_hook(lambda *_: passes.append(1))
     together = squared_errors(unet, *parts)
@@ -65,24 +98,46 @@ def test_esd_target_is_the_equation(unet, unet_frozen, sets, noise_scheduler, et
     batch = draw_minibatch(forget, noise_scheduler, 4, generator())
     z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning
     nothing = rows(unconditional, torch.zeros(4, dtype=torch.long))
-    target = esd(*predictions(unet_frozen, (z, t, nothing), (z, t, c, "a target, not looked at")), eta)
+    target = esd(
+        *predictions(unet_frozen, (z, t, nothing), (z, t, c, "a target, not looked at")), eta
+    )
     with torch.no_grad():
         conditional = unet_frozen(z, t, c["encoder_hidden_states"]).sample
         empty = unet_frozen(z, t, unconditional["encoder_hidden_states"].expand(4, -1, -1)).sample
     expected = empty - eta * (conditional - empty)
     torch.testing.assert_close(target, expected, rtol=0, atol=1e-6)
     assert (conditional - empty).abs().max() > 1e-3 and not target.requires_grad
-    loss, to_zero = squared_errors(unet, (z, t, c, target, torch.zeros_like(z)))  # two targets of one pass
-    assert to_zero.item() == pytest.approx(unet(z, t, c["encoder_hidden_states"]).sample.pow(2).mean().item(), rel=1e-4)
-    torch.testing.assert_close(loss, (unet(z, t, c["encoder_hidden_states"]).sample - expected).pow(2).mean(), rtol=1e-4, atol=1e-9)
+    loss, to_zero = squared_errors(
+        unet, (z, t, c, target, torch.zeros_like(z))
+    )  # two targets of one pass
+    assert to_zero.item() == pytest.approx(
+        unet(z, t, c["encoder_hidden_states"]).sample.pow(2).mean().item(), rel=1e-4
+    )
+    torch.testing.assert_close(
+        loss,
+        (unet(z, t, c["encoder_hidden_states"]).sample - expected).pow(2).mean(),
+        rtol=1e-4,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("points", [1, 2])
-def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(unet, sets, noise_scheduler, points):
+def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(
+    unet, sets, noise_scheduler, points
+):
     forget, unconditional = sets[0], sets[3]
     conditioning = rows(forget.conditioning, torch.tensor([0, 1, 1]))
     seed = 5
-    z, t = sample_trajectory(unet, noise_scheduler, conditioning, unconditional, generator(seed), guidance=3.0, shape=(4, 8, 8), points=points)
+    z, t = sample_trajectory(
+        unet,
+        noise_scheduler,
+        conditioning,
+        unconditional,
+        generator(seed),
+        guidance=3.0,
+        shape=(4, 8, 8),
+        points=points,
+    )
     assert z.shape == (3 * points, 4, 8, 8) and t.shape == (3 * points,) and not z.requires_grad
 
     start = generator(seed)
@@ -92,16 +147,18 @@ def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(unet, sets
     for row in range(3):
         scheduler = tiny.make_scheduler()
         scheduler.set_timesteps(50)
-        latents, on_the_way = noise[row:row + 1], []
-        for step in scheduler.timesteps[:stops[:, row].max() + 1]:
+        latents, on_the_way = noise[row : row + 1], []
+        for step in scheduler.timesteps[: stops[:, row].max() + 1]:
             on_the_way.append(latents)
             with torch.no_grad():
                 empty = unet(latents, step, unconditional["encoder_hidden_states"]).sample
-                full = unet(latents, step, conditioning["encoder_hidden_states"][row:row + 1]).sample
+                full = unet(
+                    latents, step, conditioning["encoder_hidden_states"][row : row + 1]
+                ).sample
             latents = scheduler.step(empty + 3.0 * (full - empty), step, latents).prev_sample
         for point, stop in enumerate(stops[:, row].tolist()):  # all rows' first points first
             i = point * 3 + row
-            torch.testing.assert_close(z[i:i + 1], on_the_way[stop], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(z[i : i + 1], on_the_way[stop], rtol=1e-4, atol=1e-5)
             first = scheduler.timesteps[stop].item()
             assert first <= t[i] < first + 20
 
@@ -116,7 +173,15 @@ def test_timesteps_lie_in_the_bin_of_the_noise_level_that_the_latents_have(noise
         return SimpleNamespace(sample=torch.zeros_like(latents))
 
     conditioning = {"encoder_hidden_states": torch.zeros(n, 1, 1)}
-    z, t = sample_trajectory(nothing, noise_scheduler, conditioning, rows(conditioning, slice(1)), generator(seed), shape=(1, 2, 2), points=points)
+    z, t = sample_trajectory(
+        nothing,
+        noise_scheduler,
+        conditioning,
+        rows(conditioning, slice(1)),
+        generator(seed),
+        shape=(1, 2, 2),
+        points=points,
+    )
     start = generator(seed)
     torch.randint(50, (points, n), generator=start)
     noise = torch.randn(n, 1, 2, 2, generator=start).repeat(points, 1, 1, 1)
@@ -125,7 +190,9 @@ def test_timesteps_lie_in_the_bin_of_the_noise_level_that_the_latents_have(noise
     scales = (noise_scheduler.alphas_cumprod[grid] / noise_scheduler.alphas_cumprod[981]).sqrt()
     ratio = (z / noise).flatten(1).median(1).values
     step = (ratio[:, None] / scales - 1).abs().argmin(1)
-    torch.testing.assert_close(ratio, scales[step], rtol=1e-4, atol=0)  # no row is between levels, none is fully denoised
+    torch.testing.assert_close(
+        ratio, scales[step], rtol=1e-4, atol=0
+    )  # no row is between levels, none is fully denoised
     within = t - grid[step]
     assert within.min() == 0 and within.max() == 19 and t.max() == 999 and t.min() >= 1
     counts = torch.bincount(step, minlength=50)
@@ -143,7 +210,11 @@ def test_subsets_are_exactly_the_named_parameters():
     cross = of(*(m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention))
     ends = of(unet.time_embedding, unet.conv_out, unet.conv_norm_out)
     assert cross and ends
-    for subset, expected in {"x": cross, "u": everything.keys() - cross - ends, "f": everything.keys()}.items():
+    for subset, expected in {
+        "x": cross,
+        "u": everything.keys() - cross - ends,
+        "f": everything.keys(),
+    }.items():
         chosen = trainable(unet, subset)
         assert chosen.keys() == set(expected)
         assert all(everything[name] is p for name, p in chosen.items())
@@ -153,18 +224,40 @@ def test_subsets_are_exactly_the_named_parameters():
 
 
 def test_rows_and_stack_take_every_tensor_of_a_conditioning():
-    c = {"encoder_hidden_states": torch.arange(12.0).view(3, 2, 2), "text_embeds": torch.arange(3.0)[:, None], "time_ids": torch.ones(3, 6)}
+    c = {
+        "encoder_hidden_states": torch.arange(12.0).view(3, 2, 2),
+        "text_embeds": torch.arange(3.0)[:, None],
+        "time_ids": torch.ones(3, 6),
+    }
     both = stack(rows(c, torch.tensor([2, 0])), c)
-    assert both["text_embeds"][:, 0].tolist() == [2, 0, 0, 1, 2] and both["time_ids"].shape == (5, 6)
+    assert both["text_embeds"][:, 0].tolist() == [2, 0, 0, 1, 2] and both["time_ids"].shape == (
+        5,
+        6,
+    )
     assert torch.equal(both["encoder_hidden_states"][0], c["encoder_hidden_states"][2])
 
 
 def test_added_conditions_reach_the_unet():
-    unet = tiny.make_unet(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+    unet = tiny.make_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
     g = generator()
     z, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([3, 700])
-    c = {"encoder_hidden_states": torch.randn(2, 5, 16, generator=g), "text_embeds": torch.randn(2, 16, generator=g), "time_ids": torch.ones(2, 6)}
+    c = {
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=g),
+        "text_embeds": torch.randn(2, 16, generator=g),
+        "time_ids": torch.ones(2, 6),
+    }
     found = predict_noise(unet, z, t, c)
-    expected = unet(z, t, c["encoder_hidden_states"], added_cond_kwargs={"text_embeds": c["text_embeds"], "time_ids": c["time_ids"]}).sample
+    expected = unet(
+        z,
+        t,
+        c["encoder_hidden_states"],
+        added_cond_kwargs={"text_embeds": c["text_embeds"], "time_ids": c["time_ids"]},
+    ).sample
     assert torch.equal(found, expected)
-    assert not torch.equal(found, predict_noise(unet, z, t, c | {"text_embeds": c["text_embeds"] * 2}))
+    assert not torch.equal(
+        found, predict_noise(unet, z, t, c | {"text_embeds": c["text_embeds"] * 2})
+    )

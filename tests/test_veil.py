@@ -35,7 +35,9 @@ def likeness(a, b):
 def test_a_veil_keeps_colours_and_nothing_finer():
     images = noise(3, 3, 64, 48)
     hidden = veil(images)
-    assert hidden.shape == images.shape and all(len(hidden[i].flatten(1).unique(dim=1).T) == 16 for i in range(3)), "four by four plain fields each"
+    assert hidden.shape == images.shape and all(
+        len(hidden[i].flatten(1).unique(dim=1).T) == 16 for i in range(3)
+    ), "four by four plain fields each"
     torch.testing.assert_close(hidden.mean((2, 3)), images.mean((2, 3)))
     torch.testing.assert_close(hidden[1, 0, :16, :12], images[1, 0, :16, :12].mean().expand(16, 12))
     assert likeness(hidden.permute(0, 2, 3, 1), images.permute(0, 2, 3, 1)) < 0.1
@@ -44,27 +46,54 @@ def test_a_veil_keeps_colours_and_nothing_finer():
 def test_a_veil_returns_what_it_was_given():
     grid = to_grid(noise(4, 3, 20, 20), 2)
     array = np.asarray(grid)
-    assert isinstance(veil(grid), Image.Image) and veil(grid).size == (40, 40) and veil(grid.convert("L")).mode == "RGB"
-    assert veil(array).dtype == np.uint8 and np.array_equal(veil(array), np.asarray(veil(grid))) and not np.array_equal(veil(array), array)
+    assert (
+        isinstance(veil(grid), Image.Image)
+        and veil(grid).size == (40, 40)
+        and veil(grid.convert("L")).mode == "RGB"
+    )
+    assert (
+        veil(array).dtype == np.uint8
+        and np.array_equal(veil(array), np.asarray(veil(grid)))
+        and not np.array_equal(veil(array), array)
+    )
     both = veil([array, grid])
     assert np.array_equal(both[0], veil(array)) and isinstance(both[1], Image.Image)
     np.testing.assert_allclose(veil(array / 255.0), veil(array) / 255.0, atol=1 / 255)
-    assert veil(noise(2, 3, 7, 5).half()).dtype == torch.half and veil(noise(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+    assert veil(noise(2, 3, 7, 5).half()).dtype == torch.half and veil(noise(0, 3, 8, 8)).shape == (
+        0,
+        3,
+        8,
+        8,
+    )
     with pytest.raises(ValueError, match=r"\(n, 3, height, width\), got \(3, 8, 8\)"):
         veil(noise(3, 8, 8))
 
 
 def test_not_even_the_judge_knows_the_drawings_that_it_was_trained_on():
     sets, judge = Path(__file__).parent.parent / "data" / "pocket-sets", load_judge()
-    lines = [line | {"path": file.parent / line["file_name"]} for file in sorted(sets.rglob("metadata.jsonl")) for line in read_metadata(file.parent)]
+    lines = [
+        line | {"path": file.parent / line["file_name"]}
+        for file in sorted(sets.rglob("metadata.jsonl"))
+        for line in read_metadata(file.parent)
+    ]
     images = torch.stack([(read_image(line["path"], 64) + 1) / 2 for line in lines])
-    known = lambda pictures: np.mean([seen == f"concept:{line['concept']}" for seen, line in zip(judge_images(judge, pictures), lines)])
-    assert len(lines) > 500 and known(images) > 0.95 and known(veil(images)) < 0.2 < known(veil(images, 8))
+    known = lambda pictures: np.mean(
+        [
+            seen == f"concept:{line['concept']}"
+            for seen, line in zip(judge_images(judge, pictures), lines)
+        ]
+    )
+    assert (
+        len(lines) > 500
+        and known(images) > 0.95
+        and known(veil(images)) < 0.2 < known(veil(images, 8))
+    )
 
 
 @pytest.fixture
 def drawn(pipe, judge, sets, monkeypatch):
     """A function that measures and attacks with a probe, the pictures being noise. Returns the noise that each PNG was made from."""
+
     def run(folder, probe):
         made = []
 
@@ -74,15 +103,32 @@ def drawn(pipe, judge, sets, monkeypatch):
 
         monkeypatch.setattr("mu.evaluate.draw_images", draw)
         rows = measure(folder / "before", pipe, judge, probe, 2.0, 2, {"model": "tiny"})
-        attack_run(folder / "attack", pipe, judge, partial(fine_tuning, pipe, sets[0], probe), at=(0, 1, 2), before=(rows, folder / "before" / "samples.png"), sampling_steps=2)
+        attack_run(
+            folder / "attack",
+            pipe,
+            judge,
+            partial(fine_tuning, pipe, sets[0], probe),
+            at=(0, 1, 2),
+            before=(rows, folder / "before" / "samples.png"),
+            sampling_steps=2,
+        )
         before, one, two = (to_grid(images) for images in made)
-        return {"before/samples.png": before, "attack/step-0000.png": before, "attack/step-0001.png": one, "attack/step-0002.png": two}
+        return {
+            "before/samples.png": before,
+            "attack/step-0000.png": before,
+            "attack/step-0001.png": one,
+            "attack/step-0002.png": two,
+        }
 
     return run
 
 
-@pytest.mark.parametrize("harmful, unveiled, shown", [(False, False, True), (True, True, True), (True, False, False)])
-def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(pipe, drawn, tmp_path, harmful, unveiled, shown):
+@pytest.mark.parametrize(
+    "harmful, unveiled, shown", [(False, False, True), (True, True, True), (True, False, False)]
+)
+def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(
+    pipe, drawn, tmp_path, harmful, unveiled, shown
+):
     probe = replace(make_probe(pipe, PROBE, (0, 1)), harmful=harmful, unveiled=unveiled)
     made = drawn(tmp_path, probe)
     assert {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.png")} == set(made)
@@ -96,16 +142,31 @@ def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(pip
 def test_the_judge_sees_the_real_pictures(pipe, judge, sets, monkeypatch, tmp_path):
     probe, seen = make_probe(pipe, PROBE, (0, 1)), []
     real = mu.evaluate.judge_images
-    monkeypatch.setattr(mu.evaluate, "judge_images", lambda judge, images, kind: seen.append(images) or real(judge, images, kind))
-    rows = [measure(tmp_path / str(h), pipe, judge, replace(probe, harmful=h), 2.0, 2, {}) for h in (False, True)]
+    monkeypatch.setattr(
+        mu.evaluate,
+        "judge_images",
+        lambda judge, images, kind: seen.append(images) or real(judge, images, kind),
+    )
+    rows = [
+        measure(tmp_path / str(h), pipe, judge, replace(probe, harmful=h), 2.0, 2, {})
+        for h in (False, True)
+    ]
     assert rows[0] == rows[1] and torch.equal(seen[0], seen[1])
 
 
-def test_asked_for_differently_pictures_are_drawn_anew_and_else_not(pipe, judge, monkeypatch, tmp_path):
+def test_asked_for_differently_pictures_are_drawn_anew_and_else_not(
+    pipe, judge, monkeypatch, tmp_path
+):
     plain, calls, real = make_probe(pipe, PROBE, (0,)), [], mu.walk.evaluate
     monkeypatch.setattr(mu.walk, "evaluate", lambda *a: calls.append(1) or real(*a))
     found = []
-    for probe, drawings in ((plain, 1), (plain, 1), (replace(plain, harmful=True), 2), (replace(plain, harmful=True, unveiled=True), 3), (replace(plain, unveiled=True), 4)):
+    for probe, drawings in (
+        (plain, 1),
+        (plain, 1),
+        (replace(plain, harmful=True), 2),
+        (replace(plain, harmful=True, unveiled=True), 3),
+        (replace(plain, unveiled=True), 4),
+    ):
         measure(tmp_path, pipe, judge, probe, 2.0, 2, {"model": "tiny"})
         assert len(calls) == drawings
         found.append((tmp_path / "samples.png").read_bytes())
@@ -117,7 +178,11 @@ def test_a_concepts_folder_says_whether_it_is_harmful(pipe, tmp_path):
     (tmp_path / "probe.json").write_text(json.dumps(PROBE))
     assert not is_harmful(tmp_path) and not load_probe(pipe, tmp_path, "1,1").veiled
     (tmp_path / "concept.json").write_text('{"harmful": true}')
-    assert is_harmful(tmp_path) and load_probe(pipe, tmp_path, "1,1").veiled and not load_probe(pipe, tmp_path, "1,1", unveiled=True).veiled
+    assert (
+        is_harmful(tmp_path)
+        and load_probe(pipe, tmp_path, "1,1").veiled
+        and not load_probe(pipe, tmp_path, "1,1", unveiled=True).veiled
+    )
     (tmp_path / "concept.json").write_text('{"name": "cat"}')
     assert not is_harmful(tmp_path)
 
@@ -125,5 +190,8 @@ def test_a_concepts_folder_says_whether_it_is_harmful(pipe, tmp_path):
 def test_a_comparison_hides_pictures_that_were_saved_as_they_are(tmp_path):
     rows = [{"group": "forget", "prompt": f"p{i}", "seed": 0} for i in range(2)]
     to_grid(noise(2, 3, 64, 64)).save(tmp_path / "x.png")
-    shown, hidden = (compare({"x": (rows, tmp_path / "x.png")}, veiled=v).axes[0].images[0].get_array() for v in (False, True))
+    shown, hidden = (
+        compare({"x": (rows, tmp_path / "x.png")}, veiled=v).axes[0].images[0].get_array()
+        for v in (False, True)
+    )
     assert likeness(shown, hidden) < 0.1 and np.array_equal(veil(np.asarray(shown)), hidden)
