@@ -89,10 +89,11 @@ def prepare(drive=False, run=subprocess.run):
 
 CELL = """import sys
 
-if "google.colab" in sys.modules:  # anywhere else this cell does nothing
-{clone}    from mu.colab import prepare{hint}
+if "google.colab" in sys.modules:  # elsewhere this cell does nothing
+{clone}{hint}    from mu.colab import prepare
 
-    prepare(drive=False)  # True: runs/ lies on Google Drive and outlives a disconnect"""
+    prepare(drive=False)  # True: keep runs/ on Google Drive, across disconnects"""
+HINT = "    # no module mu? clone the repository, `%cd` into it, and run this cell again\n"
 CLONE = """    import os, subprocess
 
     if not os.path.isdir("/content/{name}"):
@@ -133,7 +134,5 @@ def bootstrap(at):
     clone = CLONE.format(address=at, name=at.rsplit("/", 1)[1]) if at else ""
     return CELL.format(
         clone=clone,
-        hint=""
-        if at
-        else "  # no module mu? clone the repository, `%cd` into it, and run this cell again",
+        hint="" if at else HINT,
     )
