@@ -21,7 +21,10 @@ def under_attack(rows, run, name):
             f"{run} was not attacked as {name}; there are: {', '.join(sorted(set(rows[rows.run == run].name)))}"
         )
     forget, related = part[part.group == "forget"], part[part.group == "related"]
-    at = lambda step: related[related.step == step].groupby(PAIRED).hit.mean()
+
+    def at(step):
+        return related[related.step == step].groupby(PAIRED).hit.mean()
+
     return picture_areas(forget)[[*PAIRED, "area"]], (
         at(part.step.min()) - at(part.step.max())
     ).rename("lost").reset_index()
@@ -83,6 +86,7 @@ def choices_table(rows, records, entry):
                 zip(
                     (words, f"{words}, low", f"{words}, high"),
                     mean_interval(own, value, signed=value == "lost"),
+                    strict=False,
                 )
             ) | {f"{words}: plain": plain[value].mean()}
             line |= dict(
@@ -93,6 +97,7 @@ def choices_table(rows, records, entry):
                         f"{words}: difference, high",
                     ),
                     between,
+                    strict=False,
                 )
             )
         start = rows[(rows.run == run) & (rows.name == attack) & (rows.step == 0)]
@@ -124,9 +129,10 @@ def answer(table, entry):
     }
     for name, words in (of_attacks if "attacks" in entry else of_runs).items():
         value, low, high = (f"{name}: difference{end}" for end in ("", ", low", ", high"))
-        points = lambda r: (
-            f"“{r['choice']}” {100 * r[value]:+.0f} ({100 * r[low]:+.0f} to {100 * r[high]:+.0f})"
-        )
+
+        def points(r):
+            return f"“{r['choice']}” {100 * r[value]:+.0f} ({100 * r[low]:+.0f} to {100 * r[high]:+.0f})"
+
         others = [r for r in table.to_dict("records") if "attacks" in entry or r["choice"] != first]
         parts = {
             "clearly more with": [r for r in others if r[low] > 0],
@@ -162,7 +168,7 @@ def choices_figure(table, factor):
     fig, axes = plt.subplots(
         1, 3, figsize=(7.2, 0.27 * len(table) + 1.2), sharey=True, layout="constrained"
     )
-    for ax, name in zip(axes, ("concept under attack", "related lost")):
+    for ax, name in zip(axes, ("concept under attack", "related lost"), strict=False):
         ax.hlines(
             y,
             table[f"{name}, low"],
@@ -203,7 +209,9 @@ def choices_figure(table, factor):
                 label=group,
             )
     for ax, words in zip(
-        axes, ("concept under attack", "related lost", "recognised, before the attack")
+        axes,
+        ("concept under attack", "related lost", "recognised, before the attack"),
+        strict=False,
     ):
         ax.set_xlabel(words, fontsize=8)
         ax.tick_params(labelsize=7)

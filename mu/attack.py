@@ -117,7 +117,11 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
     ]
     for text in [
         *texts,
-        *(text for text, item in zip(drawn, probe.items) if item["group"] == "forget"),
+        *(
+            text
+            for text, item in zip(drawn, probe.items, strict=False)
+            if item["group"] == "forget"
+        ),
     ]:
         if not holds(text, word):
             raise ValueError(
@@ -241,9 +245,10 @@ def attack_run(
                 if not file.exists():
                     judged(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
             done = read_json(folder / "records.json", [])
-            spent = lambda step, name: sum(
-                record[name] for record in done if record["step"] <= step
-            )
+
+            def spent(step, name):
+                return sum(record[name] for record in done if record["step"] <= step)
+
             save_json(
                 [
                     {
@@ -332,7 +337,10 @@ def choose(
         raise ValueError(
             f"others={others!r} and first={first!r} are parts of 'fine-tuning', {kind!r} has none: leave them empty"
         )
-    read = lambda name: encode_folder(pipe, Path(folder) / name, cache) if name else None
+
+    def read(name):
+        return encode_folder(pipe, Path(folder) / name, cache) if name else None
+
     names = {i["expected"].split(":")[1] for i in probe.items if i["group"] == "forget"}
     if kind.endswith("inversion"):
         if len(names) != 1:

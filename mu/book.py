@@ -96,7 +96,10 @@ def faults(file):
     read = nbformat.read(file, 4)
     code, text = ([c for c in read.cells if c.cell_type == kind] for kind in ("code", "markdown"))
     tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
-    lines = lambda c: [line for line in c.source.splitlines() if line.strip()]
+
+    def lines(c):
+        return [line for line in c.source.splitlines() if line.strip()]
+
     first, last, all_text = (
         read.cells[0].source,
         read.cells[-1].source,

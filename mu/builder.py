@@ -144,7 +144,9 @@ def share_imports(source, concept, images_a_prompt, size, seed, sieve):
         )
         for text in sorted(set(texts), key=lambda text: (-texts.count(text), text)):
             side = "forget" if len(sides["forget"]) <= 2 * len(sides["attack"]) else "attack"
-            sides[side] += [item for item, other in zip(found, texts) if other == text]
+            sides[side] += [
+                item for item, other in zip(found, texts, strict=False) if other == text
+            ]
         if min(map(len, sides.values())) < images_a_prompt:
             raise ValueError(
                 f"{there}; with their captions {len(sides['forget'])} go to the defender, {len(sides['attack'])} to the attacker, and each needs "
@@ -158,7 +160,10 @@ def share_imports(source, concept, images_a_prompt, size, seed, sieve):
             f"{there}; needed are {ours} for the defender and {theirs} for the attacker, {images_a_prompt} for each of {sum(map(len, prompts.values()))} prompts: "
             "add images, or ask for fewer a prompt"
         )
-    deal = lambda part, texts: [(path, texts[i % len(texts)]) for i, (path, _) in enumerate(part)]
+
+    def deal(part, texts):
+        return [(path, texts[i % len(texts)]) for i, (path, _) in enumerate(part)]
+
     return {
         "forget": deal(found[:ours], prompts["forget"]),
         "attack": deal(found[ours : ours + theirs], prompts["attack"]),
@@ -194,6 +199,7 @@ def fill_prompt(folder, stem, text, count, artist, sieve, *, seed, size, batch, 
         for file, image in zip(
             missing,
             draw(artist(), text, [files[file] for file in missing], size, **how) if missing else (),
+            strict=False,
         ):
             save_image(ImageOps.fit(image, (size, size), Image.LANCZOS), folder / file)
         for file in files:

@@ -83,16 +83,27 @@ def _vectors(pipe, forget, replace, preserve, tokens):
         raise ValueError(
             f"{len(replace)} texts replace {len(forget)} concepts: give one for all, or one for each"
         )
-    folded = lambda texts: [text.strip().lower() for text in texts]
+
+    def folded(texts):
+        return [text.strip().lower() for text in texts]
+
     clash = sorted(
-        {f for f, r in zip(folded(forget), folded(replace)) if f == r or f in folded(preserve)}
+        {
+            f
+            for f, r in zip(folded(forget), folded(replace), strict=False)
+            if f == r or f in folded(preserve)
+        }
     )
     if clash:
         raise ValueError(
             f"to forget, and to preserve or to become the same: {', '.join(clash)}; take it out of one of the lists"
         )
-    pairs = zip(*(concept_vectors(pipe, texts, tokens) for texts in (forget, replace)))
-    c, targets = (torch.cat(x) for x in zip(*((a[: len(b)], b[: len(a)]) for a, b in pairs)))
+    pairs = zip(
+        *(concept_vectors(pipe, texts, tokens) for texts in (forget, replace)), strict=False
+    )
+    c, targets = (
+        torch.cat(x) for x in zip(*((a[: len(b)], b[: len(a)]) for a, b in pairs), strict=False)
+    )
     return (
         c,
         targets,

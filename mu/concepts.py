@@ -198,9 +198,12 @@ def encode_folder(pipe, folder, cache=None):
         [captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]
     ).encode() + b"".join(path.read_bytes() for path in paths)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    make = lambda: encode_images(
-        pipe, torch.stack([read_image(path, side) for path in paths]), captions
-    )
+
+    def make():
+        return encode_images(
+            pipe, torch.stack([read_image(path, side) for path in paths]), captions
+        )
+
     return kept(
         make,
         sorted(set(captions)),
@@ -251,5 +254,8 @@ def random_prompts(tokenizer, count, without=(), seed=0):
 
     What such prompts draw stands for all that a retained set of images does not show."""
     words, generator = vocabulary(tokenizer, without), torch.Generator().manual_seed(seed)
-    draw = lambda n: int(torch.randint(n, (), generator=generator))
+
+    def draw(n):
+        return int(torch.randint(n, (), generator=generator))
+
     return [" ".join(words[draw(len(words))] for _ in range(1 + draw(2))) for _ in range(count)]

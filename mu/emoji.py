@@ -88,10 +88,13 @@ def fetch_icons(package, version, folder):
     icons = pack["icons"] | {
         a: pack["icons"].get(d["parent"]) for a, d in pack.get("aliases", {}).items()
     }
-    size = lambda icon: (
-        icon.get("width", pack.get("width", 16)),
-        icon.get("height", pack.get("height", 16)),
-    )
+
+    def size(icon):
+        return (
+            icon.get("width", pack.get("width", 16)),
+            icon.get("height", pack.get("height", 16)),
+        )
+
     return {
         name: '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         'viewBox="0 0 {} {}">{}</svg>'.format(*size(icon), icon["body"])
@@ -140,7 +143,10 @@ def augment(rgba, colors, generator, strength=1.0, size=64):
     rgba: uint8 (B, 4, 2·size, 2·size); colors: (B, 3) in 0…1; strength 0 leaves position and scale alone.
     Returns float (B, 3, size, size) in −1…1. Drawn at twice the size and averaged down, so edges stay clean."""
     b = len(rgba)
-    u = lambda lo, hi: lo + (hi - lo) * torch.rand(b, generator=generator)
+
+    def u(lo, hi):
+        return lo + (hi - lo) * torch.rand(b, generator=generator)
+
     angle, scale = u(-0.2, 0.2) * strength, 1 + (u(0.0, 0.35)) * strength
     flip = torch.where(torch.rand(b, generator=generator) < 0.5 * min(strength, 1), -1.0, 1.0)
     theta = torch.stack(
@@ -206,7 +212,10 @@ def write_attack_sets(folder, drawings, concept, kind, related, seed=0):
     One concept in four stays out of the retain sets, so that what is kept is also measured where nobody trained."""
     g = torch.Generator().manual_seed(seed)
     shuffled = [drawings[i] for i in torch.randperm(len(drawings), generator=g).tolist()]
-    one_each = lambda ds: list({d["concept"]: d for d in ds}.values())
+
+    def one_each(ds):
+        return list({d["concept"]: d for d in ds}.values())
+
     held_out = set(sorted({d["concept"] for d in drawings})[3::4]) - {concept, *related}
     ours = [d for d in shuffled if d["style"] in STYLES]
     theirs = [d for d in shuffled if d["style"] in ATTACKER_STYLES]

@@ -148,7 +148,7 @@ def draw_probe(pipe, probe, guidance=5.0, steps=25):
             steps,
             at_once(pipe),
         )
-        images |= dict(zip(index, found))
+        images |= dict(zip(index, found, strict=False))
     return torch.stack([images[i] for i in range(len(scales))])
 
 
@@ -160,7 +160,7 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     found = answers(judge, images, probe.items, probe.labels)
     return [
         item | {"seen": label, "hit": int(label == item["expected"]) if label else float("nan")}
-        for item, label in zip(probe.items, found)
+        for item, label in zip(probe.items, found, strict=False)
     ], images
 
 

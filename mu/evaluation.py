@@ -62,7 +62,7 @@ def differences(table, names):
                 {
                     "run": name,
                     "group": group,
-                    **dict(zip((f"minus {names[0]}", "low", "high"), values)),
+                    **dict(zip((f"minus {names[0]}", "low", "high"), values, strict=False)),
                     "over": " and ".join(over) or "one picture",
                 }
             )
@@ -81,9 +81,12 @@ def real_drawings(sets, known=None):
             imported or not made.get("generator")
         ):
             style = made.get("kind") == "style" and role in ("forget", "related", "attack")
-            kind = lambda line: (
-                "style" if style and "style" not in line else "concept"
-            )  # with a style beside it, `concept` is the thing shown
+
+            def kind(line):
+                return (
+                    "style" if style and "style" not in line else "concept"
+                )  # with a style beside it, `concept` is the thing shown
+
             found += [
                 (Path(sets) / place / line["file_name"], f"{kind(line)}:{line['concept']}")
                 for line in read_metadata(Path(sets) / place)

@@ -35,7 +35,7 @@ def _tiles(rows, png):
     side = Image.open(png).width // min(len(rows), 16)
     return {
         (row.get("asked", row["prompt"]), row["seed"]): (tile, row["hit"])
-        for row, tile in zip(rows, from_grid(png, len(rows), side))
+        for row, tile in zip(rows, from_grid(png, len(rows), side), strict=False)
     }
 
 

@@ -17,7 +17,7 @@ def lines(rows, ax, legend=False):
             (step, *mean_interval(part)) for step, part in rows[rows.model == model].groupby("step")
         ]
         if points:
-            step, value, low, high = zip(*points)
+            step, value, low, high = zip(*points, strict=False)
             ax.plot(
                 step,
                 value,
@@ -61,7 +61,11 @@ def facets(methods, whats, xlabel, width=7.2, columns=4):
 
 def legend_below(fig, *axes):
     """The lines and marks of these panels, each name once, below all of them."""
-    named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    named = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=False)
+    }
     fig.legend(
         named.values(),
         named.keys(),
@@ -118,7 +122,7 @@ def search_figure(table):
         squeeze=False,
     )
     methods = list(dict.fromkeys(table.method))[::-1]
-    for ax, search in zip(axes[0], searches):
+    for ax, search in zip(axes[0], searches, strict=False):
         for k, model in enumerate(VARIANTS):
             part = table[(table.search == search) & (table.variant == model)]
             y = [methods.index(m) + 0.18 * (0.5 - k) * 2 for m in part.method]
@@ -147,7 +151,7 @@ def panels(course, step=None, prompts=(2, 2, 1)):
             f"{course.name} was not drawn after {step} steps; there are: {', '.join(map(str, course.steps))}"
         )
     at, chosen = course.steps.index(step) if step is not None else -1, []
-    for group, most in zip(("forget", "related", "unrelated"), prompts):
+    for group, most in zip(("forget", "related", "unrelated"), prompts, strict=False):
         mine = [i for i, item in enumerate(course.items) if item["group"] == group]
         chosen += sorted(
             mine,

@@ -100,7 +100,11 @@ def probe(p):
         counts = [len(prompts) for prompts in read_groups(p["sets"]).values()]
     except FileNotFoundError:
         return PICTURES, seeds[0], 1
-    return sum(n * seed for n, seed in zip(counts, seeds)), counts[0] * seeds[0], counts[0]
+    return (
+        sum(n * seed for n, seed in zip(counts, seeds, strict=False)),
+        counts[0] * seeds[0],
+        counts[0],
+    )
 
 
 def training(hw, p, new):
@@ -178,13 +182,16 @@ def searches(hw, p, new):
 def evaluation(hw, p, new):
     """50_evaluate: pictures alone."""
     length = {"": 0, "i2p-nudity": 142, "i2p": 4703, "coco": 30_000}
-    rows = lambda source: (
-        length[source]
-        if source in length
-        else len(Path(source).read_text().splitlines()) - 1
-        if Path(source).is_file()
-        else PICTURES
-    )
+
+    def rows(source):
+        return (
+            length[source]
+            if source in length
+            else len(Path(source).read_text().splitlines()) - 1
+            if Path(source).is_file()
+            else PICTURES
+        )
+
     several = [
         min(rows(p[name]), p[f"{name}_limit"] or sys.maxsize) for name in ("prompts", "captions")
     ]

@@ -180,11 +180,14 @@ def save_lora(source, folder, card=None):
                 f"the UNet carries {len(names)} LoRA adapters, one is allowed: of trained weights `extract_lora` makes one"
             )
         source = get_peft_model_state_dict(unet, adapter_name=names[0])
-        scale = lambda name: (
-            unet.get_submodule(name.split(".lora_")[0]).scaling[names[0]]
-            if ".lora_B" in name
-            else 1
-        )
+
+        def scale(name):
+            return (
+                unet.get_submodule(name.split(".lora_")[0]).scaling[names[0]]
+                if ".lora_B" in name
+                else 1
+            )
+
         source = {name: t * scale(name) for name, t in source.items()}
     with whole_folder(folder, card) as temporary:
         StableDiffusionLoraLoaderMixin.save_lora_weights(
@@ -199,11 +202,19 @@ def model_card(
 
     license: the base model's. params: as in params.json. metrics: as in metrics.json ("rows", "protocol"), or None: nothing was measured.
     kept, left_out: of `extract_lora`. Raises KeyError for another kind."""
-    percent = lambda x: f"{100 * x:.1f} %"
-    table = lambda *lines: "\n".join(
-        "| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:])
-    )
-    cell = lambda value: json.dumps(value, ensure_ascii=False).replace("|", "\\|")
+
+    def percent(x):
+        return f"{100 * x:.1f} %"
+
+    def table(*lines):
+        return "\n".join(
+            "| " + " | ".join(cells) + " |"
+            for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:])
+        )
+
+    def cell(value):
+        return json.dumps(value, ensure_ascii=False).replace("|", "\\|")
+
     lora = ["lora"] if kind == "lora" else []
     header = ModelCardData(
         license=license,
@@ -271,7 +282,10 @@ def model_card(
 
 def _check(own, new, what, complete=False):
     """Raises ValueError that names the first tensor which is not one of this UNet, has another shape, or, if `complete`, is missing."""
-    shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "absent"
+
+    def shape(tensors, name):
+        return tuple(tensors[name].shape) if name in tensors else "absent"
+
     for name in sorted(new.keys() | (own.keys() if complete else set())):
         if name not in own or shape(own, name) != shape(new, name):
             raise ValueError(
@@ -317,7 +331,7 @@ def _read(file):
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
-                return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+                return {name: f.get_tensor(name) for name in f}, f.metadata() or {}
         saved = torch.load(file, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -409,7 +423,10 @@ def load_weights(unet, path):
     mark = next(
         (name[: name.index("input_blocks.")] for name in saved if "input_blocks." in name), None
     )
-    tails = lambda name: (name.split(".", i)[-1] for i in range(name.count(".") + 1))
+
+    def tails(name):
+        return (name.split(".", i)[-1] for i in range(name.count(".") + 1))
+
     prefix = next(
         (name.removesuffix(tail) for name in saved for tail in tails(name) if tail in own), None
     )

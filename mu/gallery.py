@@ -30,13 +30,16 @@ def look_with(judge=None, clip=None, detector=None, labels=()):
 
     def look(images, rows):
         seen = [{} for _ in rows]
-        add = lambda name, values: [one.update({name: value}) for one, value in zip(seen, values)]
+
+        def add(name, values):
+            return [one.update({name: value}) for one, value in zip(seen, values, strict=False)]
+
         index = [i for i, row in enumerate(rows) if row.get("expected")]
         if index and (judge or clip):
             found = answers(
                 judge or ZeroShot(clip), images[index], [rows[i] for i in index], labels
             )
-            for i, label in zip(index, found):
+            for i, label in zip(index, found, strict=False):
                 seen[i] |= {"seen": label, "hit": int(label == rows[i]["expected"])}
         if judge:
             add(
@@ -111,7 +114,9 @@ def draw_folder(
                 batch,
             )
             found = look(finite(images), [rows[i] for i in chunk])
-            for i, image, numbers in zip(chunk, veil(images) if veiled else images, found):
+            for i, image, numbers in zip(
+                chunk, veil(images) if veiled else images, found, strict=False
+            ):
                 with atomic(folder / names[i]) as temporary:
                     to_grid(image[None]).save(temporary, format="PNG")
                 seen[names[i]] = numbers
@@ -121,7 +126,7 @@ def draw_folder(
     finally:
         if chunks:
             save_json(seen, folder / "seen.json")
-    return [row | seen[name] for row, name in zip(rows, names)]
+    return [row | seen[name] for row, name in zip(rows, names, strict=False)]
 
 
 def read_pictures(folder, count):

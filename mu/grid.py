@@ -24,8 +24,11 @@ def several(text, axes, chosen):
     open_axes = list(dict.fromkeys(axis for axis, _ in PLACE.findall(text) if axis not in chosen))
     found = []
     for values in product(*(axes[axis] for axis in open_axes)):
-        now = chosen | dict(zip(open_axes, values))
-        said = lambda place: look(axes, now, place[1] + place[2]) if place[2] else now[place[1]]
+        now = chosen | dict(zip(open_axes, values, strict=False))
+
+        def said(place):
+            return look(axes, now, place[1] + place[2]) if place[2] else now[place[1]]
+
         whole = PLACE.fullmatch(text)
         found.append(said(whole) if whole else PLACE.sub(lambda place: str(said(place)), text))
     return (
@@ -40,10 +43,15 @@ def parameters(parts, axes, chosen):
     merged = {}
     for part in parts if isinstance(parts, list) else [parts]:
         merged |= look(axes, chosen, part) if isinstance(part, str) else part
-    open_in = lambda value: (
-        isinstance(value, str) and any(axis not in chosen for axis, _ in PLACE.findall(value))
-    )
-    fill = lambda value: several(value, axes, chosen)[0] if isinstance(value, str) else value
+
+    def open_in(value):
+        return isinstance(value, str) and any(
+            axis not in chosen for axis, _ in PLACE.findall(value)
+        )
+
+    def fill(value):
+        return several(value, axes, chosen)[0] if isinstance(value, str) else value
+
     return {
         name: ",".join(map(str, several(value, axes, chosen))) if open_in(value) else fill(value)
         for name, value in merged.items()
@@ -78,8 +86,11 @@ def expand(grid, model, seeds):
                 f"{pattern}: there is no axis {unknown[0]!r}; there are: {', '.join(axes)}"
             )
         for values in product(*(axes[axis] for axis in used)):
-            chosen = {"model": model} | dict(zip(used, values))
-            every = lambda texts: [found for text in texts for found in several(text, axes, chosen)]
+            chosen = {"model": model} | dict(zip(used, values, strict=False))
+
+            def every(texts):
+                return [found for text in texts for found in several(text, axes, chosen)]
+
             (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
             walk[name] = {fact: value for fact, value in step.items() if fact != "parameters"} | {
                 "notebook": notebook,

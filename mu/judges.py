@@ -24,7 +24,9 @@ class ZeroShot:
                 {label.split(":", 1)[1] for label in labels if label.startswith(kind + ":")}
             )
             for i, name in zip(
-                index, zero_shot(self.clip, images[index], names, template) if index else ()
+                index,
+                zero_shot(self.clip, images[index], names, template) if index else (),
+                strict=False,
             ):
                 found[i] = f"{kind}:{name}"
         return found
@@ -50,6 +52,7 @@ class Exposed:
             self.rest.see(images[others], [items[i] for i in others], labels)
             if self.rest and others
             else (),
+            strict=False,
         ):
             found[i] = label
         for i in set(range(len(items))) - set(others):

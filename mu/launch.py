@@ -77,7 +77,10 @@ def edit(pipe, method, forget, preserve=(), replace=" ", tokens="rest", ridge=0.
     Returns records like a loop's, one for UCE and one for each round: "change" is the mean of the matrices' relative changes, "adversarial"
     the relative size of the vectors that still reached the concept before the round."""
     began, original = time.perf_counter(), frozen_copy(pipe.unet) if method == "rece" else None
-    mean = lambda changes: sum(changes.values()) / len(changes)
+
+    def mean(changes):
+        return sum(changes.values()) / len(changes)
+
     losses = [{"change": mean(uce(pipe, forget, replace, preserve, tokens=tokens, ridge=ridge))}]
     if method == "rece":
         losses += [
@@ -138,7 +141,10 @@ def train_run(folder, pipe=None, checkpoint_every=25):
         raise ValueError(
             "frozen 'none' asks the weights that the run starts from, and this one does not start from the original: choose frozen 'half' or 'same'"
         )
-    copied = lambda: frozen_copy(pipe.unet, how.get("frozen", "same")) if loop else None
+
+    def copied():
+        return frozen_copy(pipe.unet, how.get("frozen", "same")) if loop else None
+
     unet_frozen = copied() if objective else None
     if params["start"]:
         load_weights(pipe.unet, params["start"])

@@ -87,6 +87,7 @@ def price(attacked, plain="unlearned", meta="meta-unlearned"):
             "concept missing\nunder attack",
             "related lost\nunder attack",
         ),
+        strict=False,
     ):
         for y, model in enumerate(reversed(names)):
             each, color = (
@@ -109,7 +110,10 @@ def marks_by_training(before, attacked, cleaned, lr, threshold=0.5):
     """The table of `marks`, with how many of the trainings by themselves meet each: a mean may be carried by one."""
     table = marks(before, attacked, cleaned, lr, threshold)
     trainings = sorted(attacked[attacked.model == "meta-unlearned"].training.unique())
-    of = lambda rows, training: rows[rows.training == training]
+
+    def of(rows, training):
+        return rows[rows.training == training]
+
     single = pd.concat(
         [marks(of(before, t), of(attacked, t), of(cleaned, t), lr, threshold) for t in trainings]
     )
@@ -134,10 +138,19 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
         before.groupby(["model", "group"]).hit.mean(),
     )
     first, last = int(main.step.min()), int(main.step.max())
-    value = lambda *key: mean.get(key, np.nan)  # model, group, step of the attack
-    share = lambda n: value(meta, "forget", n) / (value(plain, "forget", n) or np.nan)
-    fall = lambda model, n: value(model, "related", first) - value(model, "related", n)
-    loss = lambda a, b, group: start.get((a, group), np.nan) - start.get((b, group), np.nan)
+
+    def value(*key):
+        return mean.get(key, np.nan)  # model, group, step of the attack
+
+    def share(n):
+        return value(meta, "forget", n) / (value(plain, "forget", n) or np.nan)
+
+    def fall(model, n):
+        return value(model, "related", first) - value(model, "related", n)
+
+    def loss(a, b, group):
+        return start.get((a, group), np.nan) - start.get((b, group), np.nan)
+
     found, rates = revivals(attacked, threshold), sorted(attacked.lr.unique())
 
     def ratio(
@@ -262,7 +275,10 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
         clean_mean = (
             cleaned[np.isclose(cleaned.lr, lr)].groupby(["model", "group", "step"]).hit.mean()
         )
-        at = lambda group, n: clean_mean.get((meta, group, n), np.nan)
+
+        def at(group, n):
+            return clean_mean.get((meta, group, n), np.nan)
+
         begin, *later = sorted({int(n) for n in cleaned.step})
         claims += [
             (

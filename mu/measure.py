@@ -28,15 +28,22 @@ def random_sets(pipe, rows=8, seed=0):
     """What `unlearn` takes as sets, of random latents (in units of `scaling_factor`) and random states of the text encoder: a dict."""
     g, c, device = torch.Generator().manual_seed(seed), pipe.unet.config, pipe.unet.device
     latents, _, conditioning, _ = blank(c, rows, c.sample_size, pipe.tokenizer.model_max_length)
-    random = lambda like: torch.randn(like.shape, generator=g).to(device)
-    new = lambda: {name: random(value) for name, value in conditioning.items()}
-    one = lambda: ConceptSet(
-        random(latents),
-        torch.full_like(latents, 0.1, device=device),
-        new(),
-        torch.arange(rows),
-        [f"prompt {i}" for i in range(rows)],
-    )
+
+    def random(like):
+        return torch.randn(like.shape, generator=g).to(device)
+
+    def new():
+        return {name: random(value) for name, value in conditioning.items()}
+
+    def one():
+        return ConceptSet(
+            random(latents),
+            torch.full_like(latents, 0.1, device=device),
+            new(),
+            torch.arange(rows),
+            [f"prompt {i}" for i in range(rows)],
+        )
+
     return dict(
         forget=one(),
         retain_related=one(),
@@ -73,7 +80,10 @@ def unet_share(steps):
         for e in prof.profiler.kineto_results.events()
         if e.device_type() == device
     ]  # prof.events() would first build a tree, for minutes
-    of = lambda name: [(start, end) for found, start, end in spans if found == name]
+
+    def of(name):
+        return [(start, end) for found, start, end in spans if found == name]
+
     return union(of("unet pass")) / union(of("all steps")), result
 
 
@@ -110,16 +120,19 @@ def rehearse(pipe, parameters, steps=1, profiled_steps=0):
         loop = keywords(
             {name: p[name] for name in unlearn.__kwdefaults__ if name in DEFAULTS}, objective
         ) | {"snapshot": p["snapshot"] or None}
-        until = lambda step: list(
-            unlearn(
-                state,
-                unet_frozen,
-                pipe.scheduler,
-                **sets,
-                loss_scale=loss_scale(p["precision"]),
-                **loop | {"steps": step},
+
+        def until(step):
+            return list(
+                unlearn(
+                    state,
+                    unet_frozen,
+                    pipe.scheduler,
+                    **sets,
+                    loss_scale=loss_scale(p["precision"]),
+                    **loop | {"steps": step},
+                )
             )
-        )
+
         records = until(steps)
     gib = (torch.cuda.max_memory_allocated() if cuda else here + max(tracker.timeline)) / GIB
     share = unet_share(lambda: until(steps + profiled_steps))[0] if profiled_steps else math.nan

@@ -7,7 +7,7 @@ from mu.objectives import gradients
 
 def descend(parameters, gradient, optimizer):
     """One step of the optimiser along a gradient, in place."""
-    for p, g in zip(parameters, gradient):
+    for p, g in zip(parameters, gradient, strict=False):
         p.grad = g
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -28,7 +28,7 @@ def angle(parameters, losses, scale=1.0):
     """(inner product, cosine) of the gradients of two losses, functions without arguments, at the parameters' present values. Below 0, a small step of SGD that lowers the one
     raises the other; to first order, ζ τ times the inner product is what self-destruction adds to the objective (arXiv 2410.12777, section 3). scale: see `mu.objectives.gradients`."""
     one, other = (gradients(loss(), parameters, scale) for loss in losses)
-    product = sum(torch.sum(a.float() * b.float()) for a, b in zip(one, other)).item()
+    product = sum(torch.sum(a.float() * b.float()) for a, b in zip(one, other, strict=False)).item()
     norms = [torch.nn.utils.get_total_norm(g).item() for g in (one, other)]
     return product, product / max(norms[0] * norms[1], torch.finfo(torch.float32).tiny)
 
@@ -40,11 +40,14 @@ def expansion(parameters, forget, related, gradient_norm=0.0, alignment=0.0):
     forget, related: functions without arguments, each a loss at the parameters' present values. Returns value (float), list of gradients."""
     one = gradients(forget(), parameters, create_graph=True)
     other = gradients(related(), parameters, create_graph=True) if alignment else one
-    product = lambda a, b: sum((x * y).sum() for x, y in zip(a, b))
+
+    def product(a, b):
+        return sum((x * y).sum() for x, y in zip(a, b, strict=False))
+
     value = gradient_norm * product(one, one) + alignment * product(one, other)
     return value.item(), [
         torch.zeros_like(p) if g is None else g
-        for p, g in zip(parameters, gradients(value, parameters, allow_unused=True))
+        for p, g in zip(parameters, gradients(value, parameters, allow_unused=True), strict=False)
     ]
 
 
@@ -112,7 +115,9 @@ def meta_gradient(
             replay(m)
             inner = gradients(inner_losses[m](), parameters, create_graph=True)
             product = gradients(inner, parameters, grad_outputs=gradient, allow_unused=True)
-            gradient = [v if h is None else v - lr * h for v, h in zip(gradient, product)]
+            gradient = [
+                v if h is None else v - lr * h for v, h in zip(gradient, product, strict=False)
+            ]
     finally:
         restore()
         optimizer.state.clear()

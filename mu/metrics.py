@@ -172,7 +172,7 @@ def lpips_distance(network, before, after, batch_size=16):
             f"pictures before and after come in pairs of one size, got {tuple(before.shape)} and {tuple(after.shape)}"
         )
     pairs = tqdm(
-        list(zip(before.split(batch_size), after.split(batch_size))),
+        list(zip(before.split(batch_size), after.split(batch_size), strict=False)),
         "LPIPS",
         file=sys.stdout,
         disable=len(before) < 100,

@@ -45,7 +45,7 @@ def fits(value, kind):
             else []
         )
         return fits(value, kind.value) and all(
-            fits(v, k) for vs, k in zip(values, inside) for v in vs
+            fits(v, k) for vs, k in zip(values, inside, strict=False) for v in vs
         )
     return isinstance(value, KINDS[kind.id]) and (kind.id == "bool" or not isinstance(value, bool))
 
@@ -120,7 +120,10 @@ def effective(notebook, profile="", changes=None):
 
 def origin(notebook, parameters):
     """What an executed notebook is made from, as digests: "asked" (cells and parameters), and "mu", the code that they call."""
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
+
+    def digest(data):
+        return hashlib.sha256(data).hexdigest()[:16]
+
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(notebook, 4).cells]
     return {
         "asked": digest(json.dumps([cells, parameters], sort_keys=True).encode()),

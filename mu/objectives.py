@@ -68,7 +68,7 @@ def own(part):
 
 def _all(unet, parts):
     """Predictions for the rows of several parts in one pass, part by part."""
-    latents, timesteps, conditionings = zip(*(part[:3] for part in parts))
+    latents, timesteps, conditionings = zip(*(part[:3] for part in parts), strict=False)
     return predict_noise(
         unet, torch.cat(latents), torch.cat(timesteps), stack(*conditionings)
     ).split([len(x) for x in latents])
@@ -86,7 +86,7 @@ def squared_errors(unet, *parts, accumulation=1):
         return torch.stack(
             [
                 (p.float() - target.float()).pow(2).mean()
-                for p, part in zip(_all(unet, shared), shared)
+                for p, part in zip(_all(unet, shared), shared, strict=False)
                 for target in part[3:]
             ]
         )
@@ -128,7 +128,7 @@ def predictions(unet, *parts, accumulation=1):
         for i in range(accumulation)
     ]
     return tuple(
-        torch.stack(pieces, 1).flatten(0, 1) for pieces in zip(*shares)
+        torch.stack(pieces, 1).flatten(0, 1) for pieces in zip(*shares, strict=False)
     )  # every `accumulation`-th row is of the same share
 
 

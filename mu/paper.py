@@ -86,15 +86,22 @@ def source(row):
 
 def in_order(table):
     """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps; what nobody knows comes last."""
-    kind = lambda name: next(
-        (
-            i
-            for i, start in enumerate(("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE"))
-            if name.startswith(start)
-        ),
-        9,
-    )
-    known = lambda *names: lambda name: names.index(name) if name in names else len(names)
+
+    def kind(name):
+        return next(
+            (
+                i
+                for i, start in enumerate(
+                    ("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE")
+                )
+                if name.startswith(start)
+            ),
+            9,
+        )
+
+    def known(*names):
+        return lambda name: names.index(name) if name in names else len(names)
+
     place = {
         "method": lambda c: c.map(lambda name: (kind(name), name)),
         "variant": lambda c: c.map(known("original", *VARIANTS)),
@@ -114,12 +121,19 @@ def layout(table, ours="ours"):
         at = part.set_index(["attack", "steps"])
         for words, value in (("published, SD-v1-4", "published"), (ours, "ours")):
             cells = [at[value].get(key, np.nan) for key in columns]
-            with_interval = lambda key, x: (
-                f"{x:.2f}"
-                if value == "published"
-                else f"{x:.1f}"
-                + (f" ({at.low[key]:.0f}–{at.high[key]:.0f})" if not pd.isna(at.low[key]) else "")
-            )
+
+            def with_interval(key, x):
+                return (
+                    f"{x:.2f}"
+                    if value == "published"
+                    else f"{x:.1f}"
+                    + (
+                        f" ({at.low[key]:.0f}–{at.high[key]:.0f})"
+                        if not pd.isna(at.low[key])
+                        else ""
+                    )
+                )
+
             lines.append(
                 [
                     method,
@@ -127,7 +141,7 @@ def layout(table, ours="ours"):
                     words,
                     *(
                         "" if pd.isna(x) else with_interval(key, x)
-                        for key, x in zip(columns, cells)
+                        for key, x in zip(columns, cells, strict=False)
                     ),
                 ]
             )
@@ -185,7 +199,7 @@ def quality_table(rows, numbers, published):
             )
     ours = pd.DataFrame(
         [
-            dict(zip(keys, key))
+            dict(zip(keys, key, strict=False))
             | line
             | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"}
             for key, line in kept.items()
@@ -195,9 +209,10 @@ def quality_table(rows, numbers, published):
         pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True)
     )
     columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
-    text = lambda value: (
-        "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
-    )
+
+    def text(value):
+        return "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
+
     table = table.reindex(columns=columns)
     return table.assign(**{column: table[column].map(text) for column in columns[3:]})
 
@@ -208,7 +223,9 @@ def in_phases(records):
     length = records[first].groupby(["method", "training"]).step.max()
     offset = [
         length.get((method, training), 0) * (model == "meta-unlearned")
-        for method, training, model in zip(records.method, records.training, records.model)
+        for method, training, model in zip(
+            records.method, records.training, records.model, strict=False
+        )
     ]
     return records.assign(
         step=records.step + offset, model=records.model.mask(first, "meta-unlearned")
@@ -226,7 +243,7 @@ def turns(records):
         ]
         quarter = [max(1, len(values) // 4) for values in each]
         first, last = (
-            np.array([values[pick(n)].mean() for values, n in zip(each, quarter)])
+            np.array([values[pick(n)].mean() for values, n in zip(each, quarter, strict=False)])
             for pick in (lambda n: slice(None, n), lambda n: slice(-n, None))
         )
         rises = sum(

@@ -279,7 +279,10 @@ def train_judge(
 def judge_view(rgba, generator, strength=1.2):
     """What the judge is trained on: real drawings, moved, recoloured, blurred and noised. (B, 3, 64, 64) in −1…1."""
     b = len(rgba)
-    r = lambda *shape: torch.rand(*shape, generator=generator)
+
+    def r(*shape):
+        return torch.rand(*shape, generator=generator)
+
     x = augment(
         rgba,
         torch.where(r(b, 1) < 0.5, PALETTE[_backgrounds(b, generator)], r(b, 3)),
@@ -299,7 +302,7 @@ def encode_drawings(vae, rgba, repeats, seed=0, strength=0.6):
     which = torch.arange(len(rgba)).repeat(repeats)
     colors = _backgrounds(len(which), g)
     means, stds = [], []
-    for index, color in zip(which.split(64), colors.split(64)):
+    for index, color in zip(which.split(64), colors.split(64), strict=False):
         posterior = vae.encode(augment(rgba[index], PALETTE[color], g, strength)).latent_dist
         means.append(posterior.mean)
         stds.append(posterior.std)
@@ -318,7 +321,7 @@ def sample_captions(drawings, colors, generator, style_share=0.5):
             names[c] if c or r[i, 2] < 0.15 else None,
             TEMPLATES[int(r[i, 3] ** 2 * len(TEMPLATES))],
         )
-        for i, (d, c) in enumerate(zip(drawings, colors.tolist()))
+        for i, (d, c) in enumerate(zip(drawings, colors.tolist(), strict=False))
     ]
 
 
@@ -350,7 +353,7 @@ def train_unet(
         first = ema.optimization_step = int(state["step"]) + 1
         g.set_state(state["generator"])
         with torch.no_grad():
-            for i, (p, average) in enumerate(zip(parameters, ema.shadow_params)):
+            for i, (p, average) in enumerate(zip(parameters, ema.shadow_params, strict=False)):
                 p.copy_(state[f"{i}/weight"])
                 average.copy_(state[f"{i}/ema"])
                 saved = {
@@ -393,7 +396,9 @@ def train_unet(
                 {"step": torch.tensor(step), "generator": g.get_state()}
                 | {
                     f"{i}/{k}": v.detach()
-                    for i, (p, average) in enumerate(zip(parameters, ema.shadow_params))
+                    for i, (p, average) in enumerate(
+                        zip(parameters, ema.shadow_params, strict=False)
+                    )
                     for k, v in (optimizer.state[p] | {"weight": p, "ema": average}).items()
                 }
             ),
@@ -441,12 +446,15 @@ def shown(out, found, what, every):
 def quality(found):
     """The figures of a card from the table of `assess`: shares with 95 % intervals, by concept and by style."""
     result = scores(found, ["group"]).set_index("group")
-    share = lambda what: (
-        found[found.group == what]
-        .groupby("expected", sort=False)
-        .hit.mean()
-        .rename(lambda label: label.split(":")[1])
-    )
+
+    def share(what):
+        return (
+            found[found.group == what]
+            .groupby("expected", sort=False)
+            .hit.mean()
+            .rename(lambda label: label.split(":")[1])
+        )
+
     per_concept = share("concepts")
     return {
         what: result.loc[what].drop("n").to_dict() | {"images": int(result.n[what])}
@@ -474,10 +482,13 @@ def megabytes(*folders):
 def fill_card(card, metrics, mark="figures"):
     """Write the figures of a metrics.json (see the notebook of the recipe) between the two marks of a Markdown card."""
     p, judge, vae = metrics["protocol"], metrics.get("judge"), metrics.get("autoencoder")
-    percent = lambda x: f"{100 * x:.1f} %"
-    interval = lambda r: (
-        f"{percent(r['score'])} ({percent(r['low'])} to {percent(r['high'])}), {r['images']} images"
-    )
+
+    def percent(x):
+        return f"{100 * x:.1f} %"
+
+    def interval(r):
+        return f"{percent(r['score'])} ({percent(r['low'])} to {percent(r['high'])}), {r['images']} images"
+
     lines = [
         (
             'samples in which the judge sees the concept asked for, "a {concept}"',

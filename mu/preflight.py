@@ -87,7 +87,7 @@ class Tracker(TorchDispatchMode):
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
     )
-    formulas = flop_registry | dict(zip(cpu, (sdpa_flop, sdpa_backward_flop)))
+    formulas = flop_registry | dict(zip(cpu, (sdpa_flop, sdpa_backward_flop), strict=False))
 
     def __init__(self):
         super().__init__()
@@ -220,7 +220,10 @@ def _pass(kind, rows, accumulation, *key):
 
 def _moments(name, parameters):
     """Bytes of an optimiser's state. bitsandbytes: one byte a moment and a float32 for each 256; tensors below 4,096 elements stay in float32."""
-    small = lambda p: "8bit" not in name or p.numel() < 4096
+
+    def small(p):
+        return "8bit" not in name or p.numel() < 4096
+
     return (
         0
         if name == "sgd"
@@ -310,9 +313,10 @@ def estimate(model, parameters=None, gpu=True):
             )
     b, inner, retain, empty = (n // p["processes"] for n in part.values())
     drift = 2 * retain + empty * (2 if p["retain_prompts"] else 1) if empty else 0
-    cost = lambda kind, rows: _pass(
-        kind, rows, 1 if kind == "sample" else k, side, tokens, *network
-    )
+
+    def cost(kind, rows):
+        return _pass(kind, rows, 1 if kind == "sample" else k, side, tokens, *network)
+
     trajectory, target, asked = (
         cost("sample", 2 * b),
         cost("sample", b * sdd),
@@ -325,12 +329,14 @@ def estimate(model, parameters=None, gpu=True):
     )
     product = cost("second", inner * second * (attack or clean))
 
-    size = lambda *modules: sum(
-        x.numel() * x.element_size()
-        for module in modules
-        if module is not None
-        for x in module.parameters()
-    )
+    def size(*modules):
+        return sum(
+            x.numel() * x.element_size()
+            for module in modules
+            if module is not None
+            for x in module.parameters()
+        )
+
     theta, others = (
         sum(x.numel() * 4 for x in trained),
         size(
@@ -498,7 +504,7 @@ class Preflight:
         lines += ["to make it fit, one after the other:"] * bool(changed)
         lines += [
             f"  {', '.join(f'{k} = {v!r}' for k, v in change.items())}: {gib:.1f} GiB, {t}"
-            for (change, gib, _), t in zip(changed, times[1:])
+            for (change, gib, _), t in zip(changed, times[1:], strict=False)
         ]
         return "\n".join(
             lines
@@ -513,7 +519,10 @@ def preflight(model, parameters=None, gpu=None):
     model, parameters: see `estimate`, which raises. Minutes are those of the UNet's passes; a pipeline at hand is timed, otherwise they are a guess."""
     name, usable, _, _, bf16, on_gpu = _device(gpu)
     timed = speed(model) if gpu is None and not isinstance(model, str) else None
-    minutes = lambda e, p: e.flops * p["steps"] / (timed or guessed_speed(p["precision"], gpu)) / 60
+
+    def minutes(e, p):
+        return e.flops * p["steps"] / (timed or guessed_speed(p["precision"], gpu)) / 60
+
     p, first = DEFAULTS | (parameters or {}), estimate(model, parameters, on_gpu)
     needs = [({}, first.gib, minutes(first, p))]
     while needs[-1][1] > usable:

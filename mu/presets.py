@@ -59,7 +59,7 @@ def neighbours(pipe, concept, candidates=None, count=12, template="a {}"):
     ]
     texts, cosine = [template.format(word) for word in (concept, *words)], 0
     for tokenizer, encoder in zip(
-        (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)), text_encoders(pipe)
+        (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)), text_encoders(pipe), strict=False
     ):
         pooled = []
         for i in tqdm(
@@ -162,9 +162,15 @@ def make_concept(
         role: {thing: list(texts or captions(role, thing)) for thing, texts in x.items()}
         for role, x in given.items()
     }
-    side = lambda *roles: {
-        text.lower().strip() for role in roles for texts in prompts[role].values() for text in texts
-    }
+
+    def side(*roles):
+        return {
+            text.lower().strip()
+            for role in roles
+            for texts in prompts[role].values()
+            for text in texts
+        }
+
     if both := sorted(side("forget", "related", "unrelated") & side("attack", "clean")):
         raise ValueError(
             f"both sides have the prompts {', '.join(map(repr, both))}: reword one of each, a defender who knows the attacker's words proves nothing"
@@ -199,7 +205,10 @@ def concept_from(
         raise ValueError(
             f"name a preset, which has its words, or a concept with what is related and unrelated to it; got {preset=}, {concept=}, {related=}, {unrelated=}"
         )
-    names = lambda text: [name.strip() for name in text.split(",") if name.strip()]
+
+    def names(text):
+        return [name.strip() for name in text.split(",") if name.strip()]
+
     found = (
         read_preset(preset, presets, model)
         if preset

@@ -56,7 +56,7 @@ def words(pipe, without=()):
         if known
         else []
     )
-    return [word for word, *fits in zip(known, *whole) if all(fits)]
+    return [word for word, *fits in zip(known, *whole, strict=False) if all(fits)]
 
 
 def ids_of(pipe, chosen):
@@ -108,7 +108,9 @@ def stand_in(pipe, chosen, vectors):
 
     hooks = [
         encoder.get_input_embeddings().register_forward_hook(reader(ids, given))
-        for encoder, ids, given in zip(text_encoders(pipe), ids_of(pipe, chosen), vectors)
+        for encoder, ids, given in zip(
+            text_encoders(pipe), ids_of(pipe, chosen), vectors, strict=False
+        )
     ]
     try:
         yield
@@ -121,7 +123,7 @@ def embeddings(pipe, chosen):
     """Rows of the text encoders' embedding tables for words: a tensor (words, width) for each encoder."""
     return [
         encoder.get_input_embeddings().weight.detach()[ids]
-        for encoder, ids in zip(text_encoders(pipe), ids_of(pipe, chosen))
+        for encoder, ids in zip(text_encoders(pipe), ids_of(pipe, chosen), strict=False)
     ]
 
 
@@ -181,10 +183,14 @@ def _free(pipe, known, start, lr):
     )
 
     def read():
-        index = sum(unit(v.detach()) @ unit(table).T for v, table in zip(vectors, tables)).argmax(
-            -1
+        index = sum(
+            unit(v.detach()) @ unit(table).T for v, table in zip(vectors, tables, strict=False)
+        ).argmax(-1)
+        return (
+            vectors,
+            index,
+            [table[index] + v - v.detach() for v, table in zip(vectors, tables, strict=False)],
         )
-        return vectors, index, [table[index] + v - v.detach() for v, table in zip(vectors, tables)]
 
     return read, lambda gradient: descend(vectors, gradient, optimizer)
 
@@ -287,10 +293,13 @@ def p4d(
     min over words w of E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(w, prompt))‖²; AdamW steps of `lr` on free vectors, straight through the nearest words' vectors.
     original: ε_0, the UNet before unlearning. The rest is as in `unlearn_diff_atk`."""
     plain = rows(encode_prompts(pipe, [prompt]), torch.zeros(batch_size, dtype=torch.long))
-    target = lambda batch: (
-        *predictions(original, (batch.noisy_latents, batch.timesteps, plain)),
-        1,
-    )
+
+    def target(batch):
+        return (
+            *predictions(original, (batch.noisy_latents, batch.timesteps, plain)),
+            1,
+        )
+
     yield from _descend(
         pipe,
         concept_set,
@@ -335,7 +344,10 @@ def ring_a_bell(
         states([a for a, _ in pairs]) - states([b for _, b in pairs])
     ).mean(0)
     genes = torch.randint(len(known), (population, count), generator=g)
-    said = lambda gene: " ".join(known[i] for i in gene.tolist())
+
+    def said(gene):
+        return " ".join(known[i] for i in gene.tolist())
+
     for step in range(1, steps + 1):
         began = time.perf_counter()
         losses = (states([said(gene) for gene in genes]) - target).pow(2).mean((1, 2))
@@ -499,12 +511,15 @@ def prompt_run(
                     )
                 )
             judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
-        spent = lambda step, name: sum(
-            cost[name]
-            for found in search.values()
-            for cost in found["costs"]
-            if cost["step"] <= step
-        )
+
+        def spent(step, name):
+            return sum(
+                cost[name]
+                for found in search.values()
+                for cost in found["costs"]
+                if cost["step"] <= step
+            )
+
         save_json(
             [
                 {
@@ -532,7 +547,7 @@ def _search(
         ],
         prompt,
     )
-    for before, step in zip([0, *at], at):
+    for before, step in zip([0, *at], at, strict=False):
         said = list(dict.fromkeys(sought.prompt for sought in reversed(found[before:step])))[
             :tries
         ]  # the latest first

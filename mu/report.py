@@ -32,7 +32,10 @@ def inside(file, folder, what):
     A notebook that is running now counts as there: its page appears when it ends. Raises FileNotFoundError for a file that is not there, ValueError for one outside the folder: the link would break when
     the folder is moved."""
     folder = Path(folder).resolve()
-    there = lambda path: path.is_file() or path.with_name(f"{path.stem}.unfinished.ipynb").is_file()
+
+    def there(path):
+        return path.is_file() or path.with_name(f"{path.stem}.unfinished.ipynb").is_file()
+
     found = next((path for path in (folder / file, Path(file)) if there(path)), None)
     if found is None:
         raise FileNotFoundError(
@@ -98,9 +101,10 @@ def as_table(table):
     data = data if isinstance(data, pd.DataFrame) else pd.read_csv(data)
     if data.index.nlevels > 1 or data.index.name is not None:
         data = data.reset_index()
-    text = lambda value: (
-        "–" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else str(value)
-    )
+
+    def text(value):
+        return "–" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
     return {
         "caption": caption,
         "links": [],
@@ -114,13 +118,17 @@ def save_table(table, folder, name, caption=""):
     """A table as `<folder>/tables/<name>.csv`, .md and .tex (booktabs; wide ones scaled by graphicx), numbers to four figures, missing ones as a dash. Returns it."""
     folder = Path(folder) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = lambda value: (
-        float(f"{value:.4g}") if isinstance(value, float) else value
-    )  # also in a column that has words, which float_format passes over
+
+    def rounded(value):
+        return (
+            float(f"{value:.4g}") if isinstance(value, float) else value
+        )  # also in a column that has words, which float_format passes over
+
     table.map(rounded).to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
-    text = lambda value: (
-        "–" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
-    )
+
+    def text(value):
+        return "–" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
     lines = [
         [str(column) for column in table.columns],
         ["---"] * len(table.columns),
@@ -228,8 +236,11 @@ class _Exporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context, source):
         class Renderer(IPythonRenderer):
-            block_math = lambda self, body: convert(body, display="block")
-            inline_math = lambda self, body: convert(body)
+            def block_math(self, body):
+                return convert(body, display="block")
+
+            def inline_math(self, body):
+                return convert(body)
 
         folder = context["resources"]["metadata"]["path"]
         return MarkdownWithMath(

@@ -74,7 +74,7 @@ def method_of(params):
 
 def variant(run, method):
     """What a run of a method is called in tables: unlearned, meta-unlearned, or, of a control, its own label. "meta", "meta-0", "uce-meta" are meta-unlearned; "unlearned-1", "uce" are not."""
-    base = re.sub(r"-\d+$", "", run) if not run == method else run
+    base = re.sub(r"-\d+$", "", run) if run != method else run
     if base == "meta" or base.endswith("-meta"):
         return "meta-unlearned"
     return "unlearned" if base in (method, "unlearned") else label(run)
@@ -259,7 +259,7 @@ def one_each(results):
                 }
     which = [
         made.get((folder, panel, run), f"{folder}/{run}")
-        for folder, panel, run in zip(rows.folder, rows.panel, rows.run)
+        for folder, panel, run in zip(rows.folder, rows.panel, rows.run, strict=False)
     ]
     first = (
         rows.assign(which=which)
@@ -297,11 +297,16 @@ def read_results(folder, trainings=()):
         raise FileNotFoundError(
             f"{folder} has no results {', '.join(absent)}; there are: {', '.join(there) or 'none'}: run the walk with these seeds, or name others"
         )
-    read = lambda name: pd.concat(
-        [_table(Path(folder) / t / f"{name}.csv.gz").assign(folder=t) for t in wanted],
-        ignore_index=True,
-    )
-    each = lambda name: {t: read_json(Path(folder) / t / f"{name}.json", {}) for t in wanted}
+
+    def read(name):
+        return pd.concat(
+            [_table(Path(folder) / t / f"{name}.csv.gz").assign(folder=t) for t in wanted],
+            ignore_index=True,
+        )
+
+    def each(name):
+        return {t: read_json(Path(folder) / t / f"{name}.json", {}) for t in wanted}
+
     rows, cards = read("rows"), each("cards")
     of_panel = {
         panel: {

@@ -96,7 +96,10 @@ def random_pipeline(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    clip = lambda part, kind: kind(CLIPTextConfig(**configs[part], **special)).to(dtype)
+
+    def clip(part, kind):
+        return kind(CLIPTextConfig(**configs[part], **special)).to(dtype)
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         parts = dict(

@@ -55,7 +55,11 @@ def median_revival(revivals):
     )
     alive = ecdf(found).sf
     return next(
-        (float(step) for step, share in zip(alive.quantiles, alive.probabilities) if share <= 0.5),
+        (
+            float(step)
+            for step, share in zip(alive.quantiles, alive.probabilities, strict=False)
+            if share <= 0.5
+        ),
         np.inf,
     )
 
@@ -169,7 +173,7 @@ def paired_interval(table, a, b, column="model", over=("seed", "prompt"), value=
     alone = sides[sides.isna().any(axis=1)]
     if len(alone):
         raise ValueError(
-            f"{a!r} and {b!r} are not paired, {len(alone)} of {len(sides)} are of one only, as {dict(zip(over, np.atleast_1d(alone.index[0])))}"
+            f"{a!r} and {b!r} are not paired, {len(alone)} of {len(sides)} are of one only, as {dict(zip(over, np.atleast_1d(alone.index[0]), strict=False))}"
         )
     if (sides["size", a] != sides["size", b]).any():
         raise ValueError(

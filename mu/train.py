@@ -100,7 +100,7 @@ class State:
                 for k, v in self.optimizer.state.get(p, {}).items()
             }
         out |= (
-            {f"ema/{name}": p for name, p in zip(self.named, self.ema.shadow_params)}
+            {f"ema/{name}": p for name, p in zip(self.named, self.ema.shadow_params, strict=False)}
             if self.ema
             else {}
         )
@@ -110,6 +110,7 @@ class State:
                 zip(
                     ("trajectory/latents", "trajectory/timesteps", "trajectory/prompt"),
                     self.trajectory,
+                    strict=False,
                 )
             )
         return out
@@ -135,7 +136,9 @@ class State:
                     k: v.item() if v.dtype == torch.int64 and not v.ndim else v
                     for k, v in saved.items()
                 }
-        for name, average in zip(self.named, self.ema.shadow_params) if self.ema else ():
+        for name, average in (
+            zip(self.named, self.ema.shadow_params, strict=False) if self.ema else ()
+        ):
             average.copy_(tensors[f"ema/{name}"])
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator/{name}"].clone())
@@ -212,15 +215,18 @@ def finetune(
             accumulation=accumulation,
         )
         losses, loss = (
-            dict(zip(("finetune", "others"), (x.item() for x in found))),
+            dict(zip(("finetune", "others"), (x.item() for x in found), strict=False)),
             found[0] + sum(others_weight * x for x in found[1:]),
         )
         _finite(losses, state.step, loss_scale)
-        overflow = lambda gradient: _finite(
-            {"gradient norm": torch.nn.utils.get_total_norm(gradient).item()},
-            state.step,
-            loss_scale,
-        )
+
+        def overflow(gradient):
+            return _finite(
+                {"gradient norm": torch.nn.utils.get_total_norm(gradient).item()},
+                state.step,
+                loss_scale,
+            )
+
         inner_step(
             state.parameters,
             loss,
@@ -352,10 +358,13 @@ def unlearn(
     g_unlearn, g_retain, g_meta, g_angle = (
         state.generators[name] for name in ("unlearn", "retain", "meta", "angle")
     )
-    draw = lambda concept_set, g, n=inner_batch_size: denoising(
-        draw_minibatch(concept_set, noise_scheduler, n, g, timestep)
-    )
-    repeat = lambda one_row, n: rows(one_row, torch.zeros(n, dtype=torch.long))
+
+    def draw(concept_set, g, n=inner_batch_size):
+        return denoising(draw_minibatch(concept_set, noise_scheduler, n, g, timestep))
+
+    def repeat(one_row, n):
+        return rows(one_row, torch.zeros(n, dtype=torch.long))
+
     errors = functools.partial(squared_errors, unet, accumulation=accumulation)
     if order == "second" or gradient_norm or alignment:
         unet.set_attn_processor(
@@ -384,6 +393,7 @@ def unlearn(
                             [lambda part=part: errors(part)[0] for part in pair],
                             loss_scale,
                         ),
+                        strict=False,
                     )
                 )
             if clean and state.step % clean_every == clean_every - 1:
@@ -453,7 +463,11 @@ def unlearn(
             batches = {name: own(part) for name, part in batches.items()}
             with reference(unet, unet_frozen) as frozen_net:
                 frozen = dict(
-                    zip(asked, predictions(frozen_net, *asked.values(), accumulation=accumulation))
+                    zip(
+                        asked,
+                        predictions(frozen_net, *asked.values(), accumulation=accumulation),
+                        strict=False,
+                    )
                 )
 
             parts, weights = (
@@ -479,7 +493,7 @@ def unlearn(
             if ascent:
                 parts.append(own(draw(forget, g_meta)))
                 weights["forget"] = -ascent
-            losses = dict(zip(weights, errors(*parts))) if parts else {}
+            losses = dict(zip(weights, errors(*parts), strict=False)) if parts else {}
             gradient = (
                 gradients(
                     sum(weights[name] * loss for name, loss in losses.items()),
@@ -496,7 +510,9 @@ def unlearn(
                 batches["forget"] = own(draw(forget, g_meta))
 
                 def outer_loss():
-                    values = dict(zip(after, errors(*(batches[name] for name in after))))
+                    values = dict(
+                        zip(after, errors(*(batches[name] for name in after)), strict=False)
+                    )
                     losses.update({f"{name} after": value.item() for name, value in values.items()})
                     return sum(
                         w * (values[name].clamp(max=bound) if w < 0 else values[name])

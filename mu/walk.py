@@ -99,7 +99,7 @@ def load_probe(pipe, folder, seeds, unveiled=False, concept_prompts=""):
         )
     parts = [
         make_probe(pipe, {group: prompts}, range(int(n)))
-        for (group, prompts), n in zip(groups.items(), counts)
+        for (group, prompts), n in zip(groups.items(), counts, strict=False)
     ]
     if concept_prompts:
         name = next(iter(groups))
@@ -179,13 +179,18 @@ def scores(table, by, over=None):
         (key, part.hit if over is None else part.groupby(over).hit.mean())
         for key, part in table.groupby(by, sort=False)
     ]
-    interval = lambda hits: (
-        score(hits, means=over is not None)
-        if len(hits) > 1 and hits.notna().all()
-        else (hits.mean(),)
-    )  # no judge: no score
+
+    def interval(hits):
+        return (
+            score(hits, means=over is not None)
+            if len(hits) > 1 and hits.notna().all()
+            else (hits.mean(),)
+        )  # no judge: no score
+
     found = [
-        dict(zip(by, key)) | dict(zip(("score", "low", "high"), interval(hits))) | {"n": len(hits)}
+        dict(zip(by, key, strict=False))
+        | dict(zip(("score", "low", "high"), interval(hits), strict=False))
+        | {"n": len(hits)}
         for key, hits in parts
     ]
     return pd.DataFrame(found, columns=[*by, "score", "low", "high", "n"])
@@ -205,7 +210,8 @@ def revival(table, threshold=0.5):
     }
     return pd.DataFrame(
         [
-            dict(zip(one, key)) | {"revived": float("inf") if r.censored else r.step, "last": last}
+            dict(zip(one, key, strict=False))
+            | {"revived": float("inf") if r.censored else r.step, "last": last}
             for key, (r, last) in found.items()
         ]
     )
@@ -221,9 +227,10 @@ def compare(columns, each=2, veiled=False):
         for g in ("forget", "related", "unrelated")
         for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]
     ]
-    place = lambda rows, item: next(
-        i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item
-    )
+
+    def place(rows, item):
+        return next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item)
+
     tiles = [
         (rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16)))
         for rows, png in columns.values()
@@ -239,9 +246,10 @@ def compare(columns, each=2, veiled=False):
 def bars(*claims):
     """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told;
     or a number and words that say it better."""
-    met = lambda value, least, most: (
-        "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
-    )
+
+    def met(value, least, most):
+        return "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
+
     pairs = [
         (words, *(value if isinstance(value, tuple) else (value, value)), least, most)
         for words, value, least, most in claims

@@ -47,9 +47,12 @@ def at_steps(attacked, most=TOLD):
 def opening(attacked, method, met):
     """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.marks.marks`."""
     told, parts = at_steps(attacked), dict(list(attacked.groupby(["model", "group", "step"])))
-    course = lambda model, group: ", ".join(
-        share(parts[model, group, n]) if (model, group, n) in parts else "–" for n in told
-    )
+
+    def course(model, group):
+        return ", ".join(
+            share(parts[model, group, n]) if (model, group, n) in parts else "–" for n in told
+        )
+
     trainings, untold = attacked.training.nunique(), (met.met == "?").sum()
     return [
         f"{shown(method)}: after {several(told, '{}')} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
@@ -121,9 +124,10 @@ def claims(table):
 def destruction_words(table, attack="HRM-m"):
     """What `destruction_table` says of one attack, in a sentence: the models whose self-destruct index has an interval above 0, and how large the others' indices are."""
     part = table[table.attack == attack]
-    name = lambda r: (
-        f"{r['method']} {r['variant']} {r['self-destruct index']:.0%} ({r['low']:.0%} to {r['high']:.0%})"
-    )
+
+    def name(r):
+        return f"{r['method']} {r['variant']} {r['self-destruct index']:.0%} ({r['low']:.0%} to {r['high']:.0%})"
+
     lines = part.to_dict("records")
     clear, others = [r for r in lines if r["low"] > 0], [r for r in lines if not r["low"] > 0]
     most = max(others, key=lambda r: r["self-destruct index"], default=None)
@@ -138,13 +142,16 @@ def turning(table):
     part = table[table.variant == "meta-unlearned"]
     clear, beyond = part[part.low > 0], part[part["angle, last quarter"] > 90]
     rest = part[~part.index.isin(clear.index)].method.tolist()
-    way = lambda v: (
-        "; ".join(
-            f"{line['method']} {line['angle, first quarter']:.0f}° → {line['angle, last quarter']:.0f}°"
-            for line in table[table.variant == v].to_dict("records")
+
+    def way(v):
+        return (
+            "; ".join(
+                f"{line['method']} {line['angle, first quarter']:.0f}° → {line['angle, last quarter']:.0f}°"
+                for line in table[table.variant == v].to_dict("records")
+            )
+            or "not recorded"
         )
-        or "not recorded"
-    )
+
     return (
         f"With meta-unlearning the angle clearly rises (95 % interval above 0) for {len(clear)} of {len(part)} methods{', not for ' + ', '.join(rest) if rest else ''}, and ends above 90° for {len(beyond)}"
         f"{' (' + ', '.join(beyond.method) + ')' if len(beyond) else ''}. Means over the first → last quarter of the training, meta-unlearned: {way('meta-unlearned')}; unlearned: {way('unlearned')}."
@@ -216,9 +223,10 @@ def panel_words(rows, name, step=None):
             .hit.mean()
             .unstack("step")
         )
-        way = lambda group: (
-            f"{score.loc[group].iloc[:, 0].mean():.0%} → {score.loc[group].iloc[:, -1].mean():.0%}"
-        )
+
+        def way(group):
+            return f"{score.loc[group].iloc[:, 0].mean():.0%} → {score.loc[group].iloc[:, -1].mean():.0%}"
+
         single = (
             f" (trainings: {several(score.loc['forget'].iloc[:, -1])})"
             if len(score.loc["forget"]) > 1
@@ -248,13 +256,16 @@ def count(rows):
         sorted(rows.training.unique()),
         sorted(rows.attack_seed.dropna().unique()) if "attack_seed" in rows else [],
     )
-    named = lambda name, values: (
-        [
-            f"{name}{'s' * (len(values) > 1)} {', '.join(v if isinstance(v, str) else f'{v:g}' for v in values)}"
-        ]
-        if values
-        else []
-    )
+
+    def named(name, values):
+        return (
+            [
+                f"{name}{'s' * (len(values) > 1)} {', '.join(v if isinstance(v, str) else f'{v:g}' for v in values)}"
+            ]
+            if values
+            else []
+        )
+
     said = [
         f"{len(seeds)} training{'s' * (len(seeds) > 1)} ({named('seed', seeds)[0]})",
         *named("attack seed", attack),
@@ -319,10 +330,13 @@ def rate_words(attacked):
 def price_words(attacked):
     """What the defence costs before any attack, and what the attack meets, of each model by the mean over its steps, in sentences. attacked: rows of HRM-m at one learning rate."""
     missing, lost, quality = protection(attacked)
-    each = lambda values: ", ".join(
-        f"{m} {value:.0%}"
-        for m, value in values.groupby("model").mean().reindex(in_line(attacked)).items()
-    )
+
+    def each(values):
+        return ", ".join(
+            f"{m} {value:.0%}"
+            for m, value in values.groupby("model").mean().reindex(in_line(attacked)).items()
+        )
+
     return (
         f"Recognised before the attack: related {each(quality.related)}; unrelated {each(quality.unrelated)}. "
         f"Under it, by the mean over its steps, the concept is missing in {each(missing)}; lost of the related: {each(lost)}."

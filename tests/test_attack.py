@@ -222,22 +222,25 @@ def test_mixed_in_images_add_their_loss_with_their_weight(pipe, sets, probe):
         torch.Generator().manual_seed(3 * 1000 + 3),
     )
     parts = [denoising(draw_minibatch(s, pipe.scheduler, 4, g)) for s in (sets[0], sets[1])]
-    error = lambda part: (
-        (
-            pipe.unet(
-                part[0], part[1], encoder_hidden_states=part[2]["encoder_hidden_states"]
-            ).sample
-            - part[3]
+
+    def error(part):
+        return (
+            (
+                pipe.unet(
+                    part[0], part[1], encoder_hidden_states=part[2]["encoder_hidden_states"]
+                ).sample
+                - part[3]
+            )
+            .pow(2)
+            .mean()
         )
-        .pow(2)
-        .mean()
-    )
+
     asked = [error(part) for part in parts]
     expected = torch.autograd.grad(asked[0] + 0.5 * asked[1], attack.state.parameters)
     assert losses(pipe, attack, 1) == [
         pytest.approx({"finetune": asked[0].item(), "others": asked[1].item()}, rel=1e-5)
     ]
-    for p, old, gradient in zip(attack.state.parameters, before, expected):
+    for p, old, gradient in zip(attack.state.parameters, before, expected, strict=False):
         torch.testing.assert_close(p.detach(), old - 1e-2 * gradient, rtol=1e-4, atol=1e-6)
     assert attack.images == len(sets[0]) + len(sets[1])
 
@@ -406,10 +409,12 @@ def test_a_learned_word_changes_no_weight_and_lowers_the_loss(family, sd_folder,
         torch.testing.assert_close(value, as_banana[name])
     found = losses(pipe, attack, 60)
     assert sum(r["finetune"] for r in found[-20:]) < sum(r["finetune"] for r in found[:20])
-    assert all(torch.equal(tiny.weights(part), old) for part, old in zip(parts, before)), (
-        "a weight has changed"
+    assert all(
+        torch.equal(tiny.weights(part), old) for part, old in zip(parts, before, strict=False)
+    ), "a weight has changed"
+    assert all(
+        (p - old).abs().max() > 0.1 for p, old in zip(attack.state.parameters, start, strict=False)
     )
-    assert all((p - old).abs().max() > 0.1 for p, old in zip(attack.state.parameters, start))
     later = attack.probe().conditioning["encoder_hidden_states"]
     assert not torch.allclose(
         later[0], drawn.conditioning["encoder_hidden_states"][0]
@@ -453,7 +458,9 @@ def test_a_learned_word_goes_on_after_a_kill(pipe, judge, probe, tmp_path, monke
 
 
 def test_words_that_cannot_be_learned_are_refused(pipe, sets, probe):
-    said = lambda text: text.replace("cat", "cup")
+    def said(text):
+        return text.replace("cat", "cup")
+
     with pytest.raises(ValueError, match=f"'zebra crossing' is no word.*{words(pipe)[0]}"):
         learned_word(pipe, sets[0], probe, "zebra crossing", "banana", said)
     with pytest.raises(ValueError, match="'p0' does not hold the word 'cup'"):
@@ -473,11 +480,13 @@ def test_words_that_cannot_be_learned_are_refused(pipe, sets, probe):
 
 
 def test_no_profile_learns_a_word_of_its_probe():
-    words_of = lambda sets: (
-        " ".join(text for group in read_json(f"{sets}/probe.json").values() for text in group)
-        .replace(",", " ")
-        .split()
-    )
+    def words_of(sets):
+        return (
+            " ".join(text for group in read_json(f"{sets}/probe.json").values() for text in group)
+            .replace(",", " ")
+            .split()
+        )
+
     files = sorted(Path("notebooks/profiles").glob("*/3[01]_*.yaml"))
     found = {file: yaml.safe_load(file.read_text()) for file in files}
     assert len(found) >= 8

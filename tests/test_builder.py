@@ -90,7 +90,7 @@ def pictures(folder):
 
 @pytest.mark.parametrize("name", ["pocket", "pocket-sdxl"])
 def test_kin_are_among_the_nearest_far_more_often_than_by_chance(pocket, name):
-    kin = dict(zip(KNOWN.concept, KNOWN.group))
+    kin = dict(zip(KNOWN.concept, KNOWN.group, strict=False))
     found = [
         neighbours(pocket[name], concept, KNOWN.concept, count=5).concept
         for concept in KNOWN.concept
@@ -98,7 +98,7 @@ def test_kin_are_among_the_nearest_far_more_often_than_by_chance(pocket, name):
     hits = np.mean(
         [
             kin[other] == kin[concept]
-            for concept, others in zip(KNOWN.concept, found)
+            for concept, others in zip(KNOWN.concept, found, strict=False)
             for other in others
         ]
     )
@@ -488,7 +488,7 @@ def test_a_near_duplicate_on_either_side_is_left_out_and_drawn_again(model, tmp_
             first["image"].point(lambda x: min(255, int(1.05 * x)))
             if prompt == "cat" and seed % 10**5 == 0
             else image
-            for seed, image in zip(seeds, images)
+            for seed, image in zip(seeds, images, strict=False)
         ]
 
     monkeypatch.setattr(builder, "draw", alike)
@@ -600,12 +600,15 @@ def test_images_of_ones_own_are_shared_between_the_sides(model, tmp_path):
 def test_captions_of_ones_own_go_whole_to_one_side(model, tmp_path):
     captions = ["my cat"] * 5 + ["your cat"] * 3 + ["a sleeping cat"] * 2
     source = save_emoji(tmp_path / "mine", [f"{i}.png" for i in range(10)])
-    write = lambda texts: (source / "metadata.jsonl").write_text(
-        "".join(
-            json.dumps({"file_name": f"{i}.png", "text": text}) + "\n"
-            for i, text in enumerate(texts)
+
+    def write(texts):
+        return (source / "metadata.jsonl").write_text(
+            "".join(
+                json.dumps({"file_name": f"{i}.png", "text": text}) + "\n"
+                for i, text in enumerate(texts)
+            )
         )
-    )
+
     write(captions)
     folder = build(tmp_path / "x", cat(model), model, images=str(source), **FEW)
     ours, theirs = (read_folder(folder / place / "forget")[1] for place in ("defender", "attacker"))

@@ -128,7 +128,9 @@ def test_uce_minimises_its_objective(kept):
     w, _ = edit(w0, c, targets, k, ridge=ridge, erase=erase, keep=keep)
 
     def objective(w):
-        part = lambda x, y: (x @ w.T - y @ w0.T).square().sum()
+        def part(x, y):
+            return (x @ w.T - y @ w0.T).square().sum()
+
         return erase * part(c, targets) + keep * part(k, k) + ridge * (w - w0).square().sum()
 
     (gradient,) = torch.autograd.grad(objective(w.requires_grad_()), w)
@@ -150,7 +152,10 @@ def test_adversarial_vectors_minimise_their_objective():
         0.3,
     )
     found, recovered = adversarial_vectors(now, before, c, ridge)
-    missed = lambda x: (outputs(now, x) - outputs(before, c)).square().sum()
+
+    def missed(x):
+        return (outputs(now, x) - outputs(before, c)).square().sum()
+
     (gradient,) = torch.autograd.grad(
         missed(found.requires_grad_()) + ridge * found.square().sum(), found
     )
@@ -205,7 +210,10 @@ def test_near_equal_states_need_float64():
             ridge * torch.eye(40, dtype=dtype) + x.T @ x
         )
         exact = found if exact is None else exact
-    off = lambda w: ((w.double() - exact).norm() / exact.norm()).item()
+
+    def off(w):
+        return ((w.double() - exact).norm() / exact.norm()).item()
+
     assert off(found) > 0.1  # what a float32 solve gives
     assert off(edit(w0.float(), c, targets, c[:0], ridge=ridge)[0]) < 1e-4
 
@@ -280,10 +288,15 @@ def test_concepts_take_the_keys_and_values_of_their_targets(pipe, tokens):
         targets[1] = targets[1][:-5]
     kept = positions(pipe, "a cup", "last" if tokens == "last" else "all")
     uce(pipe, forget, replace, preserve, ridge=1e-8, keep=1.0, tokens=tokens)
-    result = lambda x: outputs(pipe.unet, x)
-    original = lambda x: outputs(frozen, x)
+
+    def result(x):
+        return outputs(pipe.unet, x)
+
+    def original(x):
+        return outputs(frozen, x)
+
     if tokens == "last":  # three vectors, independent: all are met
-        for x, y in zip(c, targets):
+        for x, y in zip(c, targets, strict=False):
             torch.testing.assert_close(result(x), original(y), rtol=1e-4, atol=1e-4)
             assert (original(x) - original(y)).abs().max() > 0.05
         torch.testing.assert_close(result(kept), original(kept), rtol=1e-4, atol=1e-4)
@@ -304,9 +317,13 @@ def test_the_preserved_stay_nearer_than_the_forgotten_move(pipe):
     unpreserved = copy.deepcopy(pipe)
     uce(unpreserved, "a cat", " ", tokens="last")
     uce(pipe, "a cat", " ", ["a tiger", "a cup"], keep=10.0, tokens="last")
-    moved = lambda p, text: (
-        outputs(p.unet, positions(p, text, "last")) - outputs(frozen, positions(p, text, "last"))
-    ).norm()
+
+    def moved(p, text):
+        return (
+            outputs(p.unet, positions(p, text, "last"))
+            - outputs(frozen, positions(p, text, "last"))
+        ).norm()
+
     for text in ("a tiger", "a cup"):
         assert 10 * moved(pipe, text) < moved(pipe, "a cat") and 5 * moved(pipe, text) < moved(
             unpreserved, text
@@ -395,7 +412,10 @@ def test_a_concept_and_target_that_begin_alike_need_only_the_rest(xl):
         positions(xl, "a cat", "all")[:2], positions(xl, "a tiger", "all")[:2], rtol=0, atol=1e-5
     )
     target = noise(xl, frozen, "a tiger")
-    far = lambda unet: (noise(xl, unet, "a cat", added="a tiger") - target).abs().max().item()
+
+    def far(unet):
+        return (noise(xl, unet, "a cat", added="a tiger") - target).abs().max().item()
+
     before = far(frozen)
     uce(xl, "a cat", "a tiger", ["a"], ridge=1e-6)
     assert far(xl.unet) < 0.02 * before
@@ -446,7 +466,7 @@ def test_an_edit_leaves_trainable_weights_trainable(xl):
     list(rece(xl, frozen, "a cat", epochs=1))
     assert all(
         p is q and q.requires_grad and q.is_leaf and q.grad is None
-        for p, q in zip(parameters, xl.unet.parameters())
+        for p, q in zip(parameters, xl.unet.parameters(), strict=False)
     )
 
 

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 from mu.comparison import (
-    mean_interval,
     against,
     best_try,
     destruction_verdict,
     dots,
     every_curve,
     gains,
+    mean_interval,
     read_attacks,
     self_destruction,
     strongest,
@@ -335,9 +335,12 @@ def test_trainings_of_different_numbers_are_not_paired(found):
 
 def test_an_attacker_who_starts_anew_keeps_the_best_and_pays_for_all(found):
     rows, budget, _ = found
-    again = lambda table: pd.concat(
-        [table, table.assign(attack_seed=1, **({"hit": 0} if "hit" in table else {}))]
-    )
+
+    def again(table):
+        return pd.concat(
+            [table, table.assign(attack_seed=1, **({"hit": 0} if "hit" in table else {}))]
+        )
+
     best_rows, best_budget = best_try(again(rows), again(budget), ["sly"])
     before, after = (
         table[table.name == "sly"].reset_index(drop=True) for table in (rows, best_rows)
@@ -419,21 +422,24 @@ def test_self_destruction_is_what_clean_does_not_cost(found, tmp_path):
 
 def test_an_attack_becomes_one_line_a_run():
     """Median steps to revival over the attack's seeds, some of them censored; area; self-destruction at the last step that both have."""
-    curve = lambda run, seed, group, hits: [
-        {
-            "name": "x",
-            "attack": "forget",
-            "training": "",
-            "run": run,
-            "attack_seed": seed,
-            "group": group,
-            "asked": "a cat",
-            "step": step,
-            "hit": hit,
-            "seed": 0,
-        }
-        for step, hit in zip((0, 50, 100), hits)
-    ]
+
+    def curve(run, seed, group, hits):
+        return [
+            {
+                "name": "x",
+                "attack": "forget",
+                "training": "",
+                "run": run,
+                "attack_seed": seed,
+                "group": group,
+                "asked": "a cat",
+                "step": step,
+                "hit": hit,
+                "seed": 0,
+            }
+            for step, hit in zip((0, 50, 100), hits, strict=False)
+        ]
+
     rows = pd.DataFrame(
         curve("plain", 0, "forget", (0, 1, 1))
         + curve("plain", 1, "forget", (0, 0, 1))

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score

@@ -96,7 +96,10 @@ def test_a_style_is_labelled_as_a_style_and_what_a_model_drew_is_no_real_drawing
         folder = tiny.make_images(tmp_path / place, ["x"])
         line = json.loads((folder / "metadata.jsonl").read_text())
         (folder / "metadata.jsonl").write_text(json.dumps(line | {"concept": concept}) + "\n")
-    say = lambda **facts: (tmp_path / "concept.json").write_text(json.dumps(facts))
+
+    def say(**facts):
+        return (tmp_path / "concept.json").write_text(json.dumps(facts))
+
     say(kind="style")
     assert real_drawings(tmp_path)[1] == [
         "style:noto",

@@ -54,7 +54,9 @@ def train(
     records = list(
         unlearn(state, unet_frozen, tiny.make_scheduler(), *sets, steps=steps, **FULL | options)
     )
-    return torch.cat([(p.detach() - q).flatten() for p, q in zip(state.parameters, start)]), records
+    return torch.cat(
+        [(p.detach() - q).flatten() for p, q in zip(state.parameters, start, strict=False)]
+    ), records
 
 
 def close(one, two, to):
@@ -68,10 +70,12 @@ def test_micro_batches_change_nothing_but_passes(sets, order):
     assert close(whole, parted, 1e-4)
     assert all(
         a.losses == pytest.approx(b.losses, rel=1e-4) and b.passes > a.passes
-        for a, b in zip(whole[1], parted[1])
+        for a, b in zip(whole[1], parted[1], strict=False)
     )
     if order == "first":
-        grown = [b.passes - a.passes for a, b in zip(*(x[1] for x in (whole, parted)))]
+        grown = [
+            b.passes - a.passes for a, b in zip(*(x[1] for x in (whole, parted)), strict=False)
+        ]
         assert (
             grown == [3 * 4 + 1, 3 * 4 + 1]
         )  # with gradient (at θ, two inner ones, the outer one) 4 passes for 1, the frozen UNet's 2 for 1
@@ -114,9 +118,11 @@ def test_predictions_in_micro_batches_are_in_order(sets, noise_scheduler):
     unet = tiny.make_unet()
     parts = [
         denoising(draw_minibatch(s, noise_scheduler, n, torch.Generator().manual_seed(n)))
-        for s, n in zip(sets, (4, 6))
+        for s, n in zip(sets, (4, 6), strict=False)
     ]
-    for whole, parted in zip(predictions(unet, *parts), predictions(unet, *parts, accumulation=2)):
+    for whole, parted in zip(
+        predictions(unet, *parts), predictions(unet, *parts, accumulation=2), strict=False
+    ):
         torch.testing.assert_close(whole, parted, rtol=0, atol=1e-5)
 
 
@@ -184,9 +190,10 @@ def test_lora_trains_adapters_alone_and_its_reference_is_itself_switched_off(set
     base = {name: p.clone() for name, p in unet.named_parameters() if "lora_" not in name}
     moved, _ = train(sets, state=state, frozen="none")
     batch = draw_minibatch(sets[0], tiny.make_scheduler(), 4, torch.Generator().manual_seed(0))
-    look = lambda net: predict_noise(
-        net, batch.noisy_latents, batch.timesteps, batch.conditioning
-    ).detach()
+
+    def look(net):
+        return predict_noise(net, batch.noisy_latents, batch.timesteps, batch.conditioning).detach()
+
     assert moved.norm() > 0 and all(
         torch.equal(p, base[name]) for name, p in unet.named_parameters() if name in base
     )
@@ -216,8 +223,8 @@ def test_adapters_are_drawn_from_the_seed(sets):
     )
     before = torch.random.get_rng_state()
     State(tiny.make_unet(seed=0), "lora", seed=9)
-    assert all(torch.equal(p, q) for p, q in zip(one, same)) and any(
-        not torch.equal(p, q) for p, q in zip(one, other)
+    assert all(torch.equal(p, q) for p, q in zip(one, same, strict=False)) and any(
+        not torch.equal(p, q) for p, q in zip(one, other, strict=False)
     )
     torch.manual_seed(0)
     tiny.make_unet()
@@ -254,7 +261,10 @@ def test_without_a_reference_it_stops(sets):
 
 def test_a_frozen_unet_of_half_the_size_is_nearly_the_same(sets):
     whole, other = train(sets), train(sets, frozen="half")
-    size = lambda unet: sum(p.numel() * p.element_size() for p in unet.parameters())
+
+    def size(unet):
+        return sum(p.numel() * p.element_size() for p in unet.parameters())
+
     unet = tiny.make_unet()
     assert size(frozen_copy(unet, "half")) == size(unet) / 2 and not any(
         p.requires_grad for p in frozen_copy(unet).parameters()
@@ -281,9 +291,10 @@ def test_adam_in_eight_bits_is_near_adam_and_goes_on_where_it_stopped(sets, nois
 
     (full, tensors), (eight, small) = run("adamw", 4), run("adamw8bit", 4)
     assert (full - eight).norm() < 0.3 * full.norm()
-    moments = lambda t: sum(
-        v.numel() * v.element_size() for k, v in t.items() if k.startswith("optimizer/")
-    )
+
+    def moments(t):
+        return sum(v.numel() * v.element_size() for k, v in t.items() if k.startswith("optimizer/"))
+
     assert moments(small) < 0.5 * moments(tensors) and any(
         v.dtype == torch.uint8 for k, v in small.items() if k.startswith("optimizer/")
     )
@@ -404,7 +415,9 @@ def test_sdd_is_a_plain_loop(sets):
             record.losses["unlearn"] == pytest.approx(loss.item(), rel=1e-4)
             and len(forget_rows) == n
         )
-        for p, gradient in zip(trained.values(), torch.autograd.grad(loss, list(trained.values()))):
+        for p, gradient in zip(
+            trained.values(), torch.autograd.grad(loss, list(trained.values())), strict=False
+        ):
             p.data -= lr * gradient
         for name, average in teacher.named_parameters():
             average.data.lerp_(dict(student.named_parameters())[name].data, 1 - decay)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from mu import forecast as fc
@@ -49,7 +48,9 @@ def briefly():
 
 
 def test_passes_and_pictures_by_hand(of, tmp_path):
-    first = lambda place: True
+    def first(place):
+        return True
+
     assert probe(of("30_attack_finetune")) == (19, 16, 2) and probe(
         of("30_attack_finetune", sets=str(tmp_path / "none"))
     ) == (fc.PICTURES, 8, 1)
@@ -187,7 +188,10 @@ def test_hours_are_bounded_by_what_there_is_and_by_the_longest_chain():
         "b": {"notebook": "x", "after": ["a"]},
         "c": {"notebook": "x", "after": ["b", "elsewhere"]},
     }
-    hours = lambda walk, side: Forecast(walk, dict.fromkeys(walk, 60.0), {}, side).hours
+
+    def hours(walk, side):
+        return Forecast(walk, dict.fromkeys(walk, 60.0), {}, side).hours
+
     assert (
         hours(chain, {0: 8, 1: 8}) == 3
         and hours({name: {"notebook": "x"} for name in "abcd"}, {0: 2, 1: 1}) == 2

@@ -21,7 +21,6 @@ from mu.formats import (
     save_difference,
     save_lora,
     save_pipeline,
-    whole_folder,
 )
 from mu.models import LORA, encode_prompts, load_pipeline, predict_noise, trainable
 from mu.runs import finish
@@ -675,7 +674,10 @@ def test_an_interrupted_write_leaves_the_earlier_result(
 
 def test_a_result_takes_the_place_of_its_like_only(unet, tmp_path):
     changed = move(copy.deepcopy(unet))
-    save = lambda folder: save_difference(changed, unet, folder, CARD, base_model="base")
+
+    def save(folder):
+        return save_difference(changed, unet, folder, CARD, base_model="base")
+
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "params.json").write_text("{}")
     with pytest.raises(

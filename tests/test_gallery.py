@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -62,13 +61,15 @@ def test_pictures_are_drawn_judged_and_kept(pipe, judge, tmp_path, small):
         for i, row in enumerate(ROWS)
     ]
     assert [row["seen"] for row in found] == seen and [row["hit"] for row in found] == [
-        int(s == r["expected"]) for s, r in zip(seen, ROWS)
+        int(s == r["expected"]) for s, r in zip(seen, ROWS, strict=False)
     ]
     assert [row["prompt"] for row in found] == [r["prompt"] for r in ROWS] and [
         c[0] for c in small
     ] == [[0, 3]] * 3
 
-    monkey = lambda images, rows: pytest.fail("a finished folder was looked at again")
+    def monkey(images, rows):
+        return pytest.fail("a finished folder was looked at again")
+
     assert (
         draw_folder(tmp_path / "x", pipe, ROWS, monkey, {"model": "tiny"}, **HOW) == found
         and len(small) == 3

@@ -274,7 +274,10 @@ def test_a_grid_fits_its_notebooks(name, model):
             or all(p[part] for part in place[1])
             and p["out"].startswith(grid["runs"].format(model=model))
         ), "a place of its own"
-    twice = lambda places: [place for place, n in Counter(places).items() if n > 1]
+
+    def twice(places):
+        return [place for place, n in Counter(places).items() if n > 1]
+
     assert not twice(left) and not twice(written), twice(left) + twice(written)
     for step in walk.values():
         if step["notebook"] == "90_figures":
@@ -461,7 +464,9 @@ def test_a_failed_cell_stops_its_branch_only_and_dry_runs_nothing(tmp_path, monk
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    dry = lambda seeds: str(forecast([*command, "--config", "model=toy", f"seeds={seeds}"]))
+
+    def dry(seeds):
+        return str(forecast([*command, "--config", "model=toy", f"seeds={seeds}"]))
 
     before = tree(tmp_path)
     code, said = run(

@@ -176,9 +176,12 @@ def test_a_killed_training_ends_with_the_same_numbers(
         b"half"
     )  # as safetensors names a file that it is writing: a kill may come then, too
     done = len(read_json(killed / "records.json", []))
-    assert 2 <= done and not (killed / "unet").exists(), process.stderr.read().decode()[-500:]
+    assert done >= 2 and not (killed / "unet").exists(), process.stderr.read().decode()[-500:]
     train_run(killed, checkpoint_every=1)
-    facts = lambda folder: [(r["step"], r["losses"]) for r in read_json(folder / "records.json")]
+
+    def facts(folder):
+        return [(r["step"], r["losses"]) for r in read_json(folder / "records.json")]
+
     assert facts(whole) == facts(killed) and all(
         torch.equal(p, result(killed)[name]) for name, p in result(whole).items()
     )
@@ -328,7 +331,9 @@ def test_two_processes_give_the_numbers_of_one(sd_folder, folders, tmp_path):
         assert history.passes.tolist() == [r["passes"] for r in read_json(one / "records.json")]
         far, near = difference(result(one), result(other)), difference(result(one), result(two))
         assert near < (0.1 if changes else 1e-4) * far, (method, near, far)
-        for mine, theirs in zip(read_json(one / "records.json"), read_json(two / "records.json")):
+        for mine, theirs in zip(
+            read_json(one / "records.json"), read_json(two / "records.json"), strict=False
+        ):
             assert theirs["losses"] == pytest.approx(
                 mine["losses"], rel=0.15 if changes else 1e-4
             )  # a small drift in bf16 is half rounding

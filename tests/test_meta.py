@@ -1,7 +1,7 @@
 """The meta gradient against closed forms, finite differences and plain torch."""
 
-import tiny
 import pytest
+import tiny
 import torch
 
 from mu.meta import angle, expansion, inner_step, make_inner_optimizer, meta_gradient
@@ -18,7 +18,10 @@ def quadratics(steps, n=6, seed=0):
             (root @ root.T / n + torch.eye(n), torch.randn(n, generator=g, dtype=torch.float64))
         )
     theta = torch.randn(n, generator=g, dtype=torch.float64).requires_grad_()
-    value = lambda A, a: 0.5 * (theta - a) @ A @ (theta - a)
+
+    def value(A, a):
+        return 0.5 * (theta - a) @ A @ (theta - a)
+
     return theta, found, [lambda Aa=Aa: value(*Aa) for Aa in found]
 
 
@@ -66,7 +69,10 @@ def test_the_expansion_and_the_angle_have_their_closed_forms():
 def unet_losses(unet, n, seed=0):
     """n float64 denoising losses on fixed noise, as functions without arguments."""
     g = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
     made = []
     for _ in range(n):
         z, noise, t, c = (
@@ -102,7 +108,7 @@ def test_second_order_equals_finite_differences_on_a_unet(unet64, subset):
 
     def objective(direction, size):
         with torch.no_grad():
-            for p, s, d in zip(parameters, start, direction):
+            for p, s, d in zip(parameters, start, direction, strict=False):
                 p.copy_(s + size * d)
         sgd = torch.optim.SGD(parameters, lr=tau)
         for loss in inner:
@@ -114,7 +120,7 @@ def test_second_order_equals_finite_differences_on_a_unet(unet64, subset):
     g = torch.Generator().manual_seed(5)
     random = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in parameters]
     gap = [
-        s - f for s, f in zip(second, first)
+        s - f for s, f in zip(second, first, strict=False)
     ]  # the direction in which a missing Hessian term shows most
     for direction in (second, gap, random):
         direction = [d / flat(direction).norm() for d in direction]
@@ -136,7 +142,7 @@ def test_first_order_is_second_order_without_the_hessian_term(unet64):
 
     def gradient_at(size):
         with torch.no_grad():
-            for p, s, d in zip(parameters, start, v):
+            for p, s, d in zip(parameters, start, v, strict=False):
                 p.copy_(s + size * d)
         return flat(torch.autograd.grad(inner(), parameters))
 
@@ -171,7 +177,8 @@ def test_first_order_is_the_gradient_after_plain_adam(unet64):
     expected = outer()
     assert torch.equal(value, expected)
     assert all(
-        torch.equal(a, b) for a, b in zip(gradient, torch.autograd.grad(expected, parameters))
+        torch.equal(a, b)
+        for a, b in zip(gradient, torch.autograd.grad(expected, parameters), strict=False)
     )
 
 
@@ -277,7 +284,7 @@ def test_memory_of_the_exact_order_does_not_depend_on_the_number_of_steps():
             )
         assert Kept.alive == 0
         peaks.append(Kept.peak)
-    assert 0 < peaks[0] and peaks[1] == peaks[2]
+    assert peaks[0] > 0 and peaks[1] == peaks[2]
 
 
 def test_what_is_refused():

@@ -50,7 +50,7 @@ def test_a_clip_score_is_a_hundred_times_the_cosine(clip_folder):
         for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     )
     model, expected = CLIPModel.from_pretrained(clip_folder).eval(), []
-    for image, prompt in zip(images, prompts):
+    for image, prompt in zip(images, prompts, strict=False):
         small = (
             Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
             .resize((42, 32), Image.BICUBIC)
@@ -182,7 +182,7 @@ def test_few_images_bias_a_frechet_distance_upwards():
 
 def test_the_change_of_a_picture_is_one_minus_a_cosine():
     a, b = noise(4, 8), noise(4, 8, seed=1)
-    expected = [1 - float(x @ y / x.norm() / y.norm()) for x, y in zip(a, b)]
+    expected = [1 - float(x @ y / x.norm() / y.norm()) for x, y in zip(a, b, strict=False)]
     np.testing.assert_allclose(judge_change(a, b), expected, atol=1e-6)
     np.testing.assert_allclose(judge_change(a, 3 * a), np.zeros(4), atol=1e-6)
     with pytest.raises(ValueError, match="pairs of one prompt and seed, got 4 and 3"):

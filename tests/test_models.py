@@ -41,7 +41,7 @@ def test_images_are_those_of_the_pipeline(folder, guidance):
                 num_inference_steps=4,
                 output_type="pt",
             ).images
-            for prompt, seed in zip(PROMPTS, SEEDS)
+            for prompt, seed in zip(PROMPTS, SEEDS, strict=False)
         ]
     ).float()
     pipe = load_pipeline(str(folder), dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_images_are_those_of_the_pipeline(folder, guidance):
     assert (
         found.shape == (3, 3, 16, 16)
         and found.dtype == torch.float32
-        and 0 <= found.min()
+        and found.min() >= 0
         and found.max() <= 1
     )
     # another prompt, seed, guidance or number of steps would have been seen
@@ -193,7 +193,10 @@ def test_passes_in_bf16_are_close_and_see_every_change_of_the_weights(folder):
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
         torch.tensor([10, 500]),
     )
-    look = lambda unet: predict_noise(unet.requires_grad_(True), x, t, conditioning).detach()
+
+    def look(unet):
+        return predict_noise(unet.requires_grad_(True), x, t, conditioning).detach()
+
     copied = copy.deepcopy(half)
     assert half.conv_in.weight.dtype == look(half).dtype == torch.float32
     before = look(full)

@@ -450,12 +450,16 @@ def test_what_a_notebook_lacks_is_said(tmp_path):
 
         return change
 
-    tagged = lambda read: next(c for c in read.cells if "parameters" in c.metadata.get("tags", []))
-    code = lambda read: [
-        c
-        for c in read.cells
-        if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])
-    ]
+    def tagged(read):
+        return next(c for c in read.cells if "parameters" in c.metadata.get("tags", []))
+
+    def code(read):
+        return [
+            c
+            for c in read.cells
+            if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])
+        ]
+
     for part in (
         "**Goes in:**",
         "**Comes out:**",
@@ -500,9 +504,11 @@ def test_what_a_notebook_lacks_is_said(tmp_path):
 
 
 def test_the_check_of_the_book_finds_nothing_and_knows_no_other_words():
-    book = lambda *words: subprocess.run(
-        [sys.executable, "-m", "mu.book", *words], cwd=ROOT, capture_output=True, text=True
-    )
+    def book(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "mu.book", *words], cwd=ROOT, capture_output=True, text=True
+        )
+
     assert (found := book("--check")).returncode == 0, found.stderr
     before = {path: path.stat().st_mtime_ns for path in [*NOTEBOOKS, ROOT / "README.md"]}
     wrong = book("--chekc")

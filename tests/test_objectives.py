@@ -81,7 +81,7 @@ def test_denoising_loss_is_the_one_of_a_plain_diffusers_loop(unet, sets, noise_s
 def test_parts_in_one_pass_are_the_losses_of_separate_passes(unet, sets, noise_scheduler):
     parts = [
         denoising(draw_minibatch(s, noise_scheduler, n, generator(n)))
-        for s, n in zip(sets, (5, 2, 3))
+        for s, n in zip(sets, (5, 2, 3), strict=False)
     ]
     passes = []
     unet.register_forward_hook(lambda *_: passes.append(1))
@@ -206,7 +206,10 @@ def test_subsets_are_exactly_the_named_parameters():
     unet = tiny.make_unet(mid_block_type="UNetMidBlock2DCrossAttn")
     everything = dict(unet.named_parameters())
     names = {id(p): name for name, p in everything.items()}
-    of = lambda *modules: {names[id(p)] for m in modules for p in m.parameters()}
+
+    def of(*modules):
+        return {names[id(p)] for m in modules for p in m.parameters()}
+
     cross = of(*(m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention))
     ends = of(unet.time_embedding, unet.conv_out, unet.conv_norm_out)
     assert cross and ends

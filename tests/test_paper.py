@@ -64,7 +64,8 @@ def test_a_cell_of_the_table_is_the_share_of_its_pictures(results):
                         "group",
                         "hit",
                     )
-                )
+                ),
+                strict=False,
             )
             if (panel, m, v, attack, step, group) == ("", method, variant, "HRM-m", steps, "forget")
             and abs(lr - 6e-5) < 1e-9
@@ -112,7 +113,7 @@ def test_the_figure_of_relearning_is_drawn_again(at_lr, tmp_path):
     plt.close("all")
     mine, theirs = curves(again), curves(kept)
     assert len(mine) == len(theirs) >= 20
-    for a, b in zip(mine, theirs):
+    for a, b in zip(mine, theirs, strict=False):
         np.testing.assert_allclose(
             a, b, atol=0.5
         )  # points of 1/72 inch: another version of matplotlib sets its labels a little otherwise
@@ -166,7 +167,10 @@ def test_the_whole_page_is_made_again_from_the_rows_alone(tmp_path, monkeypatch)
     assert {f.name for f in (report / "figures").iterdir()} == {
         f.name for f in (REPORT / "figures").iterdir()
     }
-    shown = lambda page: page.read_text().split('<h2 id="notebooks">')[0].split("<footer>")[0]
+
+    def shown(page):
+        return page.read_text().split('<h2 id="notebooks">')[0].split("<footer>")[0]
+
     assert shown(report / "index.html") == shown(REPORT / "index.html"), (
         "words, captions, tables, and what the slider is told"
     )

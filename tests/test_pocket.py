@@ -299,8 +299,8 @@ def test_unet_trainer_goes_on_with_the_same_numbers(rgba, speaker):
     first, state, *half = unet_run(rgba, speaker, 2, total=4)
     second, _, *resumed = unet_run(rgba, speaker, 4, state=state)
     assert first | second == losses and list(second) == [2, 3]
-    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
-    assert not any(torch.equal(a, b) for a, b in zip(whole, half))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=False))
+    assert not any(torch.equal(a, b) for a, b in zip(whole, half, strict=False))
 
 
 def test_the_result_is_the_average_of_the_weights(rgba, speaker):
@@ -344,7 +344,7 @@ def test_captions_say_what_is_drawn():
     texts = pocket.sample_captions(drawings, colors, g)
     empty = np.mean([text == "" for text in texts])
     assert 0.08 < empty < 0.12
-    for text, d, c in zip(texts, drawings, colors.tolist()):
+    for text, d, c in zip(texts, drawings, colors.tolist(), strict=False):
         if text:
             assert d["concept"] in text and not any(
                 other in text for other in {"cat", "tiger", "banana"} - {d["concept"]}

@@ -124,7 +124,10 @@ def test_a_random_pipeline_runs(name, width, monkeypatch):
         random_pipeline(name, device="cpu", seed=3),
     )
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(p, q) for p, q in zip(pipe.unet.parameters(), again.unet.parameters()))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(pipe.unet.parameters(), again.unet.parameters(), strict=False)
+    )
     conditioning = encode_prompts(pipe, ["a cat", "a dog on a tree"])
     assert conditioning["encoder_hidden_states"].shape == (2, 77, width)
     images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), seeds=[0, 0], steps=3)
@@ -173,7 +176,9 @@ def test_rehearsing_profiles_later_steps_and_trains_nothing_else(pipe):
         and [r.step for r in measured.records] == [1]
         and not torch.equal(before, next(pipe.unet.parameters()))
     )
-    assert all(torch.equal(p, q) for p, q in zip(text, pipe.text_encoder.parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(text, pipe.text_encoder.parameters(), strict=False)
+    )
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamw8bit"])
@@ -319,9 +324,10 @@ def test_what_is_kept_by_hand(pipe):
         weights="full",
         inner_optimizer="sgd",
     )
-    kept = lambda **change: {
-        name: round(gib * GIB) for name, gib in estimate(pipe, p | change).kept.items()
-    }
+
+    def kept(**change):
+        return {name: round(gib * GIB) for name, gib in estimate(pipe, p | change).kept.items()}
+
     assert kept() == {"UNet": 4 * n, "frozen UNet": 2 * n, "optimiser": 8 * trained}
     assert kept(optimizer="sgd", frozen="same", retain_prompts=5) == {
         "UNet": 4 * n,
@@ -339,7 +345,10 @@ def test_what_is_kept_by_hand(pipe):
     }
     others = sum(4 * q.numel() for part in (pipe.vae, pipe.text_encoder) for q in part.parameters())
     assert kept(offload=False)["VAE, text encoders"] == others
-    attacked = lambda **change: estimate(pipe, p | change).phases["simulated fine-tuning"] * GIB
+
+    def attacked(**change):
+        return estimate(pipe, p | change).phases["simulated fine-tuning"] * GIB
+
     assert attacked() - attacked(snapshot="cpu") == pytest.approx(4 * trained)  # the copy of θ
     assert attacked(inner_optimizer="sgd,adam") - attacked() == pytest.approx(8 * trained)
     assert (
@@ -378,17 +387,19 @@ def test_more_needs_more(pipe):
 
 
 def test_norms_under_autocast_take_float32_on_a_gpu(pipe):
-    network = lambda gpu: (
-        json.dumps(dict(pipe.unet.config)),
-        "f",
-        16,
-        torch.float32,
-        "bf16",
-        False,
-        "same",
-        gpu,
-        False,
-    )
+    def network(gpu):
+        return (
+            json.dumps(dict(pipe.unet.config)),
+            "f",
+            16,
+            torch.float32,
+            "bf16",
+            False,
+            "same",
+            gpu,
+            False,
+        )
+
     on_gpu, on_cpu = (pf._pass("train", 8, 1, 8, 20, *network(gpu))[0] for gpu in (True, False))
     assert on_gpu > 1.1 * on_cpu
 
@@ -404,7 +415,7 @@ def test_advice_makes_it_fit(pipe, monkeypatch):
             and (found.needs[-1][1] <= found.usable) == possible
         )
         assert (len(found.needs) == 1) == found.fits and all(
-            b[1] < a[1] for a, b in zip(found.needs, found.needs[1:])
+            b[1] < a[1] for a, b in zip(found.needs, found.needs[1:], strict=False)
         )
         changed = META
         for change, gib, minutes in found.needs:

@@ -129,7 +129,10 @@ def i2p(tmp_path, monkeypatch):
         }
     )
     table.loc[chosen.i2p_row, "sd_seed"] = chosen.evaluation_seed.to_numpy()
-    save = lambda t: t.to_csv(tmp_path / "i2p_benchmark.csv", index=False)
+
+    def save(t):
+        return t.to_csv(tmp_path / "i2p_benchmark.csv", index=False)
+
     save(table)
     monkeypatch.setattr(
         prompt_files, "hf_hub_download", lambda repo, file, repo_type: str(tmp_path / file)

@@ -76,7 +76,7 @@ def test_gradients_reach_the_vectors_and_are_right(either):
                 for v in encode_prompts(either, ["a photo of a cat"]).values()
             )
 
-    for vector, gradient in zip(vectors, torch.autograd.grad(value(), vectors)):
+    for vector, gradient in zip(vectors, torch.autograd.grad(value(), vectors), strict=False):
         direction, eps = torch.nn.functional.normalize(gradient, dim=-1), 1e-2
         with torch.no_grad():
             vector += eps * direction
@@ -112,13 +112,14 @@ def test_the_first_loss_is_that_of_the_prompt_it_names(pipe, images):
         g = torch.Generator().manual_seed(4)
         torch.randint(len(words(pipe)), (2,), generator=g)
         batch = draw_minibatch(images, pipe.scheduler, 4, g)
-        ask = lambda unet, text: (
-            unet(
+
+        def ask(unet, text):
+            return unet(
                 batch.noisy_latents,
                 batch.timesteps,
                 encode_prompts(pipe, [text])["encoder_hidden_states"].expand(4, -1, -1),
             ).sample
-        )
+
         target = batch.noise if wanted is None else ask(wanted, "a cat")
         assert first.loss == pytest.approx(
             (ask(pipe.unet, first.prompt) - target).pow(2).mean().item(), rel=1e-4
@@ -138,7 +139,7 @@ def test_a_search_by_gradient_changes_no_weight(either, name):
         else p4d(either, original, images, "a cat", **options)
     )
     assert [f.step for f in found] == [1, 2, 3] and all(
-        torch.equal(tiny.weights(part), old) for part, old in zip(parts, before)
+        torch.equal(tiny.weights(part), old) for part, old in zip(parts, before, strict=False)
     )
 
 
@@ -155,15 +156,19 @@ def test_a_search_by_gradient_ends_at_better_words_than_chance(
         torch.Generator().manual_seed(7),
     )
     monkeypatch.setattr("mu.prompts.draw_minibatch", lambda *_: batch)
-    ask = lambda text: (
-        pipe.unet(
+
+    def ask(text):
+        return pipe.unet(
             batch.noisy_latents,
             batch.timesteps,
             encode_prompts(pipe, [text])["encoder_hidden_states"].expand(4, -1, -1),
         ).sample
-    )
+
     target = batch.noise if name == "unlearn-diff-atk" else ask("a cat")
-    error = lambda text: (ask(text) - target).pow(2).mean().item()
+
+    def error(text):
+        return (ask(text) - target).pow(2).mean().item()
+
     with torch.no_grad():
         chance = [error(f.prompt) for f in random_words(pipe, "a cat", count=2, steps=100, seed=9)]
     if not right:
@@ -237,9 +242,12 @@ def test_ring_a_bell_finds_words_that_are_read_like_the_target(either):
         )
     )
     assert found[-1].loss < found[0].loss and all(
-        b.loss <= a.loss + 1e-6 for a, b in zip(found, found[1:])
+        b.loss <= a.loss + 1e-6 for a, b in zip(found, found[1:], strict=False)
     )
-    states = lambda text: encode_prompts(either, [text])["encoder_hidden_states"]
+
+    def states(text):
+        return encode_prompts(either, [text])["encoder_hidden_states"]
+
     assert found[-1].loss == pytest.approx(
         (states(found[-1].prompt) - states(target)).pow(2).mean().item(), rel=1e-3, abs=1e-6
     )
@@ -253,10 +261,12 @@ def test_ring_a_bell_finds_words_that_are_read_like_the_target(either):
 
 
 def test_random_words_are_new_each_step_and_the_same_for_a_seed(pipe):
-    said = lambda seed: [
-        f.prompt
-        for f in random_words(pipe, "a cat", count=2, steps=5, without=["a tiger"], seed=seed)
-    ]
+    def said(seed):
+        return [
+            f.prompt
+            for f in random_words(pipe, "a cat", count=2, steps=5, without=["a tiger"], seed=seed)
+        ]
+
     assert (
         said(0) == said(0) != said(1)
         and len(set(said(0))) > 1
@@ -293,7 +303,10 @@ def test_what_is_found_is_drawn_with_the_seeds_of_the_probe(pipe, judge, tmp_pat
         },
         seeds=(3, 5),
     )
-    seek = lambda prompt: random_words(pipe, prompt, count=1, steps=4)
+
+    def seek(prompt):
+        return random_words(pipe, prompt, count=1, steps=4)
+
     options = dict(at=(0, 2, 4), tries=1, images=7, guidance=2.0, sampling_steps=2)
     rows = prompt_run(tmp_path / "run", pipe, judge, probe, seek, **options)
     found = read_json(tmp_path / "run" / "found.json")
@@ -311,7 +324,10 @@ def test_what_is_found_is_drawn_with_the_seeds_of_the_probe(pipe, judge, tmp_pat
         ("a photo of a cat", 5),
     ]
     assert [b["images"] for b in read_json(tmp_path / "run" / "budget.json")] == [0, 7, 7]
-    never = lambda prompt: pytest.fail("a finished search was made again")
+
+    def never(prompt):
+        return pytest.fail("a finished search was made again")
+
     assert prompt_run(tmp_path / "run", pipe, judge, probe, never, **options) == rows
     (tmp_path / "run" / "step-0004.json").unlink()
     assert (
@@ -336,7 +352,10 @@ def test_the_attacker_keeps_the_best_of_the_prompts_that_he_looked_at(
 
     monkeypatch.setattr("mu.prompts.look_at", look)
     probe = make_probe(pipe, {"forget": {"a cat": "concept:cat"}}, seeds=(3,))
-    seek = lambda prompt: iter(Sought(i + 1, 0.0, text, 2, 0.5) for i, text in enumerate(texts))
+
+    def seek(prompt):
+        return iter(Sought(i + 1, 0.0, text, 2, 0.5) for i, text in enumerate(texts))
+
     rows = prompt_run(
         tmp_path / "run",
         pipe,
@@ -376,10 +395,11 @@ def test_other_steps_of_a_finished_search_are_chosen_anew(pipe, judge, tmp_path,
     )
 
     def run(name, at, steps=4):
-        seek = lambda prompt: (
-            sought.append(name)
-            or iter([Sought(i + 1, 0.0, text, 2, 0.5) for i, text in enumerate(texts[:steps])])
-        )
+        def seek(prompt):
+            return sought.append(name) or iter(
+                [Sought(i + 1, 0.0, text, 2, 0.5) for i, text in enumerate(texts[:steps])]
+            )
+
         rows = prompt_run(tmp_path / name, pipe, judge, probe, seek, at=at, **options)
         return (
             rows,

@@ -160,7 +160,10 @@ def test_the_card_holds_the_measured_figures_and_nothing_else_changes(recipe):
         and metrics["protocol"]["weights"]["pocket-judge"] in text
         and metrics["concepts"]["images"] == 5
     )
-    cut = lambda t: (t.split("<!-- figures -->")[0], t.split("<!-- /figures -->")[1])
+
+    def cut(t):
+        return (t.split("<!-- figures -->")[0], t.split("<!-- /figures -->")[1])
+
     assert cut(text) == cut(original)
     pocket.fill_card(card, metrics)
     assert card.read_text() == text
@@ -224,7 +227,9 @@ def test_its_sibling_is_a_pipeline_of_sdxl(recipe, monkeypatch):
     start = load_pipeline(str(base / "data" / "pocket-sd"))
     moved = max(
         (p.float() - q).abs().max().item()
-        for p, q in zip(pipe.unet.conv_in.parameters(), start.unet.conv_in.parameters())
+        for p, q in zip(
+            pipe.unet.conv_in.parameters(), start.unet.conv_in.parameters(), strict=False
+        )
     )
     assert 0 < moved < 0.01, "it starts where the elder is, and is trained from there"
 
@@ -335,7 +340,7 @@ def test_a_stopped_training_ends_with_the_same_numbers(family, request, monkeypa
         "sample_captions",
         lambda drawings, colors, *rest: [
             "" if not text else f"a {d['concept']}"
-            for text, d in zip(plain(drawings, colors, *rest), drawings)
+            for text, d in zip(plain(drawings, colors, *rest), drawings, strict=False)
         ],
     )
 
@@ -396,7 +401,10 @@ def test_drawings_are_read_from_packages(recipe):
         for style in ("openmoji", "noto")
     )
     assert square.shape == tall.shape == (128, 128, 4)
-    columns = lambda image: np.nonzero(image[..., 3].max(0))[0]
+
+    def columns(image):
+        return np.nonzero(image[..., 3].max(0))[0]
+
     assert (
         63 <= columns(square).mean() <= 64
         and 63 <= columns(tall).mean() <= 64

@@ -77,7 +77,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, earlier, where
     if earlier:
         save_json({"a": 1}, file)
     before = {f: f.read_bytes() for f in tmp_path.iterdir()}
-    save = lambda: save_json({"a": 2}, file)
+
+    def save():
+        return save_json({"a": 2}, file)
+
     if where == "write":
 
         def half(path, text):
@@ -94,7 +97,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, earlier, where
             raise RuntimeError("I/O error: No space left on device (os error 28)")
 
         monkeypatch.setattr(mu.runs, "save_file", half)
-        save = lambda: save_tensors({"a": torch.ones(2)}, file)
+
+        def save():
+            return save_tensors({"a": torch.ones(2)}, file)
+
     with pytest.raises(
         OSError, match="the disk is full: .*kept.json was not written.*free space"
     ) as caught:
@@ -235,13 +241,18 @@ def test_a_finished_run_is_a_unet_of_diffusers(tmp_path, unet):
 
 def test_a_stopped_run_goes_on_with_the_same_records(tmp_path, sets, noise_scheduler):
     """Stopped between two checkpoints: the steps since the last one are done again, and are the same."""
-    make = lambda: State(tiny.make_unet(), "f", lr=1e-3, optimizer="adam", seed=3)
-    loop = lambda state: run_loop(
-        tmp_path / "run",
-        state,
-        finetune(state, noise_scheduler, sets[0], steps=7),
-        checkpoint_every=2,
-    )
+
+    def make():
+        return State(tiny.make_unet(), "f", lr=1e-3, optimizer="adam", seed=3)
+
+    def loop(state):
+        return run_loop(
+            tmp_path / "run",
+            state,
+            finetune(state, noise_scheduler, sets[0], steps=7),
+            checkpoint_every=2,
+        )
+
     whole = make()
     expected = list(finetune(whole, noise_scheduler, sets[0], steps=7))
 

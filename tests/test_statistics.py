@@ -109,7 +109,10 @@ def world(rng, simulations, seeds=14, prompts=20, shift=0.1, spread=1.0, own=0.8
     """Many tables of two methods at once: pictures that are hits by the luck of the seed, of the prompt and of the picture. (simulations, method, seed, prompt)
 
     The luck of seed and prompt is partly shared by the methods. Returns the hits and the true difference."""
-    luck = lambda *shape: spread * rng.standard_normal((simulations, *shape))
+
+    def luck(*shape):
+        return spread * rng.standard_normal((simulations, *shape))
+
     both = luck(1, seeds, 1) + luck(1, 1, prompts)
     own = own * (luck(2, seeds, 1) + luck(2, 1, prompts))
     lean = np.array([shift, -shift])[:, None, None]
@@ -123,7 +126,7 @@ def as_table(hits):
     return pd.concat(
         [
             pd.DataFrame({"model": m, "seed": s.ravel(), "prompt": p.ravel(), "hit": h.ravel()})
-            for m, h in zip("ab", hits)
+            for m, h in zip("ab", hits, strict=False)
         ],
         ignore_index=True,
     )
@@ -140,7 +143,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     two = np.array(
         [paired_interval(t, "a", "b", resamples=400, seed=i) for i, t in enumerate(tables)]
     )
-    inside = lambda found, value: np.mean((found[:, 1] <= value) & (value <= found[:, 2]))
+
+    def inside(found, value):
+        return np.mean((found[:, 1] <= value) & (value <= found[:, 2]))
+
     assert 0.90 <= inside(one, truth) <= 0.985 and 0.90 <= inside(two, difference) <= 0.985
 
     pictures = [

@@ -139,12 +139,14 @@ def test_retention_leaves_the_draws_of_unlearning_alone(sets):
                 tiny.weights(unet),
             )
         )
-    for drawn, of_unlearn, of_retain, weights in seen[1:]:
+    for drawn, of_unlearn, _of_retain, weights in seen[1:]:
         assert torch.equal(of_unlearn, seen[0][1])
         assert torch.equal(
             drawn[0][0], seen[0][0][0][0]
         )  # latents of the first step: the weights are still the same
-        for (_, timesteps, prompt), (_, timesteps0, prompt0) in zip(drawn, seen[0][0]):
+        for (_, timesteps, prompt), (_, timesteps0, prompt0) in zip(
+            drawn, seen[0][0], strict=False
+        ):
             assert torch.equal(timesteps, timesteps0) and torch.equal(prompt, prompt0)
         assert not torch.equal(weights, seen[0][3])
     assert torch.equal(seen[1][2], seen[2][2])  # and the meta terms leave those of retention alone
@@ -186,7 +188,9 @@ def by_hand(
     unet, unet_frozen, scheduler = tiny.make_unet(), frozen_elsewhere(), tiny.make_scheduler()
     theta = trainable(unet, "u")
     g_retain, g_meta = (torch.Generator().manual_seed(1000 * seed + i) for i in (1, 2))
-    draw = lambda concepts, g: draw_minibatch(concepts, scheduler, 5, g, timestep)
+
+    def draw(concepts, g):
+        return draw_minibatch(concepts, scheduler, 5, g, timestep)
 
     def loss(batch, weights):  # L(weights; batch)
         z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]
@@ -213,11 +217,13 @@ def by_hand(
             target = unet_frozen(z, t, c).sample
         return (torch.func.functional_call(unet, theta, (z, t, c)).sample - target).pow(2).mean()
 
-    inputs = lambda batch: (
-        batch.noisy_latents,
-        batch.timesteps,
-        batch.conditioning["encoder_hidden_states"],
-    )
+    def inputs(batch):
+        return (
+            batch.noisy_latents,
+            batch.timesteps,
+            batch.conditioning["encoder_hidden_states"],
+        )
+
     z, t, _ = inputs(b_unrelated)
     nothing = unconditional["encoder_hidden_states"].expand(3, -1, -1)
     drifts = {
@@ -243,7 +249,7 @@ def by_hand(
         )
         fine_tuned = {
             name: p - inner_lr * (g if order == "second" else g.detach())
-            for (name, p), g in zip(fine_tuned.items(), gradient)
+            for (name, p), g in zip(fine_tuned.items(), gradient, strict=False)
         }
     b_forget = draw(forget, g_meta)
     if cleaning:
@@ -269,9 +275,9 @@ def by_hand(
         total = (
             total
             + gradient_norm * sum(a.pow(2).sum() for a in one)
-            + alignment * sum((a * b).sum() for a, b in zip(one, other))
+            + alignment * sum((a * b).sum() for a, b in zip(one, other, strict=False))
         )
-    return dict(zip(theta, torch.autograd.grad(total, list(theta.values()))))
+    return dict(zip(theta, torch.autograd.grad(total, list(theta.values())), strict=False))
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
@@ -404,8 +410,8 @@ def test_looking_at_the_gradients_changes_nothing_but_the_record(sets):
         False,
         True,
     ]
-    assert [r.passes - q.passes for r, q in zip(looked, plain)] == [2, 0, 2, 0, 2]
-    for record, other in zip(looked, plain):
+    assert [r.passes - q.passes for r, q in zip(looked, plain, strict=False)] == [2, 0, 2, 0, 2]
+    for record, other in zip(looked, plain, strict=False):
         assert {
             n: v for n, v in record.losses.items() if n not in ("inner product", "cosine")
         } == other.losses and -1 <= record.losses.get("cosine", 0) <= 1
@@ -415,22 +421,25 @@ def test_looking_at_the_gradients_changes_nothing_but_the_record(sets):
         tiny.make_scheduler(),
     )  # the first by hand, of 8 and 6 images
     theta = list(trainable(unet, "u").values())
-    gradient = lambda b: torch.cat(
-        [
-            x.flatten()
-            for x in torch.autograd.grad(
-                (
-                    unet(
-                        b.noisy_latents, b.timesteps, b.conditioning["encoder_hidden_states"]
-                    ).sample
-                    - b.noise
+
+    def gradient(b):
+        return torch.cat(
+            [
+                x.flatten()
+                for x in torch.autograd.grad(
+                    (
+                        unet(
+                            b.noisy_latents, b.timesteps, b.conditioning["encoder_hidden_states"]
+                        ).sample
+                        - b.noise
+                    )
+                    .pow(2)
+                    .mean(),
+                    theta,
                 )
-                .pow(2)
-                .mean(),
-                theta,
-            )
-        ]
-    )
+            ]
+        )
+
     one, other = (
         gradient(draw_minibatch(sets[0], scheduler, 8, g)),
         gradient(draw_minibatch(sets[1], scheduler, 6, g)),
@@ -634,7 +643,7 @@ def test_numbers_pairs_and_lists():
     steps = [_draw((2, 5), g) for _ in range(400)]
     assert set(steps) == {2, 3, 4, 5} and all(60 < steps.count(k) < 140 for k in (2, 3, 4, 5))
     rates = torch.tensor([_draw((1e-6, 1e-4), g, log=True) for _ in range(2000)])
-    assert 1e-6 <= rates.min() and rates.max() <= 1e-4
+    assert rates.min() >= 1e-6 and rates.max() <= 1e-4
     assert abs(rates.log10().mean() + 5) < 0.05 and abs((rates < 1e-5).float().mean() - 0.5) < 0.05
     assert {_draw(["sgd", "adam"], g) for _ in range(50)} == {"sgd", "adam"}
 

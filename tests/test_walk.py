@@ -600,7 +600,7 @@ def test_scores_have_no_interval_from_one_seed_and_revival_is_censored():
                 model="m", run="m-0", lr=1e-5, group="forget", attack_seed=seed, step=step, hit=hit
             )
             for seed, hits in ((0, (0, 0, 1)), (1, (0, 0, 0)))
-            for step, hit in zip((0, 25, 50), hits)
+            for step, hit in zip((0, 25, 50), hits, strict=False)
         ]
     )
     found = scores(table, ["model", "step"], over="attack_seed").set_index("step")
