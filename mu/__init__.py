@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from pathlib import Path
 
 os.environ.setdefault(
     "TRANSFORMERS_VERBOSITY", "error"
@@ -13,3 +14,5 @@ warnings.filterwarnings(
 logging.getLogger("bitsandbytes").setLevel(
     logging.ERROR
 )  # peft imports it where it is installed, and it would ask for CPU kernels that nothing here uses
+
+ROOT = Path(__file__).parent.parent  # of the repository: data/, notebooks/, reports/

@@ -9,7 +9,8 @@ from statistics import median
 
 import nbformat
 
-from mu.colab import ROOT, address, badge, bootstrap
+from mu import ROOT
+from mu.colab import address, badge, bootstrap
 from mu.notebooks import read_parameters
 from mu.runs import fill
 

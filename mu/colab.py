@@ -12,7 +12,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT, DRIVE = Path(__file__).parent.parent, Path("/content/drive")
+from mu import ROOT
+
+DRIVE = Path("/content/drive")
 NOT_HERE = (
     "jupyterlab",
     "ipykernel",

@@ -1,7 +1,6 @@
 """What a model still draws: a judge trained on real emoji, scores with intervals."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,12 +8,13 @@ import torch.nn.functional as F
 from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
+from mu import ROOT
 from mu.judges import named_judge
 from mu.models import draw_images, encode_prompts, rows, stack
 from mu.plots import save_grid, veil
 from mu.runs import save_json
 
-JUDGE = str(Path(__file__).parent.parent / "data" / "pocket-judge")
+JUDGE = str(ROOT / "data" / "pocket-judge")
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig
 
+from mu import ROOT
+
 FAMILIES = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
 MODELS = {
-    "pocket": str(Path(__file__).parent.parent / "data" / "pocket-sd"),
+    "pocket": str(ROOT / "data" / "pocket-sd"),
     "sd-v1-4": "CompVis/stable-diffusion-v1-4",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "pocket-sdxl": str(Path(__file__).parent.parent / "data" / "pocket-sdxl"),
+    "pocket-sdxl": str(ROOT / "data" / "pocket-sdxl"),
 }
 
 

@@ -19,6 +19,8 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from mu import ROOT
+
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 # papermill shows finished cells; of what a cell prints, progress bars are shown too
 PROGRESS = SimpleNamespace(
@@ -127,9 +129,7 @@ def origin(notebook, parameters):
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(notebook, 4).cells]
     return {
         "asked": digest(json.dumps([cells, parameters], sort_keys=True).encode()),
-        "mu": digest(
-            b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-        ),
+        "mu": digest(b"".join(file.read_bytes() for file in sorted((ROOT / "mu").rglob("*.py")))),
     }
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
+from mu import ROOT
 from mu.concepts import vocabulary
 from mu.models import text_encoders
 
-PRESETS = str(Path(__file__).parent.parent / "data" / "concepts.yaml")
+PRESETS = str(ROOT / "data" / "concepts.yaml")
 SIDES = {
     "forget": "defender/forget",
     "related": "defender/retain-related",

@@ -11,9 +11,10 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError
 from tqdm import tqdm
 
+from mu import ROOT
 from mu.extras import extra
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = ROOT / "data"
 I2P, COCO = "AIML-TUDA/i2p", "sayakpaul/coco-30-val-2014"  # MIT; captions of COCO 2014, validation
 SEEDS, GUIDANCE = (
     ("seed", "evaluation_seed", "sd_seed"),

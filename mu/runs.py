@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
+from mu import ROOT
 from mu.models import without_lora
 
 
@@ -210,11 +211,10 @@ def digest(path):
 
 def protocol(**facts):
     """The card that goes with every number: what was asked, plus versions, machine and commit."""
-    root = Path(__file__).parent.parent
     git = (
         shutil.which("git")
         and subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
     )
     return facts | {
