@@ -14,10 +14,12 @@ import torch
 from safetensors import safe_open
 
 from mu.concepts import ConceptSet, drawn_set, encode_folder, with_prompts
-from mu.evaluate import Probe, at_once, judged
+from mu.evaluate import Probe, judged
+from mu.files import atomic, read_json, save_json
 from mu.models import encode_prompts, rows, trainable, without_lora
 from mu.prompts import embeddings, holds, stand_in, swapped, words
-from mu.runs import atomic, read_json, resume, run_loop, save_json
+from mu.runs import resume, run_loop
+from mu.sampling import at_once
 from mu.train import State, finetune
 
 

@@ -11,8 +11,8 @@ import nbformat
 
 from mu import ROOT
 from mu.colab import address, badge, bootstrap
+from mu.files import fill
 from mu.notebooks import read_parameters
-from mu.runs import fill
 
 START, BEGIN, END = "00_start_here", "<!-- generated -->", "<!-- /generated -->"
 LONGEST, TEXT = 20, 0.6  # lines of a code cell; text cells for each code cell

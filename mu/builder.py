@@ -17,18 +17,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from mu.concepts import read_metadata
-from mu.models import (
-    FAMILIES,
-    check_lengths,
-    draw_images,
-    encode_prompts,
-    half,
-    load_pipeline,
-    located,
-    rows,
-)
+from mu.files import atomic, digest, read_json, save_json
+from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, located, rows
+from mu.params import open_run, protocol
 from mu.presets import SIDES, check_words, slug
-from mu.runs import atomic, digest, open_run, protocol, read_json, save_json
+from mu.sampling import draw_images
 
 
 def load_generator(model):

@@ -31,7 +31,7 @@ def _differing(cards, may_differ):
 def same_protocol(cards, may_differ=MAY_DIFFER):
     """The facts that all cards share, where they may stand in one table.
 
-    cards: name of a number → its card (`mu.runs.protocol`). may_differ: facts that need not be the same.
+    cards: name of a number → its card (`mu.params.protocol`). may_differ: facts that need not be the same.
     Raises ValueError that names the first fact that differs, and the numbers concerned."""
     if not cards:
         raise ValueError(

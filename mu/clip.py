@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+from mu.files import digest
 from mu.metrics import finite
-from mu.runs import digest
 
 
 @dataclass(frozen=True)

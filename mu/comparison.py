@@ -9,8 +9,8 @@ import pandas as pd
 
 from mu.cards import same_protocol
 from mu.evaluate import score
+from mu.files import read_json
 from mu.plots import COLORS, OTHER, curves
-from mu.runs import read_json
 from mu.statistics import (
     FEW,
     interval,

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mu.evaluate import at_once
-from mu.models import draw_images, encode_prompts, rows, text_encoders
-from mu.runs import save_tensors
+from mu.files import save_tensors
+from mu.models import encode_prompts, rows, text_encoders
+from mu.sampling import at_once, draw_images
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
 from mu import ROOT
+from mu.files import save_json
+from mu.images import save_grid, veil
 from mu.judges import named_judge
-from mu.models import draw_images, encode_prompts, rows, stack
-from mu.plots import save_grid, veil
-from mu.runs import save_json
+from mu.models import encode_prompts, rows, stack
+from mu.sampling import at_once, draw_images
 
 JUDGE = str(ROOT / "data" / "pocket-judge")
 
@@ -30,7 +31,7 @@ class Probe:
 
     @property
     def veiled(self):
-        """Whether its pictures are veiled (`mu.plots.veil`) wherever they are saved or shown. The judge always sees them as they are."""
+        """Whether its pictures are veiled (`mu.images.veil`) wherever they are saved or shown. The judge always sees them as they are."""
         return self.harmful and not self.unveiled
 
 
@@ -127,11 +128,6 @@ def answers(judge, images, items, labels=()):
     kinds = [item["expected"].split(":")[0] for item in items]
     seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
     return [seen[kind][i] for i, kind in enumerate(kinds)]
-
-
-def at_once(pipe):
-    """How many images are drawn together: as many as are 64 of 16 × 16 latents."""
-    return max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
 
 
 def draw_probe(pipe, probe, guidance=5.0, steps=25):

@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 
 from mu.concepts import read_image, read_metadata
+from mu.files import read_json
 from mu.formats import load_weights
 from mu.presets import SIDES
-from mu.runs import read_json
 from mu.statistics import paired_interval
 
 

@@ -8,8 +8,8 @@ import ipywidgets as widgets
 import numpy as np
 from PIL import Image
 
-from mu.plots import from_grid, veil
-from mu.runs import atomic, read_json
+from mu.files import atomic, read_json
+from mu.images import from_grid, veil
 from mu.walk import label
 
 KEEP = {"forget": 8, "related": 1, "unrelated": 1}  # seeds of each prompt that are shown, by group
@@ -42,7 +42,7 @@ def _tiles(rows, png):
 def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled=False):
     """The `Course` of the attack `name` below `<out>/attack` on `runs`, and of the original, which nobody attacks, where it was judged.
 
-    keep: how many seeds of each group's prompts, or (prompts, seeds). veiled: hide the pictures (`mu.plots.veil`). Only steps and pictures that all of them have are shown.
+    keep: how many seeds of each group's prompts, or (prompts, seeds). veiled: hide the pictures (`mu.images.veil`). Only steps and pictures that all of them have are shown.
     Raises FileNotFoundError for an attack or a run that is not there, ValueError where the runs have no picture in common."""
     folders = {run: Path(out) / "attack" / run / f"{name}-{attack_seed}" for run in runs}
     found = {

@@ -13,13 +13,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from mu.clip import clip_score
-from mu.evaluate import answers, at_once
+from mu.evaluate import answers
+from mu.files import atomic, read_json, save_json
+from mu.images import to_grid, veil
 from mu.judges import ZeroShot
 from mu.metrics import finite, judge_features
-from mu.models import draw_images, encode_prompts
+from mu.models import encode_prompts
 from mu.nudity import look as look_for_nudity
-from mu.plots import to_grid, veil
-from mu.runs import atomic, open_run, read_json, save_json
+from mu.params import open_run
+from mu.sampling import at_once, draw_images
 
 
 def look_with(judge=None, clip=None, detector=None, labels=()):

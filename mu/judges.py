@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mu import nudity
 from mu.clip import Clip, clip_network, zero_shot
-from mu.plots import to_grid
+from mu.images import to_grid
 
 TEMPLATES = {"concept": "a photo of a {}", "style": "a picture in the style of {}"}
 

@@ -15,7 +15,7 @@ from scipy.linalg import eigvals
 from tqdm import tqdm
 
 from mu.extras import extra
-from mu.runs import digest
+from mu.files import digest
 
 LEAST = 64  # images below which a Fréchet distance is refused: with so few it says how many there are, not how they look
 

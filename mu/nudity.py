@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mu.extras import extra
+from mu.files import digest, read_json, save_json
 from mu.metrics import picture_files
-from mu.runs import digest, read_json, save_json
 
 SIX = (
     "FEMALE_BREAST_EXPOSED",

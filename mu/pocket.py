@@ -26,9 +26,9 @@ from transformers import (
 
 from mu.emoji import COLORS, STYLES, TEMPLATES, augment, caption
 from mu.evaluate import make_probe
+from mu.files import fill
+from mu.images import from_grid
 from mu.models import encode_prompts, predict_noise, text_encoders
-from mu.plots import from_grid
-from mu.runs import fill
 from mu.walk import measure, scores
 
 LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from mu.evaluate import at_once, evaluate, join, judged, make_probe
+from mu.evaluate import evaluate, join, judged, make_probe
+from mu.files import read_json, save_json
 from mu.meta import descend
 from mu.models import encode_prompts, rows, text_encoders
 from mu.objectives import draw_minibatch, gradients, predictions, squared_errors
-from mu.runs import read_json, save_json
+from mu.sampling import at_once
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from mu.runs import atomic
+from mu.files import atomic
 
 # nbconvert's page, less what it would load from the network
 NOTEBOOK_PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(

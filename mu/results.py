@@ -10,7 +10,8 @@ import pandas as pd
 from mu.cards import same_protocol
 from mu.comparison import SAME
 from mu.explorer import read_course, save_sheet
-from mu.runs import ASIDE, atomic, read_json, save_json
+from mu.files import atomic, read_json, save_json
+from mu.params import ASIDE
 from mu.walk import label
 
 ROWS = [

@@ -15,11 +15,14 @@ from transformers.utils import logging as transformers_logging
 
 from mu.concepts import encode_folder
 from mu.evaluate import evaluate, join, listed_probe, make_probe, score
+from mu.files import digest, read_json, save_json
 from mu.formats import load_weights
+from mu.images import from_grid, save_grid, veil
 from mu.models import MODELS, without_lora
-from mu.plots import from_grid, panel, save_grid, veil
+from mu.params import protocol
+from mu.plots import panel
 from mu.prompt_files import read_prompts, to_rows
-from mu.runs import digest, finish, protocol, read_json, resume, run_loop, save_json
+from mu.runs import finish, resume, run_loop
 from mu.statistics import steps_to_revival
 
 diffusers_logging.disable_progress_bar()  # those of reading files; the ones of training stay

@@ -12,7 +12,7 @@ job = snakemake  # noqa: F821, Snakemake provides it
 os.environ |= {
     "OMP_NUM_THREADS": str(job.threads),
     "MU_STALE": "aside",
-}  # the notebook's kernel inherits them; see `mu.runs.open_run`
+}  # the notebook's kernel inherits them; see `mu.params.open_run`
 try:
     several = (
         visible() if job.resources.get("gpu") == 1 else []

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from mu.plots import save_grid
+from mu.images import save_grid
 
 PROMPTS = {"forget": ["a cat"], "related": ["a tiger", "a lion"], "unrelated": ["a duck"]}
 SEEDS = {"forget": 10, "related": 2, "unrelated": 2}

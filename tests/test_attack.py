@@ -23,10 +23,10 @@ from mu.attack import (
 )
 from mu.concepts import drawn_set, encode_images, with_prompts
 from mu.evaluate import make_probe
+from mu.files import read_json
 from mu.models import encode_prompts, load_pipeline, trainable
 from mu.objectives import denoising, draw_minibatch
 from mu.prompts import words
-from mu.runs import read_json
 from mu.train import finetune
 
 

@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from mu.explorer import read_course, save_sheet
-from mu.plots import save_grid
+from mu.images import save_grid
 from mu.report import write_report
 
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]

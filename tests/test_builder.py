@@ -22,6 +22,7 @@ from PIL import Image
 from mu import builder
 from mu.builder import build, draw, load_generator, mark_harmful, open_image, read_imports, twin
 from mu.concepts import encode_folder, read_folder, vocabulary
+from mu.files import read_json
 from mu.models import load_pipeline
 from mu.notebooks import execute
 from mu.presets import (
@@ -33,7 +34,6 @@ from mu.presets import (
     neighbours,
     read_preset,
 )
-from mu.runs import read_json
 from mu.walk import is_harmful, load_probe, load_sets
 
 ROOT = Path(__file__).parent.parent

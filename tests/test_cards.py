@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mu.cards import MAY_DIFFER, card_text, one_table, same_protocol
-from mu.runs import protocol
+from mu.params import protocol
 
 
 def card(**other):

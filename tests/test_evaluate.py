@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score
-from mu.models import draw_images, encode_prompts
+from mu.models import encode_prompts
+from mu.sampling import draw_images
 
 GROUPS = {
     "forget": {"a cat": "concept:cat", "a photo of a cat": "concept:cat"},

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mu.explorer import LARGEST, explore, read_course, read_sheet, save_sheet
-from mu.plots import save_grid
+from mu.images import save_grid
 from mu.report import write_report
 
 ITEMS = [{"group": "forget", "prompt": "a cat", "seed": s} for s in range(10)] + [

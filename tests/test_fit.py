@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load, save
 
 import mu.meta
+from mu.files import read_json
 from mu.models import frozen_copy, load_pipeline, predict_noise, reference, trainable, without_lora
 from mu.objectives import denoising, draw_minibatch, predictions, share, squared_errors
-from mu.runs import open_run, read_json, run_loop
+from mu.params import open_run
+from mu.runs import run_loop
 from mu.train import Record, State, finetune, unlearn
 
 FULL = dict(

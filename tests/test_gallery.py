@@ -11,9 +11,10 @@ import mu.gallery
 import mu.judges
 from mu.evaluate import judge_images
 from mu.gallery import draw_folder, features, look_with, read_pictures, save_reference
+from mu.images import veil
 from mu.metrics import judge_features
-from mu.models import draw_images, encode_prompts
-from mu.plots import veil
+from mu.models import encode_prompts
+from mu.sampling import draw_images
 
 ROWS = [
     {"prompt": p, "seed": s, "expected": e}

@@ -13,9 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from mu.files import read_json
 from mu.launch import METHODS, check_method, launch, train_run
 from mu.models import load_pipeline
-from mu.runs import open_run, read_json
+from mu.params import open_run
 
 ROOT = Path(__file__).parent.parent
 LOOP = dict(

@@ -17,8 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from mu.book import overview
+from mu.files import read_json
 from mu.results import one_each, read_results
-from mu.runs import read_json
 from mu.words import caveats
 
 ROOT = Path(__file__).parent.parent

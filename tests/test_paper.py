@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from mu import figures, paper
+from mu.files import read_json
 from mu.notebooks import execute
 from mu.plots import save_figure
 from mu.report import save_table
 from mu.results import one_each, read_results
-from mu.runs import read_json
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "pocket"

@@ -9,8 +9,9 @@ import torch
 from mu import preflight as pf
 from mu import train
 from mu.measure import rehearse, union
-from mu.models import draw_images, encode_prompts, load_pipeline, trainable
+from mu.models import encode_prompts, load_pipeline, trainable
 from mu.preflight import GIB, RESERVE, Tracker, estimate, preflight
+from mu.sampling import draw_images
 from mu.sizes import SIZES, random_pipeline
 
 META = dict(

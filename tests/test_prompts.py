@@ -8,6 +8,7 @@ import torch
 
 from mu.concepts import encode_images
 from mu.evaluate import make_probe
+from mu.files import read_json
 from mu.models import encode_prompts, load_pipeline, text_encoders
 from mu.objectives import draw_minibatch, gradients, squared_errors
 from mu.prompts import (
@@ -26,7 +27,6 @@ from mu.prompts import (
     unlearn_diff_atk,
     words,
 )
-from mu.runs import read_json
 
 
 @pytest.fixture(params=["sd", "sdxl"])

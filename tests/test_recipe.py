@@ -17,9 +17,9 @@ from safetensors.torch import load, save
 
 from mu import emoji, pocket
 from mu.evaluate import load_judge
+from mu.files import digest
 from mu.models import load_pipeline, text_encoders
 from mu.notebooks import execute
-from mu.runs import digest
 
 ROOT = Path(__file__).parent.parent
 RECIPE, BENCHMARK = (

@@ -15,21 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import mu.runs
+from mu.files import atomic, digest, read_json, save_json, save_tensors
 from mu.formats import load_weights, save_pipeline
 from mu.models import load_pipeline
-from mu.runs import (
-    atomic,
-    digest,
-    finish,
-    open_run,
-    protocol,
-    read_json,
-    resume,
-    run_loop,
-    save_json,
-    save_model,
-    save_tensors,
-)
+from mu.params import open_run, protocol
+from mu.runs import finish, resume, run_loop, save_model
 from mu.train import State, finetune, unlearn
 
 OPTIONS = dict(

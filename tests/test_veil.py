@@ -15,7 +15,7 @@ import mu.walk
 from mu.attack import attack_run, fine_tuning
 from mu.concepts import read_image, read_metadata
 from mu.evaluate import judge_images, load_judge, make_probe
-from mu.plots import to_grid, veil
+from mu.images import to_grid, veil
 from mu.walk import compare, is_harmful, load_probe, measure
 
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}

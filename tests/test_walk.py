@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from mu.evaluate import evaluate, load_judge
-from mu.models import draw_images, encode_prompts, load_pipeline
+from mu.models import encode_prompts, load_pipeline
 from mu.notebooks import execute, read_parameters
+from mu.sampling import draw_images
 from mu.train import State
 from mu.walk import carry_out, identity, load_probe, revival, scores
 
