@@ -8,8 +8,8 @@ import torch
 
 from mu.concepts import read_image, read_metadata
 from mu.files import read_json
-from mu.formats import load_weights
 from mu.presets import SIDES
+from mu.publish.weights import load_weights
 from mu.statistics import paired_interval
 
 

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from mu.closed_form import rece, uce
 from mu.concepts import fewer, random_prompts
 from mu.files import read_json, save_json
-from mu.formats import load_weights
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objectives import loss_scale
+from mu.publish.weights import load_weights
 from mu.runs import finish
 from mu.train import State, unlearn
 from mu.walk import carry_out, load_sets, table
@@ -103,7 +103,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     """Carry out the run that the folder's params.json describes (see `mu.params.open_run`), from its checkpoint if it was stopped; a finished one is only read.
 
     pipe: the pipeline of `params["model"]` where it has been loaded; its UNet holds the result afterwards. On several processes each takes its
-    share of every batch. Returns the table of records. Raises ValueError for frozen "none" where the run does not start from the model itself, and as `mu.train.unlearn`, `mu.runs.run_loop` and `mu.formats.load_weights` do."""
+    share of every batch. Returns the table of records. Raises ValueError for frozen "none" where the run does not start from the model itself, and as `mu.train.unlearn`, `mu.runs.run_loop` and `mu.publish.weights.load_weights` do."""
     PartialState(
         cpu=not torch.accelerator.is_available()
     )  # unless told so, accelerate takes each of several processes on a CPU for the only one

@@ -1,7 +1,5 @@
 """Run folders: parameters, checkpoints, metrics with their protocol. Files are complete or absent, never half written."""
 
-import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +10,7 @@ from safetensors.torch import load_file
 
 from mu.files import read_json, save_json, save_tensors
 from mu.models import without_lora
+from mu.publish.weights import save_model
 
 LESS_MEMORY = (
     "gradient_checkpointing = True, accumulation = 2, 4, …, frozen = 'half', snapshot = 'cpu', and this run goes on; as a run of another name, smaller "
@@ -62,25 +61,6 @@ def resume(folder, state):
     if file.exists():
         state.load(load_file(file))
     return state
-
-
-def forget_paths(folder):
-    """Take out of the configs below a folder where the parts were loaded from: a path of somebody's machine has no place in a published model."""
-    for file in [*Path(folder).rglob("config.json"), *Path(folder).glob("model_index.json")]:
-        config = json.loads(file.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def save_model(model, folder):
-    """Save a model or pipeline of diffusers or transformers as the folder, which appears whole, in place of an earlier one."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    forget_paths(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
 
 
 def finish(folder, unet):

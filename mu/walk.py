@@ -16,12 +16,12 @@ from transformers.utils import logging as transformers_logging
 from mu.concepts import encode_folder
 from mu.evaluate import evaluate, join, listed_probe, make_probe, score
 from mu.files import digest, read_json, save_json
-from mu.formats import load_weights
 from mu.images import from_grid, save_grid, veil
 from mu.models import MODELS, without_lora
 from mu.params import protocol
 from mu.plots import panel
 from mu.prompt_files import read_prompts, to_rows
+from mu.publish.weights import load_weights
 from mu.runs import finish, resume, run_loop
 from mu.statistics import steps_to_revival
 

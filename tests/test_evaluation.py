@@ -10,7 +10,7 @@ import torch
 
 from mu.evaluation import differences, finished, note, real_drawings, staying, wear
 from mu.plots import confusion
-from mu.runs import save_model
+from mu.publish.weights import save_model
 
 
 def test_runs_that_are_not_there_are_named_with_those_that_are(pipe, tmp_path):

@@ -12,17 +12,17 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import mu.formats
-from mu.formats import (
+import mu.publish.weights
+from mu.models import LORA, encode_prompts, load_pipeline, predict_noise, trainable
+from mu.publish.weights import (
     extract_lora,
     fused,
     load_weights,
-    model_card,
     save_difference,
     save_lora,
     save_pipeline,
 )
-from mu.models import LORA, encode_prompts, load_pipeline, predict_noise, trainable
+from mu.reports.model_card import model_card
 from mu.runs import finish
 
 CARD = "---\nlicense: mit\n---\n"
@@ -641,12 +641,12 @@ def test_an_interrupted_write_leaves_the_earlier_result(
         "pipeline": (lambda: save_pipeline(pipe, result, CARD), type(pipe.vae), "save_pretrained"),
         "lora": (
             lambda: save_lora(extract_lora(pipe.unet, original, 1)[0], result, CARD),
-            mu.formats.StableDiffusionLoraLoaderMixin,
+            mu.publish.weights.StableDiffusionLoraLoaderMixin,
             "save_lora_weights",
         ),
         "difference": (
             lambda: save_difference(pipe.unet, original, result, CARD, base_model="base"),
-            mu.formats,
+            mu.publish.weights,
             "save_file",
         ),
     }[kind]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import mu.runs
 from mu.files import atomic, digest, read_json, save_json, save_tensors
-from mu.formats import load_weights, save_pipeline
 from mu.models import load_pipeline
 from mu.params import open_run, protocol
-from mu.runs import finish, resume, run_loop, save_model
+from mu.publish.weights import load_weights, save_model, save_pipeline
+from mu.runs import finish, resume, run_loop
 from mu.train import State, finetune, unlearn
 
 OPTIONS = dict(

@@ -19,30 +19,13 @@ import torch.nn.functional as F
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import ModelCardData
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mu.evaluate import score
 from mu.models import without_lora
-from mu.runs import forget_paths
 
 DIFFERENCE = "mu-difference-1"  # the format's name, in its file's metadata
-LOAD = {  # what a card says of each kind
-    "pipeline": """from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("this folder", use_safetensors=True)
-""",
-    "lora": """from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({base!r}, use_safetensors=True)
-pipe.load_lora_weights("this folder")
-""",
-    "difference": """from mu.formats import load_weights
-from mu.models import load_pipeline
-pipe = load_pipeline({base!r})
-load_weights(pipe.unet, "this folder")
-""",
-}
 
 
 @contextlib.contextmanager
@@ -195,91 +178,6 @@ def save_lora(source, folder, card=None):
         )
 
 
-def model_card(
-    kind, base_model, license, method, concept, params, metrics=None, kept=None, left_out=()
-):
-    """Text of a model card for a result of `kind` "pipeline", "difference" or "lora". Every figure in it comes from the arguments.
-
-    license: the base model's. params: as in params.json. metrics: as in metrics.json ("rows", "protocol"), or None: nothing was measured.
-    kept, left_out: of `extract_lora`. Raises KeyError for another kind."""
-
-    def percent(x):
-        return f"{100 * x:.1f} %"
-
-    def table(*lines):
-        return "\n".join(
-            "| " + " | ".join(cells) + " |"
-            for cells in (lines[0], ["---"] * len(lines[0]), *lines[1:])
-        )
-
-    def cell(value):
-        return json.dumps(value, ensure_ascii=False).replace("|", "\\|")
-
-    lora = ["lora"] if kind == "lora" else []
-    header = ModelCardData(
-        license=license,
-        base_model=base_model,
-        base_model_relation="adapter" if lora else "finetune",
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["unlearning", "concept-erasure", method, *lora],
-    )
-    parts = [
-        f"---\n{header.to_yaml()}\n---",
-        f"# {base_model}, unlearned: {concept}",
-        f"Trained by {method} (mu {version('mu')}), with the aim that it no longer draws what is named above.",
-        "## Load",
-        f"```python\n{LOAD[kind].format(base=base_model)}```",
-        "## What was done",
-        table(["parameter", "value"], *([k, cell(v)] for k, v in params.items())),
-    ]
-    if kept is not None:
-        names = ", ".join([*left_out[:3], *["..."] * (len(left_out) > 3)])
-        parts.append(
-            f"This LoRA was extracted from trained weights and keeps {percent(kept)} of their squared difference to the base. Not in it are "
-            f"{len(left_out)} tensors that changed and that LoRA cannot hold (norms, biases){names and ': ' + names}. "
-            "Scores below are the trained weights' own, unless the protocol says that this LoRA was measured."
-        )
-    parts.append("## Measured")
-    if metrics:
-        groups = {}
-        for row in metrics["rows"]:
-            name = ", ".join(
-                [row["group"], *(f"{k} {row[k]}" for k in ("model", "lr", "step") if k in row)]
-            )
-            groups.setdefault(name, []).append(row["hit"])
-        found = [(name, len(hits), *map(percent, score(hits))) for name, hits in groups.items()]
-        protocol = {k: v for k, v in metrics["protocol"].items() if k != "run"}
-        parts += [
-            table(
-                [
-                    "prompts",
-                    "images that show what the prompt names",
-                    "95 % interval (Wilson)",
-                    "images",
-                ],
-                *(
-                    [group, share, f"{low} to {high}", str(n)]
-                    for group, n, share, low, high in found
-                ),
-            ),
-            f"```json\n{json.dumps(protocol, indent=1)}\n```",
-        ]
-    else:
-        parts.append("Nothing: this card makes no claim about what the model draws.")
-    parts += [
-        "## Limits",
-        "Nothing is claimed beyond what is measured above. Other prompts, samplers or judges may still find the concept, and an "
-        "attacker may still bring it back: by longer or other fine-tuning, by learned embeddings, by merging with another model."
-        + (
-            ""
-            if kind == "pipeline"
-            else " Whoever leaves these weights out has the base model, concept and all."
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def _check(own, new, what, complete=False):
     """Raises ValueError that names the first tensor which is not one of this UNet, has another shape, or, if `complete`, is missing."""
 
@@ -409,7 +307,7 @@ def load_weights(unet, path):
     tensors of this UNet, a pickle that would run code, a difference to other weights, a UNet with adapters."""
     if hasattr(unet, "peft_config"):
         raise ValueError(
-            "the UNet carries LoRA adapters: load into a plain one (see mu.formats.fused), then add adapters"
+            "the UNet carries LoRA adapters: load into a plain one (see mu.publish.weights.fused), then add adapters"
         )
     files, complete = _files(path)
     own, saved, metadata = unet.state_dict(), {}, {}
@@ -475,3 +373,22 @@ def load_weights(unet, path):
         "kind": "unet" if kind == "partial" and saved.keys() == own.keys() else kind,
         "tensors": len(saved),
     }
+
+
+def forget_paths(folder):
+    """Take out of the configs below a folder where the parts were loaded from: a path of somebody's machine has no place in a published model."""
+    for file in [*Path(folder).rglob("config.json"), *Path(folder).glob("model_index.json")]:
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_model(model, folder):
+    """Save a model or pipeline of diffusers or transformers as the folder, which appears whole, in place of an earlier one."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, safe_serialization=True)
+    forget_paths(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
