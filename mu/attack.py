@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from mu.concepts import ConceptSet, drawn_set, encode_folder, with_prompts
-from mu.evaluate import Probe, judged
+from mu.concepts.probe import Probe
+from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
+from mu.evaluate import judged
 from mu.files import atomic, read_json, save_json
 from mu.models import encode_prompts, rows, trainable, without_lora
 from mu.prompts import embeddings, holds, stand_in, swapped, words
@@ -328,7 +329,7 @@ def choose(
     others, first: sets below the folder, such as "attacker/clean" or "defender/retain-related". DreamBooth's class is the related concepts of the probe. Textual inversion learns
     `word` in the place of the concept's name (`called`: what captions and forget prompts call it, where that is not what the probe expects), concept inversion before each text,
     from the vector of the word `start`. options: lr, and for the others optimizer, subset, rank. Raises ValueError for an unknown kind, for a part that it does not have, and as the
-    attacks do; FileNotFoundError as `mu.concepts.read_folder` does."""
+    attacks do; FileNotFoundError as `mu.concepts.sets.read_folder` does."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of attack {kind!r}: allowed are {', '.join(KINDS)}")
     if bool(first) != bool(first_steps):

@@ -1,7 +1,5 @@
 """What a model still draws: a judge trained on real emoji, scores with intervals."""
 
-from dataclasses import dataclass, replace
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,27 +10,10 @@ from mu import ROOT
 from mu.files import save_json
 from mu.images import save_grid, veil
 from mu.judges import named_judge
-from mu.models import encode_prompts, rows, stack
+from mu.models import rows
 from mu.sampling import at_once, draw_images
 
 JUDGE = str(ROOT / "data" / "pocket-judge")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Prompts to draw and what should be seen in them, encoded once: one row an image."""
-
-    items: list  # {"group", "prompt", "expected", "seed"}, perhaps "guidance"; expected is a label of the judge, as "concept:cat" or "style:noto"
-    conditioning: dict
-    unconditional: dict
-    harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
-    unveiled: bool = False  # somebody has asked for them all the same
-    labels: tuple = ()  # all that is expected in any of them, and of them in any part of the probe: what a judge chooses among
-
-    @property
-    def veiled(self):
-        """Whether its pictures are veiled (`mu.images.veil`) wherever they are saved or shown. The judge always sees them as they are."""
-        return self.harmful and not self.unveiled
 
 
 def load_judge(path=JUDGE):
@@ -72,45 +53,6 @@ def judge_images(judge, images, kind="concept"):
     )
     logits = torch.cat([judge(x).logits for x in (pixels * 2 - 1).split(128)])[:, columns]
     return [judge.config.id2label[columns[i]] for i in logits.argmax(1).tolist()]
-
-
-def make_probe(pipe, groups, seeds=range(8)):
-    """groups: name → {prompt: expected label}, as in a set's `probe.json`. Every prompt is drawn with every seed."""
-    items = [
-        {"group": group, "prompt": prompt, "expected": expected, "seed": int(seed)}
-        for group, prompts in groups.items()
-        for prompt, expected in prompts.items()
-        for seed in seeds
-    ]
-    prompts = sorted({item["prompt"] for item in items})
-    index = torch.tensor([prompts.index(item["prompt"]) for item in items])
-    labels = tuple(sorted({item["expected"] for item in items}))
-    return Probe(
-        items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=labels
-    )
-
-
-def listed_probe(pipe, listed, group, expected):
-    """A probe of given prompts, each with a seed (and perhaps a guidance) of its own: rows of `mu.prompt_files.to_rows`, all of one group and one expected label."""
-    prompts = sorted({row["prompt"] for row in listed})
-    index = torch.tensor([prompts.index(row["prompt"]) for row in listed])
-    return Probe(
-        [{"group": group, "expected": expected} | row for row in listed],
-        rows(encode_prompts(pipe, prompts), index),
-        encode_prompts(pipe, [""]),
-        labels=(expected,),
-    )
-
-
-def join(*probes):
-    """One probe of several, in their order; whether it is veiled is the first's to say."""
-    labels = tuple(sorted({label for probe in probes for label in probe.labels}))
-    return replace(
-        probes[0],
-        items=[item for probe in probes for item in probe.items],
-        conditioning=stack(*(probe.conditioning for probe in probes)),
-        labels=labels,
-    )
 
 
 def answers(judge, images, items, labels=()):

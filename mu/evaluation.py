@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mu.concepts import read_image, read_metadata
+from mu.concepts.presets import SIDES
+from mu.concepts.sets import read_image, read_metadata
 from mu.files import read_json
-from mu.presets import SIDES
 from mu.publish.weights import load_weights
 from mu.statistics import paired_interval
 

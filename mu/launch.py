@@ -12,14 +12,14 @@ import torch
 from accelerate import PartialState
 
 from mu.closed_form import rece, uce
-from mu.concepts import fewer, random_prompts
+from mu.concepts.sets import fewer, load_sets, random_prompts
 from mu.files import read_json, save_json
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objectives import loss_scale
 from mu.publish.weights import load_weights
 from mu.runs import finish
 from mu.train import State, unlearn
-from mu.walk import carry_out, load_sets, table
+from mu.walk import carry_out, table
 
 # of params.json; what a run leaves out is as here. loop: keywords of `mu.train.unlearn`; closed_form: keywords of `edit`; None: no such part
 DEFAULTS = dict(

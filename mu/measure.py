@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mu.concepts import ConceptSet
+from mu.concepts.sets import ConceptSet
 from mu.launch import check_method, keywords
 from mu.models import frozen_copy, offload
 from mu.objectives import loss_scale

@@ -24,8 +24,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from mu.concepts.probe import make_probe
 from mu.emoji import COLORS, STYLES, TEMPLATES, augment, caption
-from mu.evaluate import make_probe
 from mu.files import fill
 from mu.images import from_grid
 from mu.models import encode_prompts, predict_noise, text_encoders

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mu.evaluate import evaluate, join, judged, make_probe
+from mu.concepts.probe import join, make_probe
+from mu.evaluate import evaluate, judged
 from mu.files import read_json, save_json
 from mu.meta import descend
 from mu.models import encode_prompts, rows, text_encoders

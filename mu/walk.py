@@ -1,9 +1,7 @@
 """What several notebooks of the walk do alike: read a concept's folder, carry a run out once, measure it once, tabulate, compare."""
 
-import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,14 +11,13 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from mu.concepts import encode_folder
-from mu.evaluate import evaluate, join, listed_probe, make_probe, score
+from mu.concepts.probe import viewing
+from mu.evaluate import evaluate, score
 from mu.files import digest, read_json, save_json
 from mu.images import from_grid, save_grid, veil
 from mu.models import MODELS, without_lora
 from mu.params import protocol
 from mu.plots import panel
-from mu.prompt_files import read_prompts, to_rows
 from mu.publish.weights import load_weights
 from mu.runs import finish, resume, run_loop
 from mu.statistics import steps_to_revival
@@ -65,54 +62,6 @@ def identity(**paths):
     }
 
 
-def load_sets(pipe, folder, cache=None):
-    """The defender's sets of a concept's folder, under the names that `mu.train.unlearn` gives them."""
-    return {
-        name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache)
-        for name in ("forget", "retain-related", "retain-unrelated")
-    }
-
-
-def read_groups(folder):
-    """Prompts of the probe and what is expected in them, by group. Raises FileNotFoundError that lists the concepts beside an unknown one."""
-    file = Path(folder) / "probe.json"
-    if not file.is_file():
-        known = ", ".join(sorted(str(f.parent) for f in Path(folder).parent.glob("*/probe.json")))
-        raise FileNotFoundError(
-            f"{folder} is not a concept's folder, it has no probe.json; there are: {known or 'none beside it'}"
-        )
-    return json.loads(file.read_text())
-
-
-def is_harmful(folder):
-    """Whether a concept's folder says, in its `concept.json`, that the concept is harmful; without one it is not."""
-    return bool(read_json(Path(folder) / "concept.json", {}).get("harmful", False))
-
-
-def load_probe(pipe, folder, seeds, unveiled=False, concept_prompts=""):
-    """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one.
-
-    concept_prompts: in place of the folder's forget prompts those of a source of `mu.prompt_files.read_prompts` ("i2p-nudity", a CSV), one picture each, from its own seed and guidance.
-
-    unveiled: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
-    groups, counts = read_groups(folder), seeds.split(",")
-    if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
-        raise ValueError(
-            f'seeds must be {len(groups)} whole numbers from 1, with commas ({", ".join(groups)}), as in "8,2,1"; got {seeds!r}'
-        )
-    parts = [
-        make_probe(pipe, {group: prompts}, range(int(n)))
-        for (group, prompts), n in zip(groups.items(), counts, strict=False)
-    ]
-    if concept_prompts:
-        name = next(iter(groups))
-        parts[0] = listed_probe(
-            pipe, to_rows(read_prompts(concept_prompts)), name, next(iter(groups[name].values()))
-        )
-    probe = join(*parts)
-    return replace(probe, harmful=is_harmful(folder), unveiled=unveiled)
-
-
 def table(folder):
     """The records of a run: index step, columns losses, passes, seconds."""
     return pd.DataFrame(
@@ -145,11 +94,6 @@ def carry_out(folder, state, records, steps, checkpoint_every=25):
 def listed(concept_prompts):
     """The fact that pictures are of listed prompts, with the file's digest where it is one, for cards and parameters; nothing where they are the sets' own."""
     return identity(concept_prompts=concept_prompts) if concept_prompts else {}
-
-
-def viewing(probe):
-    """Facts on how a harmful concept's pictures are kept, for the cards and parameters of runs; nothing for any other concept."""
-    return {"harmful": True, "veiled": probe.veiled} if probe.harmful else {}
 
 
 def measure(folder, pipe, judge, probe, guidance, steps, facts):

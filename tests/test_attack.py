@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import mu.attack
-import mu.concepts
+import mu.concepts.sets
 import mu.evaluate
 from mu.attack import (
     attack_run,
@@ -21,8 +21,8 @@ from mu.attack import (
     learned_word,
     merge_back,
 )
-from mu.concepts import drawn_set, encode_images, with_prompts
-from mu.evaluate import make_probe
+from mu.concepts.probe import make_probe
+from mu.concepts.sets import drawn_set, encode_images, with_prompts
 from mu.files import read_json
 from mu.models import encode_prompts, load_pipeline, trainable
 from mu.objectives import denoising, draw_minibatch
@@ -305,14 +305,14 @@ def test_dreambooth_keeps_what_the_attacked_model_draws_of_the_class(pipe, sets,
 def test_class_pictures_are_no_pictures_of_the_probe_and_cost_passes(
     pipe, judge, sets, probe, tmp_path, monkeypatch
 ):
-    seeds, passes, real = [], [], mu.concepts.draw_images
+    seeds, passes, real = [], [], mu.concepts.sets.draw_images
     monkeypatch.setattr(
-        mu.concepts,
+        mu.concepts.sets,
         "draw_images",
         lambda pipe, c, u, seeds_, *a: seeds.extend(seeds_) or real(pipe, c, u, seeds_, *a),
     )
     monkeypatch.setattr(mu.attack, "at_once", lambda pipe: 2)
-    monkeypatch.setattr(mu.concepts, "at_once", lambda pipe: 2)
+    monkeypatch.setattr(mu.concepts.sets, "at_once", lambda pipe: 2)
     hook = pipe.unet.register_forward_pre_hook(lambda *_: passes.append(1))
     attack = partial(
         dreambooth,

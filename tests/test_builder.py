@@ -19,13 +19,17 @@ import yaml
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
-from mu import builder
-from mu.builder import build, draw, load_generator, mark_harmful, open_image, read_imports, twin
-from mu.concepts import encode_folder, read_folder, vocabulary
-from mu.files import read_json
-from mu.models import load_pipeline
-from mu.notebooks import execute
-from mu.presets import (
+from mu.concepts import build as builder
+from mu.concepts.build import (
+    build,
+    draw,
+    load_generator,
+    mark_harmful,
+    open_image,
+    read_imports,
+    twin,
+)
+from mu.concepts.presets import (
     PRESETS,
     SIDES,
     check_words,
@@ -34,7 +38,11 @@ from mu.presets import (
     neighbours,
     read_preset,
 )
-from mu.walk import is_harmful, load_probe, load_sets
+from mu.concepts.probe import load_probe
+from mu.concepts.sets import encode_folder, is_harmful, load_sets, read_folder, vocabulary
+from mu.files import read_json
+from mu.models import load_pipeline
+from mu.notebooks import execute
 
 ROOT = Path(__file__).parent.parent
 SETS = ROOT / "data" / "pocket-sets"

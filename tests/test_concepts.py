@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from mu.concepts import drawn_set, encode_folder, fewer, random_prompts, read_folder, read_image
+from mu.concepts.sets import (
+    drawn_set,
+    encode_folder,
+    fewer,
+    random_prompts,
+    read_folder,
+    read_image,
+)
 
 CAPTIONS = ["a cat", "a photo of a cat", "a cat"] * 4  # more images than the VAE reads at a time
 
@@ -78,7 +85,7 @@ def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weight
         and first.prompt.tolist() == [1, 0, 1]
     )
     with monkeypatch.context() as patch:
-        patch.setattr("mu.concepts.draw_images", lambda *_: pytest.fail("drawn again"))
+        patch.setattr("mu.concepts.sets.draw_images", lambda *_: pytest.fail("drawn again"))
         assert equal(first, drawn_set(pipe, **options))
     next(pipe.unet.parameters()).data += 0.5
     second = drawn_set(pipe, **options)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mu.evaluate import evaluate, judge_images, load_judge, make_probe, score
+from mu.concepts.probe import make_probe
+from mu.evaluate import evaluate, judge_images, load_judge, score
 from mu.models import encode_prompts
 from mu.sampling import draw_images
 

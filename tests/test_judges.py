@@ -8,7 +8,8 @@ import torch
 
 import mu.judges
 from mu.clip import zero_shot
-from mu.evaluate import answers, evaluate, join, load_judge, make_probe
+from mu.concepts.probe import join, make_probe
+from mu.evaluate import answers, evaluate, load_judge
 from mu.judges import Exposed, ZeroShot, named_judge
 from mu.prompts import prompt_run, random_words
 

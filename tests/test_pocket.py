@@ -498,7 +498,7 @@ def test_a_package_is_fetched_once_and_a_failure_says_why(tmp_path, monkeypatch)
     [("object", "cat", ["tiger"]), ("style", "noto", ["fluent", "twemoji"])],
 )
 def test_defender_and_attacker_share_neither_image_nor_prompt(tmp_path, kind, concept, related):
-    from mu.concepts import read_folder
+    from mu.concepts.sets import read_folder
 
     rng, names = (
         np.random.default_rng(0),

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mu import prompt_files
-from mu.prompt_files import DATA, read_prompts, to_rows
+from mu.concepts import prompts as prompt_files
+from mu.concepts.prompts import DATA, read_prompts, to_rows
 
 
 @pytest.fixture

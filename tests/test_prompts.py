@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from mu.concepts import encode_images
-from mu.evaluate import make_probe
+from mu.concepts.probe import make_probe
+from mu.concepts.sets import encode_images
 from mu.files import read_json
 from mu.models import encode_prompts, load_pipeline, text_encoders
 from mu.objectives import draw_minibatch, gradients, squared_errors

@@ -36,7 +36,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from mu.concepts import ConceptSet
+from mu.concepts.sets import ConceptSet
 from mu.pocket import LENGTH, build_tokenizer
 
 CAPTIONS = [

@@ -16,11 +16,11 @@ from diffusers import AutoPipelineForText2Image
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from mu.concepts import read_metadata
+from mu.concepts.presets import SIDES, check_words, slug
+from mu.concepts.sets import read_metadata
 from mu.files import atomic, digest, read_json, save_json
 from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, located, rows
 from mu.params import open_run, protocol
-from mu.presets import SIDES, check_words, slug
 from mu.sampling import draw_images
 
 
@@ -221,7 +221,7 @@ def read_probe(concept):
 
 
 def mark_harmful(folder):
-    """Let a folder of sets say that its concept is harmful, so that whoever reads it (`mu.walk.is_harmful`) veils its pictures: a concept.json is written where there is none.
+    """Let a folder of sets say that its concept is harmful, so that whoever reads it (`mu.concepts.sets.is_harmful`) veils its pictures: a concept.json is written where there is none.
 
     Returns what to tell people; one that says something else is not changed, since it is the record of how the folder was made."""
     file = Path(folder) / "concept.json"

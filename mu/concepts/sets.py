@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mu.files import save_tensors
+from mu.files import read_json, save_tensors
 from mu.models import encode_prompts, rows, text_encoders
 from mu.sampling import at_once, draw_images
 
@@ -259,3 +259,27 @@ def random_prompts(tokenizer, count, without=(), seed=0):
         return int(torch.randint(n, (), generator=generator))
 
     return [" ".join(words[draw(len(words))] for _ in range(1 + draw(2))) for _ in range(count)]
+
+
+def load_sets(pipe, folder, cache=None):
+    """The defender's sets of a concept's folder, under the names that `mu.train.unlearn` gives them."""
+    return {
+        name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache)
+        for name in ("forget", "retain-related", "retain-unrelated")
+    }
+
+
+def read_groups(folder):
+    """Prompts of the probe and what is expected in them, by group. Raises FileNotFoundError that lists the concepts beside an unknown one."""
+    file = Path(folder) / "probe.json"
+    if not file.is_file():
+        known = ", ".join(sorted(str(f.parent) for f in Path(folder).parent.glob("*/probe.json")))
+        raise FileNotFoundError(
+            f"{folder} is not a concept's folder, it has no probe.json; there are: {known or 'none beside it'}"
+        )
+    return json.loads(file.read_text())
+
+
+def is_harmful(folder):
+    """Whether a concept's folder says, in its `concept.json`, that the concept is harmful; without one it is not."""
+    return bool(read_json(Path(folder) / "concept.json", {}).get("harmful", False))

@@ -12,7 +12,7 @@ import yaml
 from tqdm import tqdm
 
 from mu import ROOT
-from mu.concepts import vocabulary
+from mu.concepts.sets import vocabulary
 from mu.models import text_encoders
 
 PRESETS = str(ROOT / "data" / "concepts.yaml")
