@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from mu.closed_form import rece, uce
 from mu.concepts.sets import fewer, load_sets, random_prompts
 from mu.files import read_json, save_json
+from mu.methods.closed_form import rece, uce
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objectives import loss_scale
 from mu.publish.weights import load_weights
@@ -73,7 +73,7 @@ def keywords(loop, objective):
 
 
 def edit(pipe, method, forget, preserve=(), replace=" ", tokens="rest", ridge=0.5, rounds=3):
-    """UCE, or UCE and then `rounds` of RECE with its own official settings, on the pipeline's UNet in place: see `mu.closed_form`.
+    """UCE, or UCE and then `rounds` of RECE with its own official settings, on the pipeline's UNet in place: see `mu.methods.closed_form`.
 
     Returns records like a loop's, one for UCE and one for each round: "change" is the mean of the matrices' relative changes, "adversarial"
     the relative size of the vectors that still reached the concept before the round."""

@@ -346,7 +346,7 @@ def unlearn(
         )
     if method not in ("esd", "sdd"):
         raise ValueError(
-            f"unknown method {method!r} of the loop: allowed are esd, sdd (UCE and RECE are closed forms: see mu.closed_form)"
+            f"unknown method {method!r} of the loop: allowed are esd, sdd (UCE and RECE are closed forms: see mu.methods.closed_form)"
         )
     if method == "sdd" and state.ema is None:
         raise ValueError(

@@ -8,7 +8,14 @@ import tiny
 import torch
 from torch import nn
 
-from mu.closed_form import _edit, adversarial_vectors, concept_vectors, key_values, rece, uce
+from mu.methods.closed_form import (
+    _edit,
+    adversarial_vectors,
+    concept_vectors,
+    key_values,
+    rece,
+    uce,
+)
 from mu.models import encode_prompts, load_pipeline, predict_noise
 
 

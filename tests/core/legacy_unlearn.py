@@ -450,7 +450,7 @@ def unlearn(
     if (gradient_norm or alignment) and (PartialState().num_processes > 1 or loss_scale != 1):
         raise ValueError("gradient_norm and alignment are controls for one process, without float16: choose processes 1 and precision no or bf16")
     if method not in ("esd", "sdd"):
-        raise ValueError(f"unknown method {method!r} of the loop: allowed are esd, sdd (UCE and RECE are closed forms: see mu.closed_form)")
+        raise ValueError(f"unknown method {method!r} of the loop: allowed are esd, sdd (UCE and RECE are closed forms: see mu.methods.closed_form)")
     if method == "sdd" and state.ema is None:
         raise ValueError("SDD's result is a running average of the weights: make the state with ema=0.999")
     unet, parameters = state.unet, state.parameters
