@@ -19,7 +19,7 @@ from mu.evaluate import judged
 from mu.files import atomic, read_json, save_json
 from mu.models import encode_prompts, rows, trainable, without_lora
 from mu.prompts import embeddings, holds, stand_in, swapped, words
-from mu.runs import resume, run_loop
+from mu.runs.folder import resume, run_loop
 from mu.sampling import at_once
 from mu.train import State, finetune
 

@@ -9,33 +9,7 @@ import torch
 from mu.concepts.presets import SIDES
 from mu.concepts.sets import read_image, read_metadata
 from mu.files import read_json
-from mu.publish.weights import load_weights
 from mu.statistics import paired_interval
-
-
-def finished(out, runs):
-    """The names in `runs` (with commas), each a finished run below `out`, or "original". Raises FileNotFoundError that lists those which are there."""
-    names = [name.strip() for name in runs.split(",")]
-    absent = [
-        name for name in names if name != "original" and not (Path(out) / name / "unet").is_dir()
-    ]
-    if absent:
-        there = (
-            ", ".join(sorted(folder.parent.name for folder in Path(out).glob("*/unet"))) or "none"
-        )
-        raise FileNotFoundError(
-            f"{', '.join(absent)}: no finished run below {out}; there are: {there}. Make it by 20_unlearn or 21_meta_unlearn, or name another `out`"
-        )
-    return names
-
-
-def wear(pipe, original, out, name):
-    """Give the pipeline's UNet the weights of a run below `out`, or those of `original` (a state dict) for the name "original". Returns where they come from."""
-    pipe.unet.load_state_dict(original)
-    if name == "original":
-        return ""
-    load_weights(pipe.unet, f"{out}/{name}/unet")
-    return f"{out}/{name}/unet"
 
 
 def note(sheet, name, values, facts):

@@ -19,10 +19,10 @@ from snakemake.cli import parse_args, parse_config
 
 from mu.concepts.sets import read_groups
 from mu.grid import read_walk
-from mu.launch import check_method
 from mu.models import load_pipeline
 from mu.notebooks import effective
 from mu.preflight import DEFAULTS, Tracker, estimate, guessed_speed, pass_flops, speed
+from mu.runs.train import check_method
 from mu.sizes import SIZES, random_pipeline
 
 START = 12  # seconds until a kernel has imported everything and loaded a pocket model, measured on two cores

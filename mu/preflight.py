@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from mu.launch import check_method
 from mu.models import frozen_copy, predict_noise, reference, trainable
 from mu.objectives import gradients, predictions, squared_errors
+from mu.runs.train import check_method
 from mu.sizes import random_pipeline
 
 GIB = 2**30
@@ -271,7 +271,7 @@ def pass_flops(model, kind, rows, parameters=None, gpu=True):
 
 
 def estimate(model, parameters=None, gpu=True):
-    """Memory and FLOPs of a training of `mu.launch`, on each of its processes. Pictures drawn before and after it are not counted.
+    """Memory and FLOPs of a training of `mu.runs.train`, on each of its processes. Pictures drawn before and after it are not counted.
 
     model: a pipeline, or a name of `mu.sizes.SIZES`, of which nothing is loaded. parameters: those of `DEFAULTS`, with the meaning that they
     have in the notebooks. gpu: attention and autocast as on a GPU, or as on a CPU.

@@ -1,25 +1,19 @@
 """What several notebooks of the walk do alike: read a concept's folder, carry a run out once, measure it once, tabulate, compare."""
 
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
-from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mu.concepts.probe import viewing
 from mu.evaluate import evaluate, score
-from mu.files import digest, read_json, save_json
+from mu.files import read_json, save_json
 from mu.images import from_grid, save_grid, veil
-from mu.models import MODELS, without_lora
 from mu.params import protocol
 from mu.plots import panel
-from mu.publish.weights import load_weights
-from mu.runs import finish, resume, run_loop
 from mu.statistics import steps_to_revival
 
 diffusers_logging.disable_progress_bar()  # those of reading files; the ones of training stay
@@ -41,59 +35,6 @@ def label(run):
     """What a run is called in figures: other words for some, and "meta-0", "meta-1", … are one model, trained with several seeds."""
     base = re.sub(r"-\d+$", "", run)
     return LABELS.get(base, base)
-
-
-def identity(**paths):
-    """Name → "path (digest)", the digest where the path is on this disk: a run that was made from other files is not taken for this one.
-
-    Of a run's folder the digest is that of its UNet; an empty path stays empty."""
-
-    def place(path):
-        folder = Path(MODELS.get(path, path))
-        return (
-            folder / "unet"
-            if (folder / "params.json").exists() and (folder / "unet").is_dir()
-            else folder
-        )
-
-    return {
-        name: f"{path} ({digest(place(path))})" if path and place(path).exists() else path
-        for name, path in paths.items()
-    }
-
-
-def table(folder):
-    """The records of a run: index step, columns losses, passes, seconds."""
-    return pd.DataFrame(
-        [record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]
-    ).set_index("step")
-
-
-def carry_out(folder, state, records, steps, checkpoint_every=25):
-    """Run a loop to its end, from its checkpoint if it was stopped; a finished run is only read. `state.unet` then holds the result.
-
-    Returns the `table` of the records."""
-    if (Path(folder) / "unet").is_dir():
-        load_weights(without_lora(state.unet), Path(folder) / "unet")
-    else:
-        loop = run_loop(folder, resume(folder, state), records, checkpoint_every)
-        for _ in tqdm(
-            loop,
-            folder.name,
-            steps,
-            initial=state.step,
-            file=sys.stdout,
-            mininterval=5,
-            disable=not PartialState().is_main_process,
-        ):
-            pass
-        finish(folder, state.release())
-    return table(folder)
-
-
-def listed(concept_prompts):
-    """The fact that pictures are of listed prompts, with the file's digest where it is one, for cards and parameters; nothing where they are the sets' own."""
-    return identity(concept_prompts=concept_prompts) if concept_prompts else {}
 
 
 def measure(folder, pipe, judge, probe, guidance, steps, facts):

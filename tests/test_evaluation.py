@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
-from mu.evaluation import differences, finished, note, real_drawings, staying, wear
+from mu.evaluation import differences, note, real_drawings, staying
 from mu.plots import confusion
 from mu.publish.weights import save_model
+from mu.runs.folder import finished, wear
 
 
 def test_runs_that_are_not_there_are_named_with_those_that_are(pipe, tmp_path):

@@ -13,7 +13,7 @@ from mu.files import read_json
 from mu.models import frozen_copy, load_pipeline, predict_noise, reference, trainable, without_lora
 from mu.objectives import denoising, draw_minibatch, predictions, share, squared_errors
 from mu.params import open_run
-from mu.runs import run_loop
+from mu.runs.folder import run_loop
 from mu.train import Record, State, finetune, unlearn
 
 FULL = dict(

@@ -23,7 +23,7 @@ from mu.publish.weights import (
     save_pipeline,
 )
 from mu.reports.model_card import model_card
-from mu.runs import finish
+from mu.runs.folder import finish
 
 CARD = "---\nlicense: mit\n---\n"
 ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from mu.files import read_json
-from mu.launch import METHODS, check_method, launch, train_run
 from mu.models import load_pipeline
 from mu.params import open_run
+from mu.runs.train import METHODS, check_method, launch, train_run
 
 ROOT = Path(__file__).parent.parent
 LOOP = dict(
@@ -159,7 +159,7 @@ def test_a_killed_training_ends_with_the_same_numbers(
     )
     train_run(whole, checkpoint_every=1)
     process = subprocess.Popen(
-        [sys.executable, "-m", "mu.launch", str(killed), "1"],
+        [sys.executable, "-m", "mu.runs.train", str(killed), "1"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

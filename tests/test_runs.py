@@ -14,12 +14,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import mu.runs
+import mu.runs.folder
 from mu.files import atomic, digest, read_json, save_json, save_tensors
 from mu.models import load_pipeline
 from mu.params import open_run, protocol
 from mu.publish.weights import load_weights, save_model, save_pipeline
-from mu.runs import finish, resume, run_loop
+from mu.runs.folder import finish, resume, run_loop
 from mu.train import State, finetune, unlearn
 
 OPTIONS = dict(
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, earlier, where
             path.write_bytes(b"half")
             raise RuntimeError("I/O error: No space left on device (os error 28)")
 
-        monkeypatch.setattr(mu.runs, "save_file", half)
+        monkeypatch.setattr(mu.runs.folder, "save_file", half)
 
         def save():
             return save_tensors({"a": torch.ones(2)}, file)
@@ -277,7 +277,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, sets, noise_scheduler, 
         ):
             if record.step == 2:
                 kept = tiny.weights(state.unet)
-                monkeypatch.setattr(mu.runs, "save_file", no_space)
+                monkeypatch.setattr(mu.runs.folder, "save_file", no_space)
     monkeypatch.undo()
     state = resume(tmp_path, State(tiny.make_unet(), "f", lr=1e-3, optimizer="adam"))
     assert state.step == 2 and torch.equal(tiny.weights(state.unet), kept)
@@ -295,8 +295,8 @@ def test_kill_9_and_go_on(tmp_path):
     """A process that writes a run folder is killed; meanwhile its checkpoint is read over and over and is always whole."""
     here = Path(__file__).parent
     code = (
-        "import test_runs, mu.runs; state, loop = test_runs.make_run()\n"
-        f"for record in mu.runs.run_loop({str(tmp_path)!r}, state, loop(1000), checkpoint_every=1): pass"
+        "import test_runs, mu.runs.folder; state, loop = test_runs.make_run()\n"
+        f"for record in mu.runs.folder.run_loop({str(tmp_path)!r}, state, loop(1000), checkpoint_every=1): pass"
     )
     environment = os.environ | {
         "PYTHONPATH": f"{Path(mu.__file__).parent.parent}{os.pathsep}{here}",

@@ -16,9 +16,10 @@ from mu.concepts.probe import load_probe
 from mu.evaluate import evaluate, load_judge
 from mu.models import encode_prompts, load_pipeline
 from mu.notebooks import execute, read_parameters
+from mu.runs.folder import carry_out, identity
 from mu.sampling import draw_images
 from mu.train import State
-from mu.walk import carry_out, identity, revival, scores
+from mu.walk import revival, scores
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SETS = {

@@ -1,6 +1,6 @@
 """One training, from the params.json of its run folder: called by a notebook, or by `accelerate launch` or torchrun on several GPUs.
 
-accelerate launch --num_processes 2 -m mu.launch runs/mine/meta
+accelerate launch --num_processes 2 -m mu.runs.train runs/mine/meta
 """
 
 import subprocess
@@ -17,9 +17,8 @@ from mu.methods.closed_form import rece, uce
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objectives import loss_scale
 from mu.publish.weights import load_weights
-from mu.runs import finish
+from mu.runs.folder import carry_out, finish, table
 from mu.train import State, unlearn
-from mu.walk import carry_out, table
 
 # of params.json; what a run leaves out is as here. loop: keywords of `mu.train.unlearn`; closed_form: keywords of `edit`; None: no such part
 DEFAULTS = dict(
@@ -103,7 +102,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     """Carry out the run that the folder's params.json describes (see `mu.params.open_run`), from its checkpoint if it was stopped; a finished one is only read.
 
     pipe: the pipeline of `params["model"]` where it has been loaded; its UNet holds the result afterwards. On several processes each takes its
-    share of every batch. Returns the table of records. Raises ValueError for frozen "none" where the run does not start from the model itself, and as `mu.train.unlearn`, `mu.runs.run_loop` and `mu.publish.weights.load_weights` do."""
+    share of every batch. Returns the table of records. Raises ValueError for frozen "none" where the run does not start from the model itself, and as `mu.train.unlearn`, `mu.runs.folder.run_loop` and `mu.publish.weights.load_weights` do."""
     PartialState(
         cpu=not torch.accelerator.is_available()
     )  # unless told so, accelerate takes each of several processes on a CPU for the only one
@@ -187,7 +186,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
 def launch(folder, pipe=None, checkpoint_every=25, processes=1):
     """`train_run` in this process, or in several new ones by torchrun, one a GPU (on the CPU where there is none; `accelerate launch` knows GPUs only); the given pipeline's
     UNet holds the result afterwards. (`accelerate.notebook_launcher` starts the same function, in a kernel that has not imported `mu` yet, since bitsandbytes must not be there before:
-    def train(folder): from mu.launch import train_run; train_run(folder); then notebook_launcher(train, (folder,), num_processes=2).)
+    def train(folder): from mu.runs.train import train_run; train_run(folder); then notebook_launcher(train, (folder,), num_processes=2).)
 
     Raises RuntimeError where a process failed: what it said is above."""
     if processes > 1:
@@ -198,7 +197,7 @@ def launch(folder, pipe=None, checkpoint_every=25, processes=1):
             "--nproc_per_node",
             str(processes),
             "-m",
-            "mu.launch",
+            "mu.runs.train",
             str(folder),
             str(checkpoint_every),
         ]
@@ -212,7 +211,7 @@ def launch(folder, pipe=None, checkpoint_every=25, processes=1):
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(
-            "one run folder, and perhaps the steps between checkpoints: accelerate launch -m mu.launch runs/mine/meta 25"
+            "one run folder, and perhaps the steps between checkpoints: accelerate launch -m mu.runs.train runs/mine/meta 25"
         )
     train_run(sys.argv[1], checkpoint_every=int((sys.argv + [25])[2]))
     PartialState().destroy_process_group()
