@@ -9,11 +9,10 @@ import tiny
 import torch
 import yaml
 
-import mu.attack
+import mu.attacks.finetune
 import mu.concepts.sets
 import mu.evaluate
-from mu.attack import (
-    attack_run,
+from mu.attacks.finetune import (
     attackers_set,
     choose,
     dreambooth,
@@ -21,12 +20,13 @@ from mu.attack import (
     learned_word,
     merge_back,
 )
+from mu.attacks.tokens import words
 from mu.concepts.probe import make_probe
 from mu.concepts.sets import drawn_set, encode_images, with_prompts
 from mu.files import read_json
+from mu.measures.under_attack import attack_run
 from mu.models import encode_prompts, load_pipeline, trainable
 from mu.objectives import denoising, draw_minibatch
-from mu.prompts import words
 from mu.train import finetune
 
 
@@ -86,7 +86,9 @@ def test_an_attack_is_plain_fine_tuning_and_gives_the_weights_back(
     ] + [f"step-000{i}.{end}" for i in (0, 2, 3) for end in ("json", "png")]
 
     monkeypatch.setattr(
-        mu.attack, "finetune", lambda *_, **__: pytest.fail("a finished attack was run again")
+        mu.attacks.finetune,
+        "finetune",
+        lambda *_, **__: pytest.fail("a finished attack was run again"),
     )
     assert attacked(tmp_path / "run") == rows
 
@@ -311,7 +313,7 @@ def test_class_pictures_are_no_pictures_of_the_probe_and_cost_passes(
         "draw_images",
         lambda pipe, c, u, seeds_, *a: seeds.extend(seeds_) or real(pipe, c, u, seeds_, *a),
     )
-    monkeypatch.setattr(mu.attack, "at_once", lambda pipe: 2)
+    monkeypatch.setattr(mu.attacks.finetune, "at_once", lambda pipe: 2)
     monkeypatch.setattr(mu.concepts.sets, "at_once", lambda pipe: 2)
     hook = pipe.unet.register_forward_pre_hook(lambda *_: passes.append(1))
     attack = partial(

@@ -7,11 +7,12 @@ import tiny
 import torch
 
 import mu.judges
+from mu.attacks.search import random_words
 from mu.clip import zero_shot
 from mu.concepts.probe import join, make_probe
 from mu.evaluate import answers, evaluate, load_judge
 from mu.judges import Exposed, ZeroShot, named_judge
-from mu.prompts import prompt_run, random_words
+from mu.measures.under_attack import prompt_run
 
 
 class Detector:

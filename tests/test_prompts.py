@@ -6,27 +6,23 @@ import pytest
 import tiny
 import torch
 
-from mu.concepts.probe import make_probe
-from mu.concepts.sets import encode_images
-from mu.files import read_json
-from mu.models import encode_prompts, load_pipeline, text_encoders
-from mu.objectives import draw_minibatch, gradients, squared_errors
-from mu.prompts import (
+from mu.attacks.search import (
     Sought,
     _simplex,
-    embeddings,
-    look_at,
     opposed,
     p4d,
-    prompt_run,
     random_words,
     ring_a_bell,
     seeker,
-    stand_in,
-    tokenizers,
     unlearn_diff_atk,
-    words,
 )
+from mu.attacks.tokens import embeddings, stand_in, tokenizers, words
+from mu.concepts.probe import make_probe
+from mu.concepts.sets import encode_images
+from mu.files import read_json
+from mu.measures.under_attack import look_at, prompt_run
+from mu.models import encode_prompts, load_pipeline, text_encoders
+from mu.objectives import draw_minibatch, gradients, squared_errors
 
 
 @pytest.fixture(params=["sd", "sdxl"])
@@ -155,7 +151,7 @@ def test_a_search_by_gradient_ends_at_better_words_than_chance(
         draw_minibatch(images, pipe.scheduler, 4, torch.Generator().manual_seed(99)),
         torch.Generator().manual_seed(7),
     )
-    monkeypatch.setattr("mu.prompts.draw_minibatch", lambda *_: batch)
+    monkeypatch.setattr("mu.attacks.search.draw_minibatch", lambda *_: batch)
 
     def ask(text):
         return pipe.unet(
@@ -173,7 +169,7 @@ def test_a_search_by_gradient_ends_at_better_words_than_chance(
         chance = [error(f.prompt) for f in random_words(pipe, "a cat", count=2, steps=100, seed=9)]
     if not right:
         monkeypatch.setattr(
-            "mu.prompts.gradients",
+            "mu.attacks.search.gradients",
             lambda loss, parameters, scale: [torch.randn(p.shape, generator=g) for p in parameters],
         )
     found = [
@@ -198,10 +194,10 @@ def test_gradients_that_half_precision_would_lose_are_scaled(pipe, images, monke
     """Behind a float16 number whose own gradient is 1e-9 all are 0, and the search stands still, unless the loss is scaled."""
     found = []
     monkeypatch.setattr(
-        "mu.prompts.squared_errors", lambda *a: [squared_errors(*a)[0].half().float() * 1e-9]
+        "mu.attacks.search.squared_errors", lambda *a: [squared_errors(*a)[0].half().float() * 1e-9]
     )
     monkeypatch.setattr(
-        "mu.prompts.gradients", lambda *a: found.append(gradients(*a)[0]) or found[-1:]
+        "mu.attacks.search.gradients", lambda *a: found.append(gradients(*a)[0]) or found[-1:]
     )
     for scale in (1.0, 1024.0):
         next(
@@ -350,7 +346,7 @@ def test_the_attacker_keeps_the_best_of_the_prompts_that_he_looked_at(
         looked.append(said)
         return [worth[text] for text in said], 10, 1.0
 
-    monkeypatch.setattr("mu.prompts.look_at", look)
+    monkeypatch.setattr("mu.measures.under_attack.look_at", look)
     probe = make_probe(pipe, {"forget": {"a cat": "concept:cat"}}, seeds=(3,))
 
     def seek(prompt):
@@ -381,7 +377,7 @@ def test_the_attacker_keeps_the_best_of_the_prompts_that_he_looked_at(
 def test_other_steps_of_a_finished_search_are_chosen_anew(pipe, judge, tmp_path, monkeypatch):
     """Rows, pictures and costs are those of one that was looked at there from the first, whether steps come or go; what was searched is not searched again, unless it was too short."""
     monkeypatch.setattr(
-        "mu.prompts.look_at",
+        "mu.measures.under_attack.look_at",
         lambda pipe, judge, said, *_: (
             [{"one cat": 0.9, "two cat": 0.5, "three cat": 0.2}.get(text, 0.1) for text in said],
             10,
@@ -422,11 +418,15 @@ def test_other_steps_of_a_finished_search_are_chosen_anew(pipe, judge, tmp_path,
         )
     assert sought.count("run") == 1
     run("run", (0, 4))
-    monkeypatch.setattr("mu.prompts.judged", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "mu.attacks.search.judged", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run("run", (0, 2, 4))
     monkeypatch.undo()
-    monkeypatch.setattr("mu.prompts._search", lambda *_: pytest.fail("what was chosen is kept"))
+    monkeypatch.setattr(
+        "mu.measures.under_attack._search", lambda *_: pytest.fail("what was chosen is kept")
+    )
     assert [row["prompt"] for row in run("run", (0, 2, 4))[0]] == ["a cat", "one cat", "one cat"]
     monkeypatch.undo()
     assert run("run", (0, 5), steps=5)[0][-1]["step"] == 5 and sought.count("run") == 2
@@ -435,7 +435,7 @@ def test_other_steps_of_a_finished_search_are_chosen_anew(pipe, judge, tmp_path,
 def test_looking_draws_each_prompt_with_seeds_of_its_own(pipe, judge, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "mu.prompts.evaluate",
+        "mu.attacks.search.evaluate",
         lambda pipe, judge, probe, guidance, steps: (
             seen.extend(probe.items)
             or [

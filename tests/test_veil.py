@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-import mu.attack
+import mu.attacks.finetune
 import mu.walk
-from mu.attack import attack_run, fine_tuning
+from mu.attacks.finetune import fine_tuning
 from mu.concepts.probe import load_probe, make_probe
 from mu.concepts.sets import is_harmful, read_image, read_metadata
 from mu.evaluate import judge_images, load_judge
 from mu.images import to_grid, veil
+from mu.measures.under_attack import attack_run
 from mu.walk import compare, measure
 
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}

@@ -1,24 +1,17 @@
 """Attacks that change no weight: a few words of the text encoder's own vocabulary that make an unlearned model draw its concept.
 
 What they share: `words`, of which a prompt can be made that is read as it was meant, and `stand_in`, which lets the text encoder(s) read other vectors in the place of
-some words, with gradient. (One learned vector for a word, concept inversion, is trained: `mu.attack.learned_word`.)"""
+some words, with gradient. (One learned vector for a word, concept inversion, is trained: `mu.attacks.finetune.learned_word`.)"""
 
-import contextlib
-import math
-import re
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from mu.concepts.probe import join, make_probe
-from mu.evaluate import evaluate, judged
-from mu.files import read_json, save_json
+from mu.attacks.tokens import embeddings, stand_in, swapped, words
 from mu.meta import descend
-from mu.models import encode_prompts, rows, text_encoders
+from mu.models import encode_prompts, rows
 from mu.objectives import draw_minibatch, gradients, predictions, squared_errors
-from mu.sampling import at_once
 
 
 @dataclass(frozen=True)
@@ -28,58 +21,6 @@ class Sought:
     prompt: str  # as it stands: at the step's start by gradient, the best so far by the genetic algorithm
     passes: int  # forward passes of the UNet
     seconds: float
-
-
-def tokenizers(pipe):
-    """The one or two tokenizers of a pipeline, in the order of `text_encoders`."""
-    return [
-        part for part in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if part is not None
-    ]
-
-
-def words(pipe, without=()):
-    """Words that are one token of every tokenizer and are read as themselves, sorted; none that occurs in the texts `without`.
-
-    A prompt of such words is read as the attack meant it: pieces of words would be joined anew when their text is read."""
-    left_out = {word for text in without for word in text.lower().replace(",", " ").split()}
-    common = set.intersection(
-        *(
-            {t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>")}
-            for tokenizer in tokenizers(pipe)
-        )
-    )
-    known = sorted(
-        word
-        for word in common
-        if word.isascii() and word.isalpha() and word == word.lower() and word not in left_out
-    )
-    whole = (
-        [[len(ids) == 3 for ids in tokenizer(known).input_ids] for tokenizer in tokenizers(pipe)]
-        if known
-        else []
-    )
-    return [word for word, *fits in zip(known, *whole, strict=False) if all(fits)]
-
-
-def ids_of(pipe, chosen):
-    """Token ids of words, a list for each tokenizer."""
-    return [[tokenizer(word).input_ids[1] for word in chosen] for tokenizer in tokenizers(pipe)]
-
-
-def _whole(name):
-    return re.compile(
-        rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE
-    )  # as a tokenizer reads it: no part of a longer word, in any case
-
-
-def holds(text, name):
-    """Whether the text has the whole word (or words) `name`, beside whatever marks."""
-    return bool(_whole(name).search(text))
-
-
-def swapped(text, name, other):
-    """The text with `other` in the place of the whole word (or words) `name`."""
-    return _whole(name).sub(lambda _: other, text)
 
 
 def opposed(captions, name, others):
@@ -94,39 +35,6 @@ def opposed(captions, name, others):
                 f"{caption!r} does not hold the word {name!r}, so that it shows no way to the concept: say what the captions call it (called)"
             )
     return pairs
-
-
-@contextlib.contextmanager
-def stand_in(pipe, chosen, vectors):
-    """Inside the block the text encoder(s) read `vectors[e][k]` (e: encoder, k: word) where the k-th of the words `chosen` stands. Gradients reach the vectors."""
-
-    def reader(ids, given):
-        def replace(_, inputs, output):
-            for k, token in enumerate(ids):
-                output = torch.where((inputs[0] == token)[..., None], given[k].to(output), output)
-            return output
-
-        return replace
-
-    hooks = [
-        encoder.get_input_embeddings().register_forward_hook(reader(ids, given))
-        for encoder, ids, given in zip(
-            text_encoders(pipe), ids_of(pipe, chosen), vectors, strict=False
-        )
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def embeddings(pipe, chosen):
-    """Rows of the text encoders' embedding tables for words: a tensor (words, width) for each encoder."""
-    return [
-        encoder.get_input_embeddings().weight.detach()[ids]
-        for encoder, ids in zip(text_encoders(pipe), ids_of(pipe, chosen), strict=False)
-    ]
 
 
 def _simplex(u):
@@ -412,155 +320,3 @@ def seeker(
     if search not in found:
         raise ValueError(f"unknown search {search!r}: allowed are {', '.join(SEARCHES)}")
     return found[search]
-
-
-LOOKS_FROM = 10_000  # an attacker's first seed
-
-
-def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels=()):
-    """What an attacker sees who draws each of the texts `said` with `looks` seeds of his own, none of them a probe's; the judge chooses among the `labels` of the whole probe. Returns (share recognised for each text, passes of the UNet, seconds)."""
-    began = time.perf_counter()
-    seen = make_probe(
-        pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks)
-    )
-    rows, _ = evaluate(
-        pipe, judge, replace(seen, labels=labels or seen.labels), guidance, sampling_steps
-    )
-    hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / looks for text in said]
-    return hits, sampling_steps * math.ceil(len(rows) / at_once(pipe)), time.perf_counter() - began
-
-
-def prompt_run(
-    folder,
-    pipe,
-    judge,
-    probe,
-    seek,
-    *,
-    at=(0, 20, 40),
-    tries=4,
-    looks=4,
-    images=0,
-    guidance=5.0,
-    sampling_steps=25,
-    progress=lambda records: records,
-):
-    """Seek something to say in place of each forget prompt of a probe; draw and judge what is found after each number of steps in `at`, with the probe's seeds.
-
-    seek: prompt → generator of `Sought`. At each of these steps the attacker looks (`look_at`) at the last `tries` different prompts and at the best one until then, and keeps the one in which the concept
-    is recognised most often, the latest of equal ones; with one try, or without a judge, it is the last. Published searches do so at every step; random words get as many tries. images: different
-    images that the search uses. Writes into `folder` what `mu.attack.attack_run` writes; a finished attack is only read, one that was stopped goes on with the next prompt; where
-    `at` is another, the choice is made anew from the same search, since each look depends on those before. Returns rows, each with its "step",
-    and with the forget prompt as "asked". Raises ValueError for less than one try or look."""
-    if tries < 1 or looks < 1:
-        raise ValueError(
-            f"an attacker tries at least one prompt and looks at least once, got tries={tries}, looks={looks}"
-        )
-    folder = Path(folder)
-    files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    search, chosen = (
-        read_json(folder / "found.json", {}),
-        lambda made: list(made["kept"]) == [str(step) for step in files],
-    )
-    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]) or not all(
-        map(chosen, search.values())
-    ):
-        asked = {
-            item["prompt"]: item["expected"] for item in probe.items if item["group"] == "forget"
-        }
-        for prompt, expected in asked.items():
-            made = search.get(prompt)
-            if not made or not chosen(made):
-                enough = made and len(made["found"]) >= max(files)
-                found = (
-                    [Sought(**record) for record in made["found"]]
-                    if enough
-                    else list(progress(seek(prompt)))
-                )
-                search[prompt] = _search(
-                    pipe,
-                    judge,
-                    prompt,
-                    expected,
-                    found,
-                    list(files),
-                    tries,
-                    looks,
-                    guidance,
-                    sampling_steps,
-                    probe.labels,
-                )
-                (folder / "budget.json").unlink(
-                    missing_ok=True
-                )  # the last to be written: what another choice has left is not taken for this one's
-                save_json(search, folder / "found.json")
-        for step, file in files.items():
-            parts = []
-            for prompt, expected in asked.items():
-                said = search[prompt]["kept"][str(step)]
-                part = make_probe(
-                    pipe,
-                    {"forget": {said: expected}},
-                    [item["seed"] for item in probe.items if item["prompt"] == prompt],
-                )
-                parts.append(
-                    replace(
-                        part,
-                        items=[item | {"asked": prompt} for item in part.items],
-                        harmful=probe.harmful,
-                        unveiled=probe.unveiled,
-                        labels=probe.labels,
-                    )
-                )
-            judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
-
-        def spent(step, name):
-            return sum(
-                cost[name]
-                for found in search.values()
-                for cost in found["costs"]
-                if cost["step"] <= step
-            )
-
-        save_json(
-            [
-                {
-                    "step": step,
-                    "images": images if step else 0,
-                    "passes": spent(step, "passes"),
-                    "seconds": spent(step, "seconds"),
-                }
-                for step in files
-            ],
-            folder / "budget.json",
-        )
-    return [row for file in files.values() for row in read_json(file)]
-
-
-def _search(
-    pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps, labels
-):
-    """One prompt's search as it is kept: every record, the prompt that the attacker keeps at each step of `at`, and what both cost."""
-    kept, costs, best = (
-        {},
-        [
-            {name: getattr(sought, name) for name in ("step", "passes", "seconds")}
-            for sought in found
-        ],
-        prompt,
-    )
-    for before, step in zip([0, *at], at, strict=False):
-        said = list(dict.fromkeys(sought.prompt for sought in reversed(found[before:step])))[
-            :tries
-        ]  # the latest first
-        if said and (judge is None or tries == 1):
-            best = said[0]
-        elif said:
-            said = [*said, *({best} - {prompt} - set(said))]
-            hits, passes, seconds = look_at(
-                pipe, judge, said, expected, looks, guidance, sampling_steps, labels
-            )
-            best = said[hits.index(max(hits))]
-            costs.append({"step": step, "passes": passes, "seconds": seconds})
-        kept[str(step)] = best if step else prompt
-    return {"found": [asdict(sought) for sought in found], "kept": kept, "costs": costs}

@@ -1,27 +1,21 @@
-"""Attacks by training: malicious fine-tuning in all its kinds, looked at on the way. (Attacks by prompts alone: `mu.prompts`.)
+"""Attacks by training: malicious fine-tuning in all its kinds, looked at on the way. (Attacks by prompts alone: `mu.attacks.search`.)
 
 Full fine-tuning, of a subset, or of a LoRA; with other images mixed in, after a benign first phase, with DreamBooth's prior preservation; the vector of one word
 (textual inversion); and, before any of these, the original's weights merged back. All take the step that the defence rehearsed, `mu.train.finetune`."""
 
 import math
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from mu.attacks.tokens import embeddings, holds, stand_in, swapped, words
 from mu.concepts.probe import Probe
 from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
-from mu.evaluate import judged
-from mu.files import atomic, read_json, save_json
-from mu.models import encode_prompts, rows, trainable, without_lora
-from mu.prompts import embeddings, holds, stand_in, swapped, words
-from mu.runs.folder import resume, run_loop
+from mu.models import encode_prompts, rows, trainable
 from mu.sampling import at_once
-from mu.train import State, finetune
+from mu.train import State
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
     for name in (word, start):
         if name not in known:
             raise ValueError(
-                f"{name!r} is no word that the text encoder reads as one token: choose one of mu.prompts.words, such as {', '.join(known[:5])}"
+                f"{name!r} is no word that the text encoder reads as one token: choose one of mu.attacks.tokens.words, such as {', '.join(known[:5])}"
             )
     texts = [said(text) for text in concept_set.prompts]
     drawn = [
@@ -171,104 +165,6 @@ def merge_back(unet, original, subset="x", amount=1.0):
     for name, p in trainable(unet, subset).items():
         p.lerp_(original[name].to(p), amount)
     return unet.requires_grad_(False)
-
-
-def _reached(checkpoint):
-    """Steps done where a checkpoint was saved; 0 without one."""
-    if not checkpoint.exists():
-        return 0
-    with safe_open(checkpoint, "pt") as saved:
-        return int(saved.get_tensor("step"))
-
-
-def attack_run(
-    folder,
-    pipe,
-    judge,
-    attack,
-    *,
-    at=(0, 25, 50, 100),
-    batch_size=8,
-    guidance=5.0,
-    sampling_steps=25,
-    accumulation=1,
-    loss_scale=1.0,
-    before=None,
-    progress=lambda records: records,
-):
-    """Carry an attack out on `pipe`; draw and judge its probe after each number of steps in `at`.
-
-    attack: a function without arguments that makes the `Attack`. Writes step-NNNN.json (rows of `evaluate`) and .png into `folder`, and a checkpoint: a killed attack goes
-    on with the same numbers (from its start where `at` has a new step that it had passed), a finished one is only read (whether it had the same parameters is `open_run`'s to
-    say). budget.json: what each of these steps had cost until then: images, passes of the UNet, seconds (of making and training, not of judging). The UNet has its old weights back
-    afterwards.
-    before: (rows, PNG) of the probe at step 0 where it has been judged already, as by another seed of the attack: it is not drawn again. `progress` wraps
-    the records (tqdm). Returns rows, each with its "step"."""
-    folder = Path(folder)
-    files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    weights = [
-        p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()
-    ]  # a GPU has better use for its memory
-    if before and 0 in files and not files[0].exists():
-        with atomic(files[0].with_suffix(".png")) as temporary:
-            shutil.copyfile(before[1], temporary)
-        save_json([row | {"step": 0} for row in before[0]], files[0])
-    try:
-        if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
-            checkpoint = folder / "checkpoint.safetensors"
-            if any(
-                not file.exists() and step < _reached(checkpoint) for step, file in files.items()
-            ):
-                checkpoint.unlink()
-            began = time.perf_counter()
-            made = attack()
-            seconds, state = time.perf_counter() - began, resume(folder, made.state)
-            for step, file in files.items():
-                if (
-                    state.step < step
-                ):  # where it has been judged too: the budget is of the whole way
-                    for _ in progress(
-                        run_loop(
-                            folder,
-                            state,
-                            finetune(
-                                state,
-                                pipe.scheduler,
-                                made.concept_set,
-                                steps=step,
-                                batch_size=batch_size,
-                                others=made.others,
-                                others_weight=made.others_weight,
-                                accumulation=accumulation,
-                                loss_scale=loss_scale,
-                            ),
-                        )
-                    ):
-                        pass
-                if not file.exists():
-                    judged(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
-            done = read_json(folder / "records.json", [])
-
-            def spent(step, name):
-                return sum(record[name] for record in done if record["step"] <= step)
-
-            save_json(
-                [
-                    {
-                        "step": step,
-                        "images": made.images if step else 0,
-                        "passes": (made.passes if step else 0) + spent(step, "passes"),
-                        "seconds": (seconds if step else 0) + spent(step, "seconds"),
-                    }
-                    for step in files
-                ],
-                folder / "budget.json",
-            )
-            checkpoint.unlink(missing_ok=True)
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(without_lora(pipe.unet).parameters()), weights)
-    return [row for file in files.values() for row in read_json(file)]
 
 
 KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
