@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import MultipleLocator
 
-from mu.comparison import mean_interval, picture_areas
 from mu.figures import legend_below
+from mu.measures.comparison import mean_interval, picture_areas
 from mu.plots import COLORS
 
 PAIRED = ["training", "asked", "seed"]

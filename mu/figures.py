@@ -5,13 +5,13 @@ from itertools import product
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from mu.comparison import mean_interval
+from mu.measures.comparison import mean_interval
 from mu.paper import VARIANTS, in_order, in_phases, shown, turns
 from mu.plots import COLORS, panel, trend
 
 
 def lines(rows, ax, legend=False):
-    """Score against steps, a line a variant, with the 95 % interval of each point (`mu.comparison.mean_interval`)."""
+    """Score against steps, a line a variant, with the 95 % interval of each point (`mu.measures.comparison.mean_interval`)."""
     for model in VARIANTS:
         points = [
             (step, *mean_interval(part)) for step, part in rows[rows.model == model].groupby("step")

@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from mu.measures.statistics import revival
 from mu.plots import COLORS, OTHER
-from mu.walk import LABELS, bars, revival
+from mu.walk import LABELS, bars
 
 
 def revivals(attacked, threshold=0.5):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mu.comparison import mean_interval, self_destruction
-from mu.statistics import student_interval
+from mu.measures.comparison import mean_interval, self_destruction
+from mu.measures.statistics import student_interval
 
 VARIANTS = ("unlearned", "meta-unlearned")
 ATTACKS = (
@@ -60,7 +60,7 @@ def concept_table(rows, published):
     """The paper's table of the forgotten concept, long: a line a number that was published or that we have.
 
     rows: of `mu.results.read_results`, all of one learning rate of the attack. published: `data/paper_nudity.csv`. Columns: method, variant, attack, steps, published, ours, low, high (all percent; ours with its
-    95 % interval over trainings, prompts and pictures, `mu.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
+    95 % interval over trainings, prompts and pictures, `mu.measures.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
     found = []
     for key, part in _cells(of_concept(rows)):
         value, low, high = (100 * x for x in mean_interval(part))
@@ -300,7 +300,7 @@ def search_table(rows, searches=("random", SEARCH)):
 
 
 def destruction_table(rows):
-    """Self-destruct index of every method under HRM-s and HRM-m (`mu.comparison.self_destruction`, CLEAN taken off; shares, −1…1): method, variant, attack, after, lost to the attack, lost to CLEAN, index, low, high."""
+    """Self-destruct index of every method under HRM-s and HRM-m (`mu.measures.comparison.self_destruction`, CLEAN taken off; shares, −1…1): method, variant, attack, after, lost to the attack, lost to CLEAN, index, low, high."""
     part = rows[(rows.panel == "") & rows.model.isin(VARIANTS)]
     found = []
     for method, one in part.groupby("method", sort=False):

@@ -28,8 +28,9 @@ from mu.concepts.probe import make_probe
 from mu.emoji import COLORS, STYLES, TEMPLATES, augment, caption
 from mu.files import fill
 from mu.images import from_grid
+from mu.measures.evaluate import measure
+from mu.measures.statistics import scores
 from mu.models import encode_prompts, predict_noise, text_encoders
-from mu.walk import measure, scores
 
 LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from mu.cards import same_protocol
-from mu.comparison import SAME
 from mu.explorer import read_course, save_sheet
 from mu.files import atomic, read_json, save_json
+from mu.measures.card import same_protocol
+from mu.measures.comparison import SAME
 from mu.params import ASIDE
 from mu.walk import label
 

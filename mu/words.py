@@ -1,7 +1,7 @@
 """What the page says in words, each sentence made of the rows or of a table of `mu.paper`: nothing is typed in."""
 
-from mu.comparison import mean_interval
 from mu.marks import as_good, in_line, protection
+from mu.measures.comparison import mean_interval
 from mu.paper import VARIANTS, of_concept, shown, steps_of
 
 TOLD = (50, 100, 200, 300)  # steps of an attack that a sentence names; the tables have all

@@ -11,7 +11,7 @@ import yaml
 
 import mu.attacks.finetune
 import mu.concepts.sets
-import mu.evaluate
+import mu.measures.evaluate
 from mu.attacks.finetune import (
     attackers_set,
     choose,
@@ -57,9 +57,9 @@ def test_an_attack_is_plain_fine_tuning_and_gives_the_weights_back(
     pipe, judge, sets, attacked, tmp_path, monkeypatch
 ):
     before, seen = tiny.weights(pipe.unet), []
-    real = mu.evaluate.evaluate
+    real = mu.measures.evaluate.evaluate
     monkeypatch.setattr(
-        mu.evaluate,
+        mu.measures.evaluate,
         "evaluate",
         lambda pipe, *a: seen.append(tiny.weights(pipe.unet)) or real(pipe, *a),
     )
@@ -95,8 +95,8 @@ def test_an_attack_is_plain_fine_tuning_and_gives_the_weights_back(
 
 def test_what_was_judged_at_the_start_is_not_drawn_again(attacked, tmp_path, monkeypatch):
     whole = attacked(tmp_path / "whole")
-    real, calls = mu.evaluate.evaluate, []
-    monkeypatch.setattr(mu.evaluate, "evaluate", lambda *a: calls.append(1) or real(*a))
+    real, calls = mu.measures.evaluate.evaluate, []
+    monkeypatch.setattr(mu.measures.evaluate, "evaluate", lambda *a: calls.append(1) or real(*a))
     known = [
         {key: value for key, value in row.items() if key != "step"}
         for row in whole
@@ -116,7 +116,7 @@ def test_what_was_judged_at_the_start_is_not_drawn_again(attacked, tmp_path, mon
 def test_a_killed_attack_goes_on_with_the_same_numbers(pipe, attacked, tmp_path, monkeypatch, stop):
     """Killed at the first, second or third evaluation, or before it."""
     expected, before = attacked(tmp_path / "whole"), tiny.weights(pipe.unet)
-    real, calls = mu.evaluate.evaluate, []
+    real, calls = mu.measures.evaluate.evaluate, []
 
     def evaluate(*a):
         calls.append(1)
@@ -124,7 +124,7 @@ def test_a_killed_attack_goes_on_with_the_same_numbers(pipe, attacked, tmp_path,
             raise KeyboardInterrupt
         return real(*a)
 
-    monkeypatch.setattr(mu.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(mu.measures.evaluate, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         attacked(tmp_path / "killed")
     assert torch.equal(tiny.weights(pipe.unet), before)
@@ -142,7 +142,11 @@ def test_an_earlier_step_asked_for_later_is_that_of_the_same_attack(
     attacked, tmp_path, monkeypatch, killed
 ):
     """Of one that was killed further on, and of a finished one: rows, pictures and passes are those of an attack that was looked at there from the first."""
-    expected, real, calls = attacked(tmp_path / "whole", at=(0, 1, 2, 3)), mu.evaluate.evaluate, []
+    expected, real, calls = (
+        attacked(tmp_path / "whole", at=(0, 1, 2, 3)),
+        mu.measures.evaluate.evaluate,
+        [],
+    )
 
     def evaluate(*a):
         calls.append(1)
@@ -150,7 +154,7 @@ def test_an_earlier_step_asked_for_later_is_that_of_the_same_attack(
             raise KeyboardInterrupt
         return real(*a)
 
-    monkeypatch.setattr(mu.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(mu.measures.evaluate, "evaluate", evaluate)
     if killed:
         with pytest.raises(KeyboardInterrupt):
             attacked(tmp_path / "again", at=(0, 2, 3))
@@ -439,7 +443,7 @@ def test_a_learned_word_goes_on_after_a_kill(pipe, judge, probe, tmp_path, monke
     options = dict(at=(0, 2, 4), guidance=2.0, sampling_steps=2)
     expected, real, calls = (
         attack_run(tmp_path / "whole", pipe, judge, attack, **options),
-        mu.evaluate.evaluate,
+        mu.measures.evaluate.evaluate,
         [],
     )
 
@@ -449,7 +453,7 @@ def test_a_learned_word_goes_on_after_a_kill(pipe, judge, probe, tmp_path, monke
             raise KeyboardInterrupt
         return real(*a)
 
-    monkeypatch.setattr(mu.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(mu.measures.evaluate, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         attack_run(tmp_path / "killed", pipe, judge, attack, **options)
     assert attack_run(tmp_path / "killed", pipe, judge, attack, **options) == expected

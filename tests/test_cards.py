@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mu.cards import MAY_DIFFER, card_text, one_table, same_protocol
+from mu.measures.card import MAY_DIFFER, card_text, one_table, same_protocol
 from mu.params import protocol
 
 

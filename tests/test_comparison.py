@@ -7,12 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.comparison import (
+from mu.measures.comparison import (
     against,
     best_try,
     destruction_verdict,
-    dots,
-    every_curve,
     gains,
     mean_interval,
     read_attacks,
@@ -23,7 +21,8 @@ from mu.comparison import (
     within,
     working,
 )
-from mu.statistics import interval, student_interval
+from mu.measures.statistics import interval, student_interval
+from mu.plots import dots, every_curve
 
 FACTS = {
     "model": "m (1)",

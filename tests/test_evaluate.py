@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mu.concepts.probe import make_probe
-from mu.evaluate import evaluate, judge_images, load_judge, score
+from mu.measures.evaluate import evaluate, judge_images, load_judge
+from mu.measures.statistics import score
 from mu.models import encode_prompts
 from mu.sampling import draw_images
 
@@ -121,7 +122,7 @@ def test_evaluation_draws_and_hits(pipe, monkeypatch):
     assert [row["seen"] for row in rows] == by_color[:4] + by_style[4:]
 
     shown = plain((1, 0, 0), (0, 1, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0), (1, 1, 0.9))
-    monkeypatch.setattr("mu.evaluate.draw_images", lambda *_: shown)
+    monkeypatch.setattr("mu.measures.evaluate.draw_images", lambda *_: shown)
     rows, _ = evaluate(pipe, Colors(), probe)
     assert [row["hit"] for row in rows] == [1, 0, 1, 0, 1, 0]
     assert [row["seen"] for row in rows] == [

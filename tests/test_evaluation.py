@@ -8,7 +8,9 @@ import pytest
 import tiny
 import torch
 
-from mu.evaluation import differences, note, real_drawings, staying
+from mu.measures.card import note
+from mu.measures.gallery_sources import real_drawings, staying
+from mu.measures.statistics import differences
 from mu.plots import confusion
 from mu.publish.weights import save_model
 from mu.runs.folder import finished, wear

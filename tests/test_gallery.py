@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import mu.gallery
-import mu.judges
-from mu.evaluate import judge_images
-from mu.gallery import draw_folder, features, look_with, read_pictures, save_reference
+import mu.measures.gallery
+import mu.measures.judges
 from mu.images import veil
-from mu.metrics import judge_features
+from mu.measures.evaluate import judge_images
+from mu.measures.gallery import draw_folder, features, look_with, read_pictures, save_reference
+from mu.measures.metrics import judge_features
 from mu.models import encode_prompts
 from mu.sampling import draw_images
 
@@ -31,10 +31,10 @@ HOW = dict(guidance=2.0, steps=2, batch_size=2)
 @pytest.fixture
 def small(monkeypatch):
     """What is drawn: (seeds, guidance) of each call."""
-    real = mu.gallery.draw_images
+    real = mu.measures.gallery.draw_images
     calls = []
     monkeypatch.setattr(
-        mu.gallery,
+        mu.measures.gallery,
         "draw_images",
         lambda pipe, c, u, seeds, guidance, *a: (
             calls.append((list(seeds), guidance)) or real(pipe, c, u, seeds, guidance, *a)
@@ -174,7 +174,7 @@ def test_long_prompts_of_the_wild_are_cut_and_nothing_to_draw_is_refused(pipe, t
 
 def test_a_model_that_diverges_stops_the_folder_with_words(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        mu.gallery, "draw_images", lambda *_: torch.full((1, 3, 16, 16), float("nan"))
+        mu.measures.gallery, "draw_images", lambda *_: torch.full((1, 3, 16, 16), float("nan"))
     )
     with pytest.raises(
         ValueError, match="NaN or infinite values: the model that drew them has diverged"
@@ -195,14 +195,16 @@ def test_a_reference_is_saved_once(tmp_path):
 
 def test_without_a_judge_clip_chooses_among_the_labels(pipe, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        mu.judges,
+        mu.measures.judges,
         "zero_shot",
         lambda clip, images, names, template: (
             [names[-1] if "style" in template else names[0]] * len(images)
         ),
     )
     monkeypatch.setattr(
-        mu.gallery, "clip_score", lambda clip, images, prompts: torch.arange(len(images)).float()
+        mu.measures.gallery,
+        "clip_score",
+        lambda clip, images, prompts: torch.arange(len(images)).float(),
     )
     found = look_with(
         clip="clip", labels=["concept:banana", "concept:cat", "style:fluent", "style:noto"]

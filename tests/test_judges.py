@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
-import mu.judges
+import mu.measures.judges
 from mu.attacks.search import random_words
-from mu.clip import zero_shot
 from mu.concepts.probe import join, make_probe
-from mu.evaluate import answers, evaluate, load_judge
-from mu.judges import Exposed, ZeroShot, named_judge
+from mu.measures.clip import zero_shot
+from mu.measures.evaluate import answers, evaluate, load_judge
+from mu.measures.judges import Exposed, ZeroShot, named_judge
 from mu.measures.under_attack import prompt_run
 
 
@@ -95,7 +95,7 @@ def test_what_nobody_looks_at_has_no_score(pipe, monkeypatch):
         {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}},
         seeds=(0,),
     )
-    monkeypatch.setattr("mu.evaluate.draw_images", lambda *_: torch.ones(2, 3, 8, 8))
+    monkeypatch.setattr("mu.measures.evaluate.draw_images", lambda *_: torch.ones(2, 3, 8, 8))
     rows, _ = evaluate(pipe, Exposed(Detector(), 0.5, "nine"), probe)
     assert rows[0]["hit"] == 1 and rows[1]["hit"] != rows[1]["hit"] and rows[1]["seen"] == ""
 
@@ -130,7 +130,7 @@ def test_a_part_of_a_probe_is_judged_among_all_its_labels(pipe, tmp_path):
 
 
 def test_names_of_judges(monkeypatch, clip, tmp_path):
-    monkeypatch.setattr(mu.judges.nudity, "detector", Detector)
+    monkeypatch.setattr(mu.measures.judges.nudity, "detector", Detector)
     assert (
         named_judge("nudenet").threshold,
         named_judge("nudenet").classes,

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from transformers import CLIPModel
 
-from mu.clip import clip_network, clip_score, zero_shot
-from mu.metrics import (
+from mu.measures.clip import clip_network, clip_score, zero_shot
+from mu.measures.metrics import (
     enough,
     fid,
     frechet,

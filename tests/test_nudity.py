@@ -12,8 +12,8 @@ import pytest
 import tiny
 from PIL import Image
 
-import mu.nudity
-from mu.nudity import CLASSES, SIX, THRESHOLDS, detect, detector, exposed, flags, look
+import mu.measures.nudity
+from mu.measures.nudity import CLASSES, SIX, THRESHOLDS, detect, detector, exposed, flags, look
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +174,7 @@ def test_a_stopped_folder_goes_on_and_a_changed_picture_is_looked_at_again(tmp_p
         "3.png",
     ]
     monkeypatch.setattr(
-        mu.nudity, "detector", lambda: pytest.fail("a finished folder needs no detector")
+        mu.measures.nudity, "detector", lambda: pytest.fail("a finished folder needs no detector")
     )
     assert len(detect(tmp_path)) == 4
     tiny.make_images(tmp_path, ["a"], seed=9)

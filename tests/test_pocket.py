@@ -150,7 +150,7 @@ def test_the_parts_fit_together_and_in_thirty_megabytes(tokenizer, tmp_path):
 
 def test_the_judge_names_concepts_then_styles(tmp_path):
     pocket.build_judge([f"c{i}" for i in range(12)], ["noto", "fluent"]).save_pretrained(tmp_path)
-    from mu.evaluate import load_judge
+    from mu.measures.evaluate import load_judge
 
     config = load_judge(tmp_path).config
     assert [config.id2label[i] for i in range(14)] == [f"concept:c{i}" for i in range(12)] + [

@@ -16,8 +16,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load, save
 
 from mu import emoji, pocket
-from mu.evaluate import load_judge
 from mu.files import digest
+from mu.measures.evaluate import load_judge
 from mu.models import load_pipeline, text_encoders
 from mu.notebooks import execute
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu.statistics import (
+from mu.measures.statistics import (
     Revival,
     interval,
     median_revival,

@@ -15,10 +15,10 @@ import mu.walk
 from mu.attacks.finetune import fine_tuning
 from mu.concepts.probe import load_probe, make_probe
 from mu.concepts.sets import is_harmful, read_image, read_metadata
-from mu.evaluate import judge_images, load_judge
 from mu.images import to_grid, veil
+from mu.measures.evaluate import judge_images, load_judge, measure
 from mu.measures.under_attack import attack_run
-from mu.walk import compare, measure
+from mu.walk import compare
 
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}
 
@@ -105,7 +105,7 @@ def drawn(pipe, judge, sets, monkeypatch):
             made.append(noise(len(probe.items), 3, 64, 64, seed=len(made)))
             return made[-1]
 
-        monkeypatch.setattr("mu.evaluate.draw_images", draw)
+        monkeypatch.setattr("mu.measures.evaluate.draw_images", draw)
         rows = measure(folder / "before", pipe, judge, probe, 2.0, 2, {"model": "tiny"})
         attack_run(
             folder / "attack",
@@ -145,9 +145,9 @@ def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(
 
 def test_the_judge_sees_the_real_pictures(pipe, judge, sets, monkeypatch, tmp_path):
     probe, seen = make_probe(pipe, PROBE, (0, 1)), []
-    real = mu.evaluate.judge_images
+    real = mu.measures.evaluate.judge_images
     monkeypatch.setattr(
-        mu.evaluate,
+        mu.measures.evaluate,
         "judge_images",
         lambda judge, images, kind: seen.append(images) or real(judge, images, kind),
     )

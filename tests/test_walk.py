@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from mu.concepts.probe import load_probe
-from mu.evaluate import evaluate, load_judge
+from mu.measures.evaluate import evaluate, load_judge
+from mu.measures.statistics import revival, scores
 from mu.models import encode_prompts, load_pipeline
 from mu.notebooks import execute, read_parameters
 from mu.runs.folder import carry_out, identity
 from mu.sampling import draw_images
 from mu.train import State
-from mu.walk import revival, scores
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SETS = {
@@ -503,13 +503,13 @@ def test_fid_and_lpips_are_measured_beside_the_rest(walk):
 import json, os, nbformat
 from unittest.mock import patch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-import mu.metrics
+import mu.measures.metrics
 os.environ["MPLBACKEND"] = "Agg"
 given, notebook = json.loads(sys.argv[1]), nbformat.read(sys.argv[2], 4)
 with patch("torch.load", lambda *_, **__: {}), patch("torch.nn.Module.load_state_dict"):  # its weights stay those that it begins with
     torch.save(FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path="none").state_dict(), given["inception"])
-real, space = mu.metrics.lpips_network, {"display": print}
-mu.metrics.lpips_network = lambda net: real(net, pnet_rand=True)
+real, space = mu.measures.metrics.lpips_network, {"display": print}
+mu.measures.metrics.lpips_network = lambda net: real(net, pnet_rand=True)
 for cell in notebook.cells:
     if cell.cell_type == "code":
         exec(cell.source, space)

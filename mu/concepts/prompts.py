@@ -81,7 +81,7 @@ def read_table(file):
 
 
 def to_rows(table):
-    """What `mu.gallery.draw_folder` draws: a dict a prompt, with `prompt`, `seed`, and `guidance` where the table has one; the others get the common one."""
+    """What `mu.measures.gallery.draw_folder` draws: a dict a prompt, with `prompt`, `seed`, and `guidance` where the table has one; the others get the common one."""
     names = [name for name in ("prompt", "seed", "guidance") if name in table]
     return [
         {name: value for name, value in row.items() if name != "guidance" or pd.notna(value)}

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from mu.attacks.search import Sought
 from mu.concepts.probe import join, make_probe
-from mu.evaluate import evaluate, judged
 from mu.files import atomic, read_json, save_json
+from mu.measures.evaluate import evaluate, judged
 from mu.models import without_lora
 from mu.runs.folder import resume, run_loop
 from mu.sampling import at_once

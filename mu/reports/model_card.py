@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from huggingface_hub import ModelCardData
 
-from mu.evaluate import score
+from mu.measures.statistics import score
 
 LOAD = {  # what a card says of each kind
     "pipeline": """from diffusers import DiffusionPipeline

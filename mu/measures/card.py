@@ -2,6 +2,14 @@
 
 import pandas as pd
 
+
+def note(sheet, name, values, facts):
+    """Add numbers, and what belongs on their card, to a line of a sheet: name → (numbers, facts), as `mu.measures.card.one_table` takes it."""
+    numbers, card = sheet.setdefault(name, ({}, {}))
+    numbers |= values
+    card |= facts
+
+
 # what tells one number of a table from another, and where and when it was computed
 MAY_DIFFER = (
     "run",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mu.extras import extra
 from mu.files import digest, read_json, save_json
-from mu.metrics import picture_files
+from mu.measures.metrics import picture_files
 
 SIX = (
     "FEMALE_BREAST_EXPOSED",

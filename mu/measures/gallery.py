@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mu.clip import clip_score
-from mu.evaluate import answers
 from mu.files import atomic, read_json, save_json
 from mu.images import to_grid, veil
-from mu.judges import ZeroShot
-from mu.metrics import finite, judge_features
+from mu.measures.clip import clip_score
+from mu.measures.evaluate import answers
+from mu.measures.judges import ZeroShot
+from mu.measures.metrics import finite, judge_features
+from mu.measures.nudity import look as look_for_nudity
 from mu.models import encode_prompts
-from mu.nudity import look as look_for_nudity
 from mu.params import open_run
 from mu.sampling import at_once, draw_images
 
@@ -27,7 +27,7 @@ from mu.sampling import at_once, draw_images
 def look_with(judge=None, clip=None, detector=None, labels=()):
     """What is asked of each picture, as a function (images, rows) → a dict a picture. A row has a `prompt`, and perhaps `expected`, a label as "concept:cat".
 
-    judge: "seen", "hit" and "features" (mu.metrics). clip: "clip_score", and without a judge "seen" and "hit" by zero-shot choice among `labels`. detector: "found",
+    judge: "seen", "hit" and "features" (mu.measures.metrics). clip: "clip_score", and without a judge "seen" and "hit" by zero-shot choice among `labels`. detector: "found",
     NudeNet's detections. Nothing at all: {}."""
 
     def look(images, rows):
@@ -148,7 +148,7 @@ def features(rows):
 
 
 def save_reference(images, folder):
-    """Real pictures (PIL) as a folder for `mu.metrics.fid`, each once; a folder that has them all is left as it is. Returns it."""
+    """Real pictures (PIL) as a folder for `mu.measures.metrics.fid`, each once; a folder that has them all is left as it is. Returns it."""
     folder = Path(folder)
     for i, image in enumerate(images):
         if not (folder / f"{i:05d}.png").exists():

@@ -3,20 +3,18 @@
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from mu.cards import same_protocol
-from mu.evaluate import score
 from mu.files import read_json
-from mu.plots import COLORS, OTHER, curves
-from mu.statistics import (
+from mu.measures.card import same_protocol
+from mu.measures.statistics import (
     FEW,
     interval,
     median_revival,
     paired_interval,
     relearning_area,
+    score,
     steps_to_revival,
     student_interval,
 )
@@ -302,68 +300,6 @@ def strongest(table):
     return order.groupby("model", sort=False).head(1).set_index("model")
 
 
-def dots(table, threshold=0.5):
-    """Figure: a line an attack, the strongest against the defended model on top; a dot a model at its peak, with its interval, and a tick where it began."""
-    models = sorted(set(table.model) - set(COLORS)) + [
-        m for m in COLORS if m in set(table.model)
-    ]  # the defended one is the last
-    order = table[table.model == models[-1]].sort_values(["peak", "area"]).attack.tolist()
-    order = [*(a for a in dict.fromkeys(table.attack) if a not in order), *order]
-    fig, ax = plt.subplots(figsize=(6.4, 0.34 * len(order) + 1))
-    for i, model in enumerate(models):
-        part = table[table.model == model]
-        y = [order.index(a) + 0.16 * (i - (len(models) - 1) / 2) for a in part.attack]
-        color = COLORS.get(model, OTHER)
-        ax.hlines(y, part.low, part.high, color=color, lw=2, alpha=0.5)
-        ax.scatter(part.peak, y, color=color, label=model, zorder=3, s=26, marker="os^D"[i % 4])
-        ax.scatter(part.start, y, color=color, marker="|", s=40, zorder=2)
-    ax.axvline(threshold, color="#999999", lw=0.8, ls=":")
-    ax.set(
-        yticks=range(len(order)),
-        yticklabels=order,
-        xlim=(-0.03, 1.03),
-        xlabel="concept recognised at the attack's best step (tick: before it)",
-    )
-    ax.legend(
-        fontsize=8,
-        loc="upper center",
-        bbox_to_anchor=(0.4, 1.0 + 1.1 / len(order)),
-        ncols=len(models),
-        frameon=False,
-    )
-    return fig
-
-
-def every_curve(rows, order, columns=5):
-    """Figure: how often the concept is recognised, step by step, a panel an attack in the given order: also of those that do nothing."""
-    lines = -(-len(order) // columns)
-    fig, axes = plt.subplots(
-        lines, columns, figsize=(2.3 * columns, 1.9 * lines + 0.4), sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(order) :]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, order, strict=False):
-        curves(rows[(rows.name == name) & (rows.group == "forget")], name, ax, legend=False)
-        ax.set(xlabel="")
-        ax.title.set_size(9)
-        ax.tick_params(labelsize=7)
-    handles = {
-        label: line
-        for ax in axes.flat[: len(order)]
-        for line, label in zip(*ax.get_legend_handles_labels(), strict=False)
-    }
-    fig.legend(
-        handles.values(),
-        handles.keys(),
-        loc="lower center",
-        ncols=len(handles),
-        fontsize=8,
-        frameon=False,
-    )
-    fig.tight_layout(rect=(0, 0.6 / (1.9 * lines + 0.4) * 0.5, 1, 1))
-    return fig
-
-
 def working(table, floor="random"):
     """Attack → {model: peak} of the models of a table on which it brings the concept back: the lower end of its peak's interval is above the model's floor, which is what it draws of the
     concept unattacked (the median of the attacks' starts: some change the model before their first step), and for a search by words also the peak of random ones (the attack
@@ -449,7 +385,7 @@ def trained_alike(cards, clean):
 
 def self_destruction(rows, clean, group="related", by="model"):
     """A table with a row for each attack by training and model (by="run": each of its trainings): loss of the related concepts at the attack's last step that CLEAN was judged at, too, the
-    loss by CLEAN at that step, and the self-destruct index, their difference (`mu.statistics.self_destruct_index`), with a 95 % interval, paired picture by picture.
+    loss by CLEAN at that step, and the self-destruct index, their difference (`mu.measures.statistics.self_destruct_index`), with a 95 % interval, paired picture by picture.
 
     clean: rows of a CLEAN fine-tuning of the same models, of the same kind as the attacks (`trained_alike`)."""
     found, one = [], ["training", "asked", "seed"]

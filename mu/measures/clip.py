@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from mu.files import digest
-from mu.metrics import finite
+from mu.measures.metrics import finite
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Judges of the pictures that large models draw, under the one name that notebooks give to `mu.evaluate.load_judge`: CLIP, NudeNet, or one for the concept and the other for the rest."""
+"""Judges of the pictures that large models draw, under the one name that notebooks give to `mu.measures.evaluate.load_judge`: CLIP, NudeNet, or one for the concept and the other for the rest."""
 
 from dataclasses import dataclass
 
-from mu import nudity
-from mu.clip import Clip, clip_network, zero_shot
 from mu.images import to_grid
+from mu.measures import nudity
+from mu.measures.clip import Clip, clip_network, zero_shot
 
 TEMPLATES = {"concept": "a photo of a {}", "style": "a picture in the style of {}"}
 

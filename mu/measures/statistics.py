@@ -6,7 +6,94 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import CensoredData, ecdf, t
+from scipy.stats import CensoredData, binomtest, bootstrap, ecdf, t
+
+
+def score(hits, level=0.95, seed=0, means=False):
+    """Mean and its interval: (mean, low, high). Wilson's for hits (0 or 1), which holds near 0 and 1 too; percentile bootstrap for `means`
+    (of seeds)."""
+    hits = np.asarray(hits, float)
+    if not len(hits) or not np.isfinite(hits).all():
+        raise ValueError(f"a score needs at least one finite value, got {hits}")
+    if not means:
+        if not np.isin(hits, (0, 1)).all():
+            raise ValueError(f"hits are 0 or 1, got {hits}: say means=True for means")
+        found = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
+        return hits.mean(), found.low, found.high
+    if (hits == hits[0]).all():
+        return hits.mean(), hits.mean(), hits.mean()
+    found = bootstrap(
+        (hits,), np.mean, confidence_level=level, method="percentile", n_resamples=2000, rng=seed
+    ).confidence_interval
+    return hits.mean(), found.low, found.high
+
+
+def differences(table, names):
+    """Each model minus the first, in each group, paired by prompt and seed: a line each, with the interval over those columns of the two that vary.
+
+    table: rows with "run", "group", "prompt", "seed", "hit". No interval where neither varies."""
+    found = []
+    for name in names[1:]:
+        for group, part in table[table.run.isin([name, names[0]])].groupby("group", sort=False):
+            over = [column for column in ("prompt", "seed") if part[column].nunique() > 1]
+            values = (
+                paired_interval(part, name, names[0], "run", over)
+                if over
+                else (np.nan, np.nan, np.nan)
+            )
+            found.append(
+                {
+                    "run": name,
+                    "group": group,
+                    **dict(zip((f"minus {names[0]}", "low", "high"), values, strict=False)),
+                    "over": " and ".join(over) or "one picture",
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def scores(table, by, over=None):
+    """Mean of "hit" and its 95 % interval in each group of rows: over images, or over the means of each `over` (columns; no interval from one)."""
+    parts = [
+        (key, part.hit if over is None else part.groupby(over).hit.mean())
+        for key, part in table.groupby(by, sort=False)
+    ]
+
+    def interval(hits):
+        return (
+            score(hits, means=over is not None)
+            if len(hits) > 1 and hits.notna().all()
+            else (hits.mean(),)
+        )  # no judge: no score
+
+    found = [
+        dict(zip(by, key, strict=False))
+        | dict(zip(("score", "low", "high"), interval(hits), strict=False))
+        | {"n": len(hits)}
+        for key, hits in parts
+    ]
+    return pd.DataFrame(found, columns=[*by, "score", "low", "high", "n"])
+
+
+def revival(table, threshold=0.5):
+    """First evaluated step with a concept's score above the threshold, a row a run, learning rate and attack seed; inf if there is none."""
+    one = ["model", "run", "lr", "attack_seed"]
+    curve = (
+        table[table.group == "forget"]
+        .groupby([*one, "step"], sort=False, as_index=False)
+        .hit.mean()
+    )
+    found = {
+        key: (steps_to_revival(c.step, c.hit, threshold), c.step.max())
+        for key, c in curve.groupby(one, sort=False)
+    }
+    return pd.DataFrame(
+        [
+            dict(zip(one, key, strict=False))
+            | {"revived": float("inf") if r.censored else r.step, "last": last}
+            for key, (r, last) in found.items()
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +192,7 @@ def interval(table, over=("seed", "prompt"), value="hit", level=0.95, resamples=
     pigeonhole bootstrap, 2007), for the same prompts are drawn with every seed: to draw prompts afresh within each seed would take them for so many different ones, and
     be too narrow. A little too wide rather than too narrow, most so where pictures differ much and seeds and prompts little;
     but of a column with fewer than about six values that differ much, such as three trainings, too narrow: see `student_interval`.
-    All values alike give an interval without width: for hits, `mu.evaluate.score` is the better one there.
+    All values alike give an interval without width: for hits, `mu.measures.statistics.score` is the better one there.
     Raises ValueError for NaN, for a missing column, and for a column with a single value, which says nothing of others: leave it out of `over`."""
     over = [over] if isinstance(over, str) else list(over)
     absent = {*over, value} - set(table.columns)

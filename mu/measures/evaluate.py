@@ -1,23 +1,25 @@
 """What a model still draws: a judge trained on real emoji, scores with intervals."""
 
-import numpy as np
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest, bootstrap
 from transformers import ResNetForImageClassification
 
 from mu import ROOT
-from mu.files import save_json
+from mu.concepts.probe import viewing
+from mu.files import read_json, save_json
 from mu.images import save_grid, veil
-from mu.judges import named_judge
+from mu.measures.judges import named_judge
 from mu.models import rows
+from mu.params import protocol
 from mu.sampling import at_once, draw_images
 
 JUDGE = str(ROOT / "data" / "pocket-judge")
 
 
 def load_judge(path=JUDGE):
-    """The pocket models' judge by its folder, another by its name (`mu.judges.named_judge`), or None for an empty path: pictures are then drawn and looked at, not scored."""
+    """The pocket models' judge by its folder, another by its name (`mu.measures.judges.named_judge`), or None for an empty path: pictures are then drawn and looked at, not scored."""
     if not path:
         return None
     if (named := named_judge(str(path))) is not None:
@@ -65,7 +67,7 @@ def answers(judge, images, items, labels=()):
     if unknown:
         raise ValueError(
             f"the judge does not know {', '.join(unknown)}, and would call every picture of it something else: choose among its "
-            f"{len(judge.config.id2label)} labels, such as {', '.join(list(judge.config.id2label.values())[:5])}, or another judge (mu.judges), or none"
+            f"{len(judge.config.id2label)} labels, such as {', '.join(list(judge.config.id2label.values())[:5])}, or another judge (mu.measures.judges), or none"
         )
     kinds = [item["expected"].split(":")[0] for item in items]
     seen = {kind: judge_images(judge, images, kind) for kind in set(kinds)}
@@ -109,20 +111,25 @@ def judged(pipe, judge, probe, step, file, guidance, sampling_steps):
     save_json([row | {"step": step} for row in found], file)
 
 
-def score(hits, level=0.95, seed=0, means=False):
-    """Mean and its interval: (mean, low, high). Wilson's for hits (0 or 1), which holds near 0 and 1 too; percentile bootstrap for `means`
-    (of seeds)."""
-    hits = np.asarray(hits, float)
-    if not len(hits) or not np.isfinite(hits).all():
-        raise ValueError(f"a score needs at least one finite value, got {hits}")
-    if not means:
-        if not np.isin(hits, (0, 1)).all():
-            raise ValueError(f"hits are 0 or 1, got {hits}: say means=True for means")
-        found = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
-        return hits.mean(), found.low, found.high
-    if (hits == hits[0]).all():
-        return hits.mean(), hits.mean(), hits.mean()
-    found = bootstrap(
-        (hits,), np.mean, confidence_level=level, method="percentile", n_resamples=2000, rng=seed
-    ).confidence_interval
-    return hits.mean(), found.low, found.high
+def measure(folder, pipe, judge, probe, guidance, steps, facts):
+    """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows.
+
+    Pictures of a harmful concept are saved veiled; they are drawn anew when this is asked for differently."""
+    facts = facts | {
+        "images": len(probe.items),
+        "sampling_guidance": guidance,
+        "sampling_steps": steps,
+    }
+    made = read_json(Path(folder) / "metrics.json")
+    wanted = {"harmful": None, "veiled": None} | viewing(probe) | facts
+    if not made or {name: made["protocol"].get(name) for name in wanted} != wanted:
+        rows, images = evaluate(pipe, judge, probe, guidance, steps)
+        save_grid(veil(images) if probe.veiled else images, Path(folder) / "samples.png")
+        made = {
+            "rows": rows,
+            "protocol": protocol(
+                **facts | viewing(probe), run=read_json(Path(folder) / "params.json")
+            ),
+        }
+        save_json(made, Path(folder) / "metrics.json")
+    return made["rows"]

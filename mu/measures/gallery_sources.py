@@ -1,46 +1,12 @@
-"""What 50_evaluate tabulates: models side by side, picture by picture."""
+"""Real images of a concept folder."""
 
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
 from mu.concepts.presets import SIDES
 from mu.concepts.sets import read_image, read_metadata
 from mu.files import read_json
-from mu.statistics import paired_interval
-
-
-def note(sheet, name, values, facts):
-    """Add numbers, and what belongs on their card, to a line of a sheet: name → (numbers, facts), as `mu.cards.one_table` takes it."""
-    numbers, card = sheet.setdefault(name, ({}, {}))
-    numbers |= values
-    card |= facts
-
-
-def differences(table, names):
-    """Each model minus the first, in each group, paired by prompt and seed: a line each, with the interval over those columns of the two that vary.
-
-    table: rows with "run", "group", "prompt", "seed", "hit". No interval where neither varies."""
-    found = []
-    for name in names[1:]:
-        for group, part in table[table.run.isin([name, names[0]])].groupby("group", sort=False):
-            over = [column for column in ("prompt", "seed") if part[column].nunique() > 1]
-            values = (
-                paired_interval(part, name, names[0], "run", over)
-                if over
-                else (np.nan, np.nan, np.nan)
-            )
-            found.append(
-                {
-                    "run": name,
-                    "group": group,
-                    **dict(zip((f"minus {names[0]}", "low", "high"), values, strict=False)),
-                    "over": " and ".join(over) or "one picture",
-                }
-            )
-    return pd.DataFrame(found)
 
 
 def real_drawings(sets, known=None):
