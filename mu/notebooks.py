@@ -168,9 +168,7 @@ def execute(notebook, output, parameters=None, html=True, again=False):
     Returns whether the notebook was run. Raises as `check_parameters` does, and RuntimeError that names the cell to look at,
     or the process that is running the same notebook into the same place."""
     from mu.files import atomic
-    from mu.report import (
-        notebook_page,
-    )  # here, because these two import pandas and torch, and a refusal should come at once
+    from mu.reports.page import notebook_page
 
     notebook, output, parameters = Path(notebook), Path(output), parameters or {}
     check_parameters(notebook, parameters)

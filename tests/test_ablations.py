@@ -9,7 +9,8 @@ import pytest
 import synthetic
 import yaml
 
-from mu.ablations import (
+from mu.notebooks import execute
+from mu.reports.ablations import (
     answer,
     base_of,
     beside_plain,
@@ -18,8 +19,7 @@ from mu.ablations import (
     pairs,
     under_attack,
 )
-from mu.notebooks import execute
-from mu.results import collect, read_results
+from mu.reports.collect import collect, read_results
 
 ROOT = Path(__file__).parent.parent
 HIGH = {"forget": 1.0, "related": 1.0, "unrelated": 1.0}

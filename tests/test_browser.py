@@ -18,9 +18,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from mu.explorer import read_course, save_sheet
 from mu.images import save_grid
-from mu.report import write_report
+from mu.reports.explorer import read_course, save_sheet
+from mu.reports.page import write_report
 
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(

@@ -22,7 +22,7 @@ from mu.measures.comparison import (
     working,
 )
 from mu.measures.statistics import interval, student_interval
-from mu.plots import dots, every_curve
+from mu.reports.plots import dots, every_curve
 
 FACTS = {
     "model": "m (1)",

@@ -11,8 +11,8 @@ import torch
 from mu.measures.card import note
 from mu.measures.gallery_sources import real_drawings, staying
 from mu.measures.statistics import differences
-from mu.plots import confusion
 from mu.publish.weights import save_model
+from mu.reports.plots import confusion
 from mu.runs.folder import finished, wear
 
 

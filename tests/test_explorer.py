@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mu.explorer import LARGEST, explore, read_course, read_sheet, save_sheet
 from mu.images import save_grid
-from mu.report import write_report
+from mu.reports.explorer import LARGEST, explore, read_course, read_sheet, save_sheet
+from mu.reports.page import write_report
 
 ITEMS = [{"group": "forget", "prompt": "a cat", "seed": s} for s in range(10)] + [
     {"group": "related", "prompt": "a tiger", "seed": s} for s in range(2)

@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from mu.book import overview
 from mu.files import read_json
-from mu.results import one_each, read_results
-from mu.words import caveats
+from mu.reports.collect import one_each, read_results
+from mu.reports.words import caveats
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mu import figures, paper
 from mu.files import read_json
 from mu.notebooks import execute
-from mu.plots import save_figure
-from mu.report import save_table
-from mu.results import one_each, read_results
+from mu.reports import figures
+from mu.reports import tables as paper
+from mu.reports.collect import one_each, read_results
+from mu.reports.page import save_table
+from mu.reports.plots import save_figure
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "reports" / "pocket"

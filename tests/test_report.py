@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mu.report import executed, write_report
+from mu.reports.page import executed, write_report
 
 
 class Reader(html.parser.HTMLParser):

@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 import synthetic
 
-from mu import figures, paper, words
-from mu.explorer import read_sheet
-from mu.marks import marks, marks_by_training, price, revivals
-from mu.results import attack_name, collect, method_of, one_each, read_results, variant
+from mu.reports import figures, words
+from mu.reports import tables as paper
+from mu.reports.collect import attack_name, collect, method_of, one_each, read_results, variant
+from mu.reports.explorer import read_sheet
+from mu.reports.targets import marks, marks_by_training, price, revivals
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {

@@ -18,7 +18,7 @@ from mu.concepts.sets import is_harmful, read_image, read_metadata
 from mu.images import to_grid, veil
 from mu.measures.evaluate import judge_images, load_judge, measure
 from mu.measures.under_attack import attack_run
-from mu.walk import compare
+from mu.reports.plots import compare
 
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}
 

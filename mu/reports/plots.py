@@ -1,11 +1,15 @@
 """Pictures: grids of samples, what hides them, curves with intervals."""
 
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from PIL import Image
+
+from mu.images import from_grid, veil
 
 COLORS = {
     "original": "#4d4d4d",
@@ -203,3 +207,46 @@ def every_curve(rows, order, columns=5):
     )
     fig.tight_layout(rect=(0, 0.6 / (1.9 * lines + 0.4) * 0.5, 1, 1))
     return fig
+
+
+LABELS = {
+    "meta": "meta-unlearned",
+    "first": "meta-unlearned, first phase",
+    "stronger": "unlearned, stronger",
+    "longer": "unlearned, longer",
+    "ascent": "ascent only",
+    "ascent-weak": "ascent only, weak",
+    "ascent-strong": "ascent only, strong",
+}
+
+
+def label(run):
+    """What a run is called in figures: other words for some, and "meta-0", "meta-1", … are one model, trained with several seeds."""
+    base = re.sub(r"-\d+$", "", run)
+    return LABELS.get(base, base)
+
+
+def compare(columns, each=2, veiled=False):
+    """Figure: `each` pictures of each group, first one of each prompt, then with further seeds, side by side.
+
+    columns: title → (rows, the PNG saved with them). veiled: hide them, for pictures that may have been saved as they are."""
+    rows = next(iter(columns.values()))[0]
+    shown = [
+        (r["prompt"], r["seed"])
+        for g in ("forget", "related", "unrelated")
+        for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]
+    ]
+
+    def place(rows, item):
+        return next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item)
+
+    tiles = [
+        (rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16)))
+        for rows, png in columns.values()
+    ]
+    shade = veil if veiled else lambda images: images
+    return panel(
+        [shade([images[place(rows, item)] for rows, images in tiles]) for item in shown],
+        [prompt for prompt, _ in shown],
+        list(columns),
+    )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mu.files import atomic, read_json
 from mu.images import from_grid, veil
-from mu.walk import label
+from mu.reports.plots import label
 
 KEEP = {"forget": 8, "related": 1, "unrelated": 1}  # seeds of each prompt that are shown, by group
 LARGEST = 256  # side of a picture on the page: a sheet of larger ones is larger than browsers draw

@@ -1,4 +1,4 @@
-"""The paper's tables (arXiv 2410.12777), its published figures beside ours, and what is said of them. Everything is made from `mu.results`; no model is loaded.
+"""The paper's tables (arXiv 2410.12777), its published figures beside ours, and what is said of them. Everything is made from `mu.reports.collect`; no model is loaded.
 
 Ours are not the paper's measure: on the pocket models the score is the share of pictures in which the pocket judge recognises the concept; in the paper it is the share of 142 prompts
 of I2P in whose picture NudeNet flags nudity. Both are in percent, so that they can stand in one layout, and every number says where it comes from."""
@@ -59,7 +59,7 @@ def _cells(rows):
 def concept_table(rows, published):
     """The paper's table of the forgotten concept, long: a line a number that was published or that we have.
 
-    rows: of `mu.results.read_results`, all of one learning rate of the attack. published: `data/paper_nudity.csv`. Columns: method, variant, attack, steps, published, ours, low, high (all percent; ours with its
+    rows: of `mu.reports.collect.read_results`, all of one learning rate of the attack. published: `data/paper_nudity.csv`. Columns: method, variant, attack, steps, published, ours, low, high (all percent; ours with its
     95 % interval over trainings, prompts and pictures, `mu.measures.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
     found = []
     for key, part in _cells(of_concept(rows)):
@@ -153,7 +153,7 @@ def quality_table(rows, numbers, published):
     """The paper's table of quality: FID and CLIP score as published, ours where 50_evaluate computed them; and, of the pocket models, the distance in the judge's own features (JFD, which
     is no FID) and the percent of related and unrelated concepts that are still recognised, with 95 % intervals. A line a model and source.
 
-    rows: of `mu.results.one_each`, or a model without a seed would be several. numbers: of `mu.results.read_results`. Means over the trainings; a column that nobody measured stays empty."""
+    rows: of `mu.reports.collect.one_each`, or a model without a seed would be several. numbers: of `mu.reports.collect.read_results`. Means over the trainings; a column that nobody measured stays empty."""
     keys = ["method", "variant"]
     theirs = published.assign(
         method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4"

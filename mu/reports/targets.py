@@ -5,8 +5,26 @@ import numpy as np
 import pandas as pd
 
 from mu.measures.statistics import revival
-from mu.plots import COLORS, OTHER
-from mu.walk import LABELS, bars
+from mu.reports.plots import COLORS, LABELS, OTHER
+
+
+def bars(*claims):
+    """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told;
+    or a number and words that say it better."""
+
+    def met(value, least, most):
+        return "?" if isinstance(value, str) else "✓" if least <= value <= most else "✗"
+
+    pairs = [
+        (words, *(value if isinstance(value, tuple) else (value, value)), least, most)
+        for words, value, least, most in claims
+    ]
+    return pd.DataFrame(
+        [
+            {"asked": words, "measured": said, "met": met(value, least, most)}
+            for words, value, said, least, most in pairs
+        ]
+    )
 
 
 def revivals(attacked, threshold=0.5):
@@ -130,9 +148,9 @@ def marks_by_training(before, attacked, cleaned, lr, threshold=0.5):
 
 
 def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta="meta-unlearned"):
-    """Table of all marks that can be measured here (`mu.walk.bars`): a run that is absent, or a step that nobody looked at, leaves its marks out.
+    """Table of all marks that can be measured here (`mu.reports.targets.bars`): a run that is absent, or a step that nobody looked at, leaves its marks out.
 
-    before: judged rows before any attack; attacked: under fine-tuning on the concept, of one or several learning rates; cleaned: under CLEAN. Columns as in `mu.results`; of one method and its controls."""
+    before: judged rows before any attack; attacked: under fine-tuning on the concept, of one or several learning rates; cleaned: under CLEAN. Columns as in `mu.reports.collect`; of one method and its controls."""
     main = attacked[np.isclose(attacked.lr, lr)]
     mean, start = (
         main.groupby(["model", "group", "step"]).hit.mean(),

@@ -4,9 +4,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import MultipleLocator
 
-from mu.figures import legend_below
 from mu.measures.comparison import mean_interval, picture_areas
-from mu.plots import COLORS
+from mu.reports.figures import legend_below
+from mu.reports.plots import COLORS
 
 PAIRED = ["training", "asked", "seed"]
 

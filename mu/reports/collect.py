@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from mu.explorer import read_course, save_sheet
 from mu.files import atomic, read_json, save_json
 from mu.measures.card import same_protocol
 from mu.measures.comparison import SAME
 from mu.params import ASIDE
-from mu.walk import label
+from mu.reports.explorer import read_course, save_sheet
+from mu.reports.plots import label
 
 ROWS = [
     "panel",
@@ -285,7 +285,7 @@ class Results:
     records: pd.DataFrame  # the same names, step, and the losses of that step
     cards: dict  # folder → {"<panel>/<run>" or "<panel>/attack/<name>": protocol}
     numbers: dict  # the same → {place: {"numbers", "protocol"}} of 50_evaluate
-    courses: list  # what `mu.explorer.save_sheet` returned, of the first training that has pictures
+    courses: list  # what `mu.reports.explorer.save_sheet` returned, of the first training that has pictures
 
 
 def read_results(folder, trainings=()):

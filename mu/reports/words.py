@@ -1,8 +1,8 @@
-"""What the page says in words, each sentence made of the rows or of a table of `mu.paper`: nothing is typed in."""
+"""What the page says in words, each sentence made of the rows or of a table of `mu.reports.tables`: nothing is typed in."""
 
-from mu.marks import as_good, in_line, protection
 from mu.measures.comparison import mean_interval
-from mu.paper import VARIANTS, of_concept, shown, steps_of
+from mu.reports.tables import VARIANTS, of_concept, shown, steps_of
+from mu.reports.targets import as_good, in_line, protection
 
 TOLD = (50, 100, 200, 300)  # steps of an attack that a sentence names; the tables have all
 TERMS = {
@@ -45,7 +45,7 @@ def at_steps(attacked, most=TOLD):
 
 
 def opening(attacked, method, met):
-    """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.marks.marks`."""
+    """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.reports.targets.marks`."""
     told, parts = at_steps(attacked), dict(list(attacked.groupby(["model", "group", "step"])))
 
     def course(model, group):
@@ -87,7 +87,7 @@ def compared(table):
 
 
 def lowered(table):
-    """For how many methods meta-unlearning lowers how much of the concept comes back, in a sentence on the table of `mu.paper.concept_table`."""
+    """For how many methods meta-unlearning lowers how much of the concept comes back, in a sentence on the table of `mu.reports.tables.concept_table`."""
     said = [
         f"{attack}, {step} steps: less for {len(less)} of {len(plain)} (intervals apart for {len(apart)}), more for {len(more)}"
         for (attack, step), (plain, _, less, apart, more) in compared(table).items()
@@ -100,7 +100,7 @@ def lowered(table):
 
 
 def revival_words(revived, lr, threshold=0.5):
-    """What the table of `mu.marks.revivals` says of one learning rate, in a sentence."""
+    """What the table of `mu.reports.targets.revivals` says of one learning rate, in a sentence."""
     mine = revived[(revived.lr - lr).abs() < 1e-9]
     each = "; ".join(
         f"{r['model']} {r['steps to revival']} (it came back in {r['came_back']} of {r['attacks']} attacks)"
@@ -110,7 +110,7 @@ def revival_words(revived, lr, threshold=0.5):
 
 
 def claims(table):
-    """Sentences on the table of `mu.paper.concept_table`: how much comes back of each method after 100 steps and after the last, for how many meta-unlearning lowers it, and where it does not."""
+    """Sentences on the table of `mu.reports.tables.concept_table`: how much comes back of each method after 100 steps and after the last, for how many meta-unlearning lowers it, and where it does not."""
     said = []
     for (attack, step), (plain, meta, less, apart, _) in compared(table).items():
         rest = [m for m in plain.index if m not in less]
@@ -138,7 +138,7 @@ def destruction_words(table, attack="HRM-m"):
 
 
 def turning(table):
-    """What the table of `mu.paper.turns` says, in sentences: for which methods the angle clearly rises, where it ends, and each method's way."""
+    """What the table of `mu.reports.tables.turns` says, in sentences: for which methods the angle clearly rises, where it ends, and each method's way."""
     part = table[table.variant == "meta-unlearned"]
     clear, beyond = part[part.low > 0], part[part["angle, last quarter"] > 90]
     rest = part[~part.index.isin(clear.index)].method.tolist()
@@ -192,7 +192,7 @@ def lost_words(attacked, training, step):
 
 
 def panel_title(rows, cards, name):
-    """What a panel shows: a style, another concept, or the same on another model. rows: of `mu.results`, of all panels; cards: those of one training."""
+    """What a panel shows: a style, another concept, or the same on another model. rows: of `mu.reports.collect`, of all panels; cards: those of one training."""
     whose = {
         panel: next(card for key, card in cards.items() if key.split("/")[0] == panel)
         for panel in ("", name)
@@ -208,7 +208,7 @@ def panel_title(rows, cards, name):
 
 
 def panel_words(rows, name, step=None):
-    """What one panel's attack does to each variant, in sentences: the concept in every training, and what is left of the related and unrelated concepts. rows: of `mu.results`, of all panels."""
+    """What one panel's attack does to each variant, in sentences: the concept in every training, and what is left of the related and unrelated concepts. rows: of `mu.reports.collect`, of all panels."""
     part = rows[
         (rows.panel == name)
         & rows.attack.eq("HRM-m")
@@ -347,7 +347,7 @@ def caveats(rows, cards, method, lr):
     """What the marks do not say, or say too kindly, each a sentence made from the rows: how long each method was trained, how much the trainings differ, what else the attack costs, what simpler
     trainings do, which of them the marks leave out, what other learning rates do, and where a single prompt is enough.
 
-    rows: of `mu.results.one_each`; cards: those of one training. Sentences for which nothing was run are left out."""
+    rows: of `mu.reports.collect.one_each`; cards: those of one training. Sentences for which nothing was run are left out."""
     walk = rows[rows.panel.eq("")]
     attacked = walk[walk.attack.eq("HRM-m") & walk.method.eq(method)]
     usual = attacked[attacked.lr.sub(lr).abs() < 1e-9]

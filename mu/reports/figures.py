@@ -1,4 +1,4 @@
-"""The paper's figures: relearning and self-destruction, the two gradients, searches for words, panels of pictures. Of `mu.results` and of `mu.explorer.Course`s, no wider than a page."""
+"""The paper's figures: relearning and self-destruction, the two gradients, searches for words, panels of pictures. Of `mu.reports.collect` and of `mu.reports.explorer.Course`s, no wider than a page."""
 
 from itertools import product
 
@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from mu.measures.comparison import mean_interval
-from mu.paper import VARIANTS, in_order, in_phases, shown, turns
-from mu.plots import COLORS, panel, trend
+from mu.reports.plots import COLORS, panel, trend
+from mu.reports.tables import VARIANTS, in_order, in_phases, shown, turns
 
 
 def lines(rows, ax, legend=False):
@@ -144,7 +144,7 @@ def search_figure(table):
 def panels(course, step=None, prompts=(2, 2, 1)):
     """Figure of one course, as the paper's panels: the original, then each model before and after `step` steps of the attack (the last by default).
 
-    course: a `mu.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts.
+    course: a `mu.reports.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts.
     Raises ValueError for a step that was not drawn."""
     if step not in (None, *course.steps):
         raise ValueError(
@@ -172,7 +172,7 @@ def panels(course, step=None, prompts=(2, 2, 1)):
 def destruction_panel(attack, clean):
     """Figure: related concepts as each model draws them before, after the attack, and after CLEAN, at the last step that both have.
 
-    attack, clean: `mu.explorer.Course`s of the same models. Raises ValueError where they share no related picture or no step of fine-tuning."""
+    attack, clean: `mu.reports.explorer.Course`s of the same models. Raises ValueError where they share no related picture or no step of fine-tuning."""
     step = max(set(attack.steps) & set(clean.steps), default=0)
     place = {
         course.name: {
