@@ -50,7 +50,7 @@ attacks: .venv/installed
 paper: $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures))
 paper ablations: .venv/installed $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
 	@test -f "notebooks/machines/$$MACHINE/config.yaml" || { echo "error: unknown MACHINE '$$MACHINE': allowed are $(notdir $(wildcard notebooks/machines/*)), or a folder of your own beside them" >&2; exit 1; }
-	@$(if $(DRY),$(BIN)/python -m mu.forecast) $(GRID)
+	@$(if $(DRY),$(BIN)/python -m mu.notebooks.forecast) $(GRID)
 	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
 
 test: .venv/installed

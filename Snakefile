@@ -9,8 +9,10 @@ go on where they stopped, so running a notebook once more would not bring them u
 import sys
 from pathlib import Path
 
-from mu.grid import read_walk
-from mu.notebooks import check_parameters, origin, origin_of
+from mu.notebooks.grid import read_walk
+from mu.notebooks.run import check_parameters
+from mu.notebooks.run import origin
+from mu.notebooks.run import origin_of
 
 if not config:
     sys.exit("say which walk: --configfile notebooks/profiles/pocket-demo.yaml")
@@ -69,4 +71,4 @@ onerror:
     for name, step in WALK.items():
         if step["notebook"] == "90_figures":
             told = " ".join(f'-p {key} "{value}"' for key, value in step["parameters"].items())
-            print(f"what is there can be shown all the same: {sys.executable} -m mu.notebooks notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)
+            print(f"what is there can be shown all the same: {sys.executable} -m mu.notebooks.run notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""What Snakemake starts for each notebook. By hand: `python -m mu.notebooks`."""
+"""What Snakemake starts for each notebook. By hand: `python -m mu.notebooks.run`."""
 
 import contextlib
 import os
 import sys
 from pathlib import Path
 
-from mu.gpus import one_gpu, visible
-from mu.notebooks import execute
+from mu.notebooks.gpus import one_gpu, visible
+from mu.notebooks.run import execute
 
 job = snakemake  # noqa: F821, Snakemake provides it
 os.environ |= {

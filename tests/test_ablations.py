@@ -9,7 +9,7 @@ import pytest
 import synthetic
 import yaml
 
-from mu.notebooks import execute
+from mu.notebooks.run import execute
 from mu.reports.ablations import (
     answer,
     base_of,

@@ -42,7 +42,7 @@ from mu.concepts.probe import load_probe
 from mu.concepts.sets import encode_folder, is_harmful, load_sets, read_folder, vocabulary
 from mu.files import read_json
 from mu.models import load_pipeline
-from mu.notebooks import execute
+from mu.notebooks.run import execute
 
 ROOT = Path(__file__).parent.parent
 SETS = ROOT / "data" / "pocket-sets"

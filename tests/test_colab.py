@@ -9,8 +9,8 @@ import types
 import nbformat
 import pytest
 
-from mu import book, colab
-from mu.colab import missing
+from mu.notebooks import book, colab
+from mu.notebooks.colab import missing
 
 WANTED = [
     "torch>=2.13,<2.14",
@@ -133,7 +133,7 @@ def notebooks(tmp_path):
 
 def test_what_is_generated_in_the_notebooks_is_there():
     at = colab.address()
-    assert not book.stale(colab.ROOT / "notebooks", at), "run python -m mu.book"
+    assert not book.stale(colab.ROOT / "notebooks", at), "run python -m mu.notebooks.book"
     for file in sorted((colab.ROOT / "notebooks").glob("*.ipynb")):
         cells = nbformat.read(file, 4).cells
         assert next(c for c in cells if c.cell_type == "code").source == colab.bootstrap(at)

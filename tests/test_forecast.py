@@ -6,11 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from mu import forecast as fc
-from mu.forecast import Forecast, Hardware, attack, evaluation, minutes, probe, searches, training
 from mu.models import load_pipeline, predict_noise
-from mu.notebooks import effective
-from mu.preflight import DEFAULTS, Tracker, blank, estimate, guessed_speed, pass_flops
+from mu.notebooks import forecast as fc
+from mu.notebooks.forecast import (
+    Forecast,
+    Hardware,
+    attack,
+    evaluation,
+    minutes,
+    probe,
+    searches,
+    training,
+)
+from mu.notebooks.preflight import DEFAULTS, Tracker, blank, estimate, guessed_speed, pass_flops
+from mu.notebooks.run import effective
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 PROBE = {

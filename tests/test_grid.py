@@ -15,10 +15,10 @@ import pytest
 import yaml
 from test_notebooks import write_notebook
 
-from mu.forecast import forecast
-from mu.gpus import one_gpu, visible
-from mu.grid import expand, read_walk
-from mu.notebooks import check_parameters, effective
+from mu.notebooks.forecast import forecast
+from mu.notebooks.gpus import one_gpu, visible
+from mu.notebooks.grid import expand, read_walk
+from mu.notebooks.run import check_parameters, effective
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -352,7 +352,7 @@ def test_each_takes_a_gpu_of_its_own_and_gives_it_back(tmp_path):
 
 
 def test_a_gpu_of_another_process_is_not_taken_and_is_free_when_that_is_killed(tmp_path):
-    script = "import sys, time\nfrom mu.gpus import one_gpu\nwith one_gpu(sys.argv[1], ['0', '1']) as name:\n    print(name, flush=True)\n    time.sleep(600)"
+    script = "import sys, time\nfrom mu.notebooks.gpus import one_gpu\nwith one_gpu(sys.argv[1], ['0', '1']) as name:\n    print(name, flush=True)\n    time.sleep(600)"
     holder = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path],
         stdout=subprocess.PIPE,
@@ -471,7 +471,15 @@ def test_a_failed_cell_stops_its_branch_only_and_dry_runs_nothing(tmp_path, monk
     before = tree(tmp_path)
     code, said = run(
         tmp_path,
-        [sys.executable, "-m", "mu.forecast", *command, "--config", "model=toy", "seeds=0"],
+        [
+            sys.executable,
+            "-m",
+            "mu.notebooks.forecast",
+            *command,
+            "--config",
+            "model=toy",
+            "seeds=0",
+        ],
     )
     assert (
         code == 0
@@ -597,7 +605,7 @@ def test_make_paper_hands_over_words_as_they_are(tmp_path):
     (program, *words, _), rest = make("SEEDS=1 3", "DRY=1")
     assert (
         program.endswith("python")
-        and words[:2] == ["-m", "mu.forecast"]
+        and words[:2] == ["-m", "mu.notebooks.forecast"]
         and words[2].endswith("snakemake")
         and "seeds=1 3" in words
         and not rest

@@ -13,8 +13,8 @@ import papermill
 import pytest
 import yaml
 
-from mu.book import faults
-from mu.notebooks import (
+from mu.notebooks.book import faults
+from mu.notebooks.run import (
     check_parameters,
     effective,
     execute,
@@ -150,7 +150,7 @@ def test_failure_says_which_cell_to_open_and_keeps_what_was(toy, ran, tmp_path):
 def test_a_notebook_can_stop_on_purpose(tmp_path):
     toy = write_notebook(
         tmp_path / "toy.ipynb",
-        "from mu.notebooks import Stop\nprint('before')",
+        "from mu.notebooks.run import Stop\nprint('before')",
         "raise Stop('Enough:\\nsay more.')",
         "print('never')",
     )
@@ -506,7 +506,10 @@ def test_what_a_notebook_lacks_is_said(tmp_path):
 def test_the_check_of_the_book_finds_nothing_and_knows_no_other_words():
     def book(*words):
         return subprocess.run(
-            [sys.executable, "-m", "mu.book", *words], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-m", "mu.notebooks.book", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
 
     assert (found := book("--check")).returncode == 0, found.stderr

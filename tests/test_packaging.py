@@ -16,8 +16,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from mu.book import overview
 from mu.files import read_json
+from mu.notebooks.book import overview
 from mu.reports.collect import one_each, read_results
 from mu.reports.words import caveats
 

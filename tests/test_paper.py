@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from mu.files import read_json
-from mu.notebooks import execute
+from mu.notebooks.run import execute
 from mu.reports import figures
 from mu.reports import tables as paper
 from mu.reports.collect import one_each, read_results

@@ -6,13 +6,13 @@ import pytest
 import tiny
 import torch
 
-from mu import preflight as pf
 from mu import train
-from mu.measure import rehearse, union
 from mu.models import encode_prompts, load_pipeline, trainable
-from mu.preflight import GIB, RESERVE, Tracker, estimate, preflight
+from mu.notebooks import preflight as pf
+from mu.notebooks.measure import rehearse, union
+from mu.notebooks.preflight import GIB, RESERVE, Tracker, estimate, preflight
+from mu.notebooks.sizes import SIZES, random_pipeline
 from mu.sampling import draw_images
-from mu.sizes import SIZES, random_pipeline
 
 META = dict(
     batch_size=4,
@@ -441,7 +441,7 @@ def test_on_the_cpu_at_hand_a_pass_is_timed(pipe, monkeypatch):
         and 0 < found.needs[0][2] < 60
     )
     monkeypatch.setattr(
-        "mu.preflight.speed", lambda *_: 1e9
+        "mu.notebooks.preflight.speed", lambda *_: 1e9
     )  # what else runs just now is no matter: at one speed, twice the steps take twice the time
     assert preflight(pipe, META | dict(steps=20)).needs[0][2] == pytest.approx(
         2 * preflight(pipe, META | dict(steps=10)).needs[0][2]

@@ -19,7 +19,7 @@ from mu import emoji, pocket
 from mu.files import digest
 from mu.measures.evaluate import load_judge
 from mu.models import load_pipeline, text_encoders
-from mu.notebooks import execute
+from mu.notebooks.run import execute
 
 ROOT = Path(__file__).parent.parent
 RECIPE, BENCHMARK = (

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import mu.attacks.finetune
-import mu.walk
+import mu.notebooks.setup
 from mu.attacks.finetune import fine_tuning
 from mu.concepts.probe import load_probe, make_probe
 from mu.concepts.sets import is_harmful, read_image, read_metadata
@@ -161,8 +161,8 @@ def test_the_judge_sees_the_real_pictures(pipe, judge, sets, monkeypatch, tmp_pa
 def test_asked_for_differently_pictures_are_drawn_anew_and_else_not(
     pipe, judge, monkeypatch, tmp_path
 ):
-    plain, calls, real = make_probe(pipe, PROBE, (0,)), [], mu.walk.evaluate
-    monkeypatch.setattr(mu.walk, "evaluate", lambda *a: calls.append(1) or real(*a))
+    plain, calls, real = make_probe(pipe, PROBE, (0,)), [], mu.notebooks.setup.evaluate
+    monkeypatch.setattr(mu.notebooks.setup, "evaluate", lambda *a: calls.append(1) or real(*a))
     found = []
     for probe, drawings in (
         (plain, 1),

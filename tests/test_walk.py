@@ -16,7 +16,7 @@ from mu.concepts.probe import load_probe
 from mu.measures.evaluate import evaluate, load_judge
 from mu.measures.statistics import revival, scores
 from mu.models import encode_prompts, load_pipeline
-from mu.notebooks import execute, read_parameters
+from mu.notebooks.run import execute, read_parameters
 from mu.runs.folder import carry_out, identity
 from mu.sampling import draw_images
 from mu.train import State

@@ -40,6 +40,7 @@ CLIP_BIG_G = CLIP_L | dict(
     projection_dim=1280,
 )
 
+
 # the published config.json of each part, where it differs from the library's defaults
 SIZES = {
     "sd-v1-4": {

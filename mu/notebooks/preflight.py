@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from mu.models import frozen_copy, predict_noise, reference, trainable
+from mu.notebooks.sizes import random_pipeline
 from mu.objectives import gradients, predictions, squared_errors
 from mu.runs.train import check_method
-from mu.sizes import random_pipeline
 
 GIB = 2**30
 # name → GiB that a program sees; peak TFLOP/s in half and in single precision (data sheets, dense); has bfloat16
@@ -74,6 +74,7 @@ DEFAULTS = dict(  # of the notebooks' parameters that memory or time depends on;
     processes=1,
     resolution=0,
 )
+
 
 _sizes = functools.cache(functools.partial(random_pipeline, device="meta"))
 
@@ -273,7 +274,7 @@ def pass_flops(model, kind, rows, parameters=None, gpu=True):
 def estimate(model, parameters=None, gpu=True):
     """Memory and FLOPs of a training of `mu.runs.train`, on each of its processes. Pictures drawn before and after it are not counted.
 
-    model: a pipeline, or a name of `mu.sizes.SIZES`, of which nothing is loaded. parameters: those of `DEFAULTS`, with the meaning that they
+    model: a pipeline, or a name of `mu.notebooks.sizes.SIZES`, of which nothing is loaded. parameters: those of `DEFAULTS`, with the meaning that they
     have in the notebooks. gpu: attention and autocast as on a GPU, or as on a CPU.
     Raises ValueError for an unknown model or parameter, and for batches that cannot be shared evenly; as `trainable` and `frozen_copy` do."""
     unknown, p = set(parameters or {}) - set(DEFAULTS), DEFAULTS | (parameters or {})

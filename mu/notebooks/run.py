@@ -1,6 +1,6 @@
 """Run notebooks through papermill: parameters are checked, files appear whole, an error says which cell of which notebook to open.
 
-python -m mu.notebooks notebooks/20_unlearn.ipynb runs/mine/20_unlearn.ipynb --profile colab-t4 -p seed 1
+python -m mu.notebooks.run notebooks/20_unlearn.ipynb runs/mine/20_unlearn.ipynb --profile colab-t4 -p seed 1
 """
 
 import argparse
@@ -231,7 +231,7 @@ def execute(notebook, output, parameters=None, html=True, again=False):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="python -m mu.notebooks", description="Run a notebook with checked parameters."
+        prog="python -m mu.notebooks.run", description="Run a notebook with checked parameters."
     )
     parser.add_argument("notebook")
     parser.add_argument("output", help="the executed notebook; its page (HTML) goes beside it")

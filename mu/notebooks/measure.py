@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mu.concepts.sets import ConceptSet
 from mu.models import frozen_copy, offload
+from mu.notebooks.preflight import DEFAULTS, GIB, Tracker, blank
 from mu.objectives import loss_scale
-from mu.preflight import DEFAULTS, GIB, Tracker, blank
 from mu.runs.train import check_method, keywords
 from mu.train import State, unlearn
 
@@ -88,7 +88,7 @@ def unet_share(steps):
 
 
 def rehearse(pipe, parameters, steps=1, profiled_steps=0):
-    """Do the first steps of the training that `parameters` (of `mu.preflight.DEFAULTS`) describe, as `mu.runs.train` would, and measure them.
+    """Do the first steps of the training that `parameters` (of `mu.notebooks.preflight.DEFAULTS`) describe, as `mu.runs.train` would, and measure them.
 
     The pipeline's UNet is trained, and its other parts leave the device with `offload`. The first step holds everything that memory depends on, but for a CLEAN
     fine-tuning. profiled_steps: further ones, under the profiler. Returns `Measured`. Raises as `unlearn` and `trainable` do."""

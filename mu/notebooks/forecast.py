@@ -1,8 +1,8 @@
 """How many notebooks a walk would run, and how long they take on the hardware at hand: `make paper DRY=1`.
 
-    python -m mu.forecast snakemake --cores 2 --configfile notebooks/profiles/paper.yaml --config model=pocket seeds=0
+    python -m mu.notebooks.forecast snakemake --cores 2 --configfile notebooks/profiles/paper.yaml --config model=pocket seeds=0
 
-Which of them run is Snakemake's to say. Their minutes are FLOPs of the UNet (`mu.preflight`) by the FLOP/s at hand, and the seconds that starting takes; a notebook
+Which of them run is Snakemake's to say. Their minutes are FLOPs of the UNet (`mu.notebooks.preflight`) by the FLOP/s at hand, and the seconds that starting takes; a notebook
 that runs is taken to have everything still to do, so that one which was stopped, or finds its runs, is done sooner."""
 
 import csv
@@ -18,19 +18,19 @@ import yaml
 from snakemake.cli import parse_args, parse_config
 
 from mu.concepts.sets import read_groups
-from mu.grid import read_walk
 from mu.models import load_pipeline
-from mu.notebooks import effective
-from mu.preflight import DEFAULTS, Tracker, estimate, guessed_speed, pass_flops, speed
+from mu.notebooks.grid import read_walk
+from mu.notebooks.preflight import DEFAULTS, Tracker, estimate, guessed_speed, pass_flops, speed
+from mu.notebooks.run import effective
+from mu.notebooks.sizes import SIZES, random_pipeline
 from mu.runs.train import check_method
-from mu.sizes import SIZES, random_pipeline
 
 START = 12  # seconds until a kernel has imported everything and loaded a pocket model, measured on two cores
 OTHERS = 0.5  # minutes of a notebook of another kind: a guess, right for 10_prepare_concepts on two cores
 PICTURES = 50  # of a probe that is not there yet
 SHARE = 0.8  # of `speed` at ROWS that a pocket model's steps reach, the optimiser and passes of fewer rows among them: measured on two cores, 0.7 of attacks, up to 1 of trainings
 ROWS = 16  # of a timed pass
-STAND_IN = "A100-40"  # whose data sheet is asked where a large model's walk is planned on a machine without a GPU, or with one that `mu.preflight` does not know
+STAND_IN = "A100-40"  # whose data sheet is asked where a large model's walk is planned on a machine without a GPU, or with one that `mu.notebooks.preflight` does not know
 
 
 def pending(command):
@@ -209,7 +209,7 @@ KINDS = {
 
 
 def minutes(walk, folder="notebooks"):
-    """Name → minutes of each notebook of a walk (`mu.grid.read_walk`), each on one core or on one GPU; and model → `Hardware` of those that train or draw."""
+    """Name → minutes of each notebook of a walk (`mu.notebooks.grid.read_walk`), each on one core or on one GPU; and model → `Hardware` of those that train or draw."""
     seen, found, hws = set(), {}, {}
 
     def new(place):

@@ -1,4 +1,4 @@
-"""Colab: what its image lacks, a folder that outlives a disconnect, and the badge and first cell of every notebook (`mu.book` writes them)."""
+"""Colab: what its image lacks, a folder that outlives a disconnect, and the badge and first cell of every notebook (`mu.notebooks.book` writes them)."""
 
 import importlib
 import os
@@ -92,7 +92,7 @@ def prepare(drive=False, run=subprocess.run):
 CELL = """import sys
 
 if "google.colab" in sys.modules:  # elsewhere this cell does nothing
-{clone}{hint}    from mu.colab import prepare
+{clone}{hint}    from mu.notebooks.colab import prepare
 
     prepare(drive=False)  # True: keep runs/ on Google Drive, across disconnects"""
 HINT = "    # no module mu? clone the repository, `%cd` into it, and run this cell again\n"

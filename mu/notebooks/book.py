@@ -1,5 +1,5 @@
-"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.book` writes it; `python -m mu.book --check` writes nothing, and says what
-is stale and what a notebook lacks (`faults`); `python -m mu.book --minutes reports/pocket/notebooks ...` also takes over how long the executed notebooks of these folders took."""
+"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.notebooks.book` writes it; `python -m mu.notebooks.book --check` writes nothing, and says what
+is stale and what a notebook lacks (`faults`); `python -m mu.notebooks.book --minutes reports/pocket/notebooks ...` also takes over how long the executed notebooks of these folders took."""
 
 import argparse
 import ast
@@ -10,9 +10,9 @@ from statistics import median
 import nbformat
 
 from mu import ROOT
-from mu.colab import address, badge, bootstrap
 from mu.files import fill
-from mu.notebooks import read_parameters
+from mu.notebooks.colab import address, badge, bootstrap
+from mu.notebooks.run import read_parameters
 
 START, BEGIN, END = "00_start_here", "<!-- generated -->", "<!-- /generated -->"
 LONGEST, TEXT = 20, 0.6  # lines of a code cell; text cells for each code cell
@@ -211,7 +211,7 @@ if __name__ == "__main__":
     asked, folder = parser.parse_args(), ROOT / "notebooks"
     if asked.check:
         found = [
-            f"{file.name}: stale; python -m mu.book writes it anew"
+            f"{file.name}: stale; python -m mu.notebooks.book writes it anew"
             for file in stale(folder, address())
         ]
         found += [
@@ -223,7 +223,9 @@ if __name__ == "__main__":
             []
             if f"<!-- notebooks -->\n{overview(folder)}<!-- /notebooks -->"
             in (ROOT / "README.md").read_text()
-            else ["README.md: its table of notebooks is stale; python -m mu.book writes it anew"]
+            else [
+                "README.md: its table of notebooks is stale; python -m mu.notebooks.book writes it anew"
+            ]
         )
         sys.exit("\n".join(found) or 0)
     write_minutes(folder, timed(asked.minutes))
