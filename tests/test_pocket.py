@@ -15,8 +15,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load, save
 from transformers import CLIPTokenizer
 
-from mu import emoji, pocket
-from mu.emoji import (
+from data.recipe import emoji, pocket
+from data.recipe.emoji import (
     COLORS,
     STYLES,
     TEMPLATES,

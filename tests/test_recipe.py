@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load, save
 
-from mu import emoji, pocket
+from data.recipe import emoji, pocket
 from mu.files import digest
 from mu.measures.evaluate import load_judge
 from mu.models import load_pipeline, text_encoders

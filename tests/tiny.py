@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from mu.concepts.sets import ConceptSet
-from mu.pocket import LENGTH, build_tokenizer
+from mu.notebooks.sizes import LENGTH, build_tokenizer
 
 CAPTIONS = [
     "a cat",

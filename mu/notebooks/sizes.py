@@ -1,17 +1,20 @@
 """SD-v1-4 and SDXL base 1.0 as networks without their weights: for counting, preflight and benchmarks where nothing can be fetched."""
 
+import json
+
 import torch
 from accelerate import PartialState
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mu.models import prepare
-from mu.pocket import build_scheduler, build_tokenizer
 
 VAE = dict(
     block_out_channels=(128, 256, 512, 512),
@@ -121,3 +124,49 @@ def random_pipeline(
                 **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
             )
     return prepare(pipe, device, precision, gradient_checkpointing)
+
+
+LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
+
+
+def build_tokenizer(captions):
+    """CLIPTokenizer whose merges make every word of `captions` one token."""
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True
+    )  # CLIP's words
+    # every letter, inside a word and at its end, so that no prompt is out of vocabulary; named first, since the trainer would give them ids in random order
+    letters = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)]
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=100_000,
+            special_tokens=special + letters,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    trained = json.loads(bpe.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(m) for m in trained["merges"]],
+        unk_token=special[1],
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        model_max_length=LENGTH,
+    )
+
+
+def build_scheduler():
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

@@ -2,68 +2,39 @@
 
 Every trainer is a generator that yields its step and loss and leaves the schedule of looking, saving and stopping to the caller."""
 
-import json
-import math
 from collections import Counter
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from data.recipe.emoji import COLORS
+from data.recipe.emoji import STYLES
+from data.recipe.emoji import TEMPLATES
+from data.recipe.emoji import augment
+from data.recipe.emoji import caption
+from diffusers import AutoencoderKL
+from diffusers import StableDiffusionXLPipeline
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel, compute_snr
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
-
+from diffusers.training_utils import EMAModel
+from diffusers.training_utils import compute_snr
 from mu.concepts.probe import make_probe
-from mu.emoji import COLORS, STYLES, TEMPLATES, augment, caption
 from mu.files import fill
 from mu.images import from_grid
 from mu.measures.evaluate import measure
 from mu.measures.statistics import scores
-from mu.models import encode_prompts, predict_noise, text_encoders
-
-LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
-
-
-def build_tokenizer(captions):
-    """CLIPTokenizer whose merges make every word of `captions` one token."""
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True
-    )  # CLIP's words
-    # every letter, inside a word and at its end, so that no prompt is out of vocabulary; named first, since the trainer would give them ids in random order
-    letters = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)]
-    bpe.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=100_000,
-            special_tokens=special + letters,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
-    )
-    trained = json.loads(bpe.to_str())["model"]
-    return CLIPTokenizer(
-        vocab=trained["vocab"],
-        merges=[tuple(m) for m in trained["merges"]],
-        unk_token=special[1],
-        bos_token=special[0],
-        eos_token=special[1],
-        pad_token=special[1],
-        model_max_length=LENGTH,
-    )
+from mu.models import encode_prompts
+from mu.models import predict_noise
+from mu.models import text_encoders
+from mu.notebooks.sizes import LENGTH
+from mu.notebooks.sizes import WIDTH
+from pathlib import Path
+from transformers import CLIPTextConfig
+from transformers import CLIPTextModel
+from transformers import CLIPTextModelWithProjection
+from transformers import ResNetConfig
+from transformers import ResNetForImageClassification
+import math
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 
 
 def build_vae():
@@ -152,18 +123,6 @@ def build_sdxl(pipe, width_2=WIDTH // 2):
         unet=unet,
         scheduler=pipe.scheduler,
         add_watermarker=False,
-    )
-
-
-def build_scheduler():
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
     )
 
 
