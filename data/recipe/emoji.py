@@ -1,16 +1,16 @@
 """The pocket data: captioned emoji, drawn from the SVG sets that npm's `@iconify-json/*` packages carry."""
 
-from PIL import Image
-from pathlib import Path
 import csv
 import io
 import json
-import numpy as np
 import subprocess
 import tarfile
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-
+from PIL import Image
 
 # style word in captions → (npm package, version). The first four are drawn by the pocket model ...
 STYLES = {

@@ -2,39 +2,33 @@
 
 Every trainer is a generator that yields its step and loss and leaves the schedule of looking, saving and stopping to the caller."""
 
+import math
 from collections import Counter
-from data.recipe.emoji import COLORS
-from data.recipe.emoji import STYLES
-from data.recipe.emoji import TEMPLATES
-from data.recipe.emoji import augment
-from data.recipe.emoji import caption
-from diffusers import AutoencoderKL
-from diffusers import StableDiffusionXLPipeline
-from diffusers import UNet2DConditionModel
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import EMAModel, compute_snr
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from data.recipe.emoji import COLORS, STYLES, TEMPLATES, augment, caption
 from mu.concepts.probe import make_probe
 from mu.files import fill
 from mu.images import from_grid
 from mu.measures.evaluate import measure
 from mu.measures.statistics import scores
-from mu.models import encode_prompts
-from mu.models import predict_noise
-from mu.models import text_encoders
-from mu.notebooks.sizes import LENGTH
-from mu.notebooks.sizes import WIDTH
-from pathlib import Path
-from transformers import CLIPTextConfig
-from transformers import CLIPTextModel
-from transformers import CLIPTextModelWithProjection
-from transformers import ResNetConfig
-from transformers import ResNetForImageClassification
-import math
-import numpy as np
-import pandas as pd
-import torch
-import torch.nn.functional as F
+from mu.models import encode_prompts, predict_noise, text_encoders
+from mu.notebooks.sizes import LENGTH, WIDTH
 
 
 def build_vae():

@@ -26,7 +26,7 @@ from mu.notebooks.run import (
     read_profile,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS = """steps: int = 3  # steps of nothing
 lr: float = 1e-3  # learning rate

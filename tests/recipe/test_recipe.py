@@ -21,7 +21,7 @@ from mu.measures.evaluate import load_judge
 from mu.models import load_pipeline, text_encoders
 from mu.notebooks.run import execute
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE, BENCHMARK = (
     ROOT / "notebooks" / "80_train_pocket.ipynb",
     ROOT / "notebooks" / "85_benchmark.ipynb",

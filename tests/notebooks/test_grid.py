@@ -20,7 +20,7 @@ from mu.notebooks.gpus import one_gpu, visible
 from mu.notebooks.grid import expand, read_walk
 from mu.notebooks.run import check_parameters, effective
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = {
     file.stem: yaml.safe_load(file.read_text())
     for file in sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))

@@ -21,7 +21,7 @@ from mu.notebooks.book import overview
 from mu.reports.collect import one_each, read_results
 from mu.reports.words import caveats
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = [
     *PROJECT["dependencies"],

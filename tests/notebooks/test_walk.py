@@ -21,7 +21,7 @@ from mu.runs.folder import carry_out, identity
 from mu.sampling import draw_images
 from mu.train import State
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SETS = {
     "defender/forget": ["a cat", "a photo of a cat", "a cat"],
     "defender/retain-related": ["a tiger", "a drawing of a tiger"],

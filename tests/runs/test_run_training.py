@@ -18,7 +18,7 @@ from mu.models import load_pipeline
 from mu.params import open_run
 from mu.runs.train import METHODS, check_method, launch, train_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOOP = dict(
     steps=4,
     batch_size=2,

@@ -19,7 +19,7 @@ from mu.reports.collect import one_each, read_results
 from mu.reports.page import save_table
 from mu.reports.plots import save_figure
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "reports" / "pocket"
 
 

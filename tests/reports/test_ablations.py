@@ -21,7 +21,7 @@ from mu.reports.ablations import (
 )
 from mu.reports.collect import collect, read_results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HIGH = {"forget": 1.0, "related": 1.0, "unrelated": 1.0}
 
 

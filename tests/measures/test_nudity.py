@@ -15,7 +15,7 @@ from PIL import Image
 import mu.measures.nudity
 from mu.measures.nudity import CLASSES, SIX, THRESHOLDS, detect, detector, exposed, flags, look
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from mu.reports.collect import attack_name, collect, method_of, one_each, read_r
 from mu.reports.explorer import read_sheet
 from mu.reports.targets import marks, marks_by_training, price, revivals
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLISHED = {
     name: pd.read_csv(ROOT / "data" / f"paper_{name}.csv") for name in ("nudity", "quality")
 }

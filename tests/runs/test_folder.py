@@ -293,7 +293,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, sets, noise_scheduler, 
 
 def test_kill_9_and_go_on(tmp_path):
     """A process that writes a run folder is killed; meanwhile its checkpoint is read over and over and is always whole."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     code = (
         "import test_runs, mu.runs.folder; state, loop = test_runs.make_run()\n"
         f"for record in mu.runs.folder.run_loop({str(tmp_path)!r}, state, loop(1000), checkpoint_every=1): pass"

@@ -71,7 +71,7 @@ def test_a_veil_returns_what_it_was_given():
 
 
 def test_not_even_the_judge_knows_the_drawings_that_it_was_trained_on():
-    sets, judge = Path(__file__).parent.parent / "data" / "pocket-sets", load_judge()
+    sets, judge = Path(__file__).parents[2] / "data" / "pocket-sets", load_judge()
     lines = [
         line | {"path": file.parent / line["file_name"]}
         for file in sorted(sets.rglob("metadata.jsonl"))

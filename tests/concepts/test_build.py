@@ -44,7 +44,7 @@ from mu.files import read_json
 from mu.models import load_pipeline
 from mu.notebooks.run import execute
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETS = ROOT / "data" / "pocket-sets"
 KNOWN = pd.read_csv(ROOT / "data" / "pocket-concepts.csv")
 NAMES = list(yaml.safe_load(Path(PRESETS).read_text())["presets"])

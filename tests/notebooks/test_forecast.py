@@ -21,7 +21,7 @@ from mu.notebooks.forecast import (
 from mu.notebooks.preflight import DEFAULTS, Tracker, blank, estimate, guessed_speed, pass_flops
 from mu.notebooks.run import effective
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PROBE = {
     "forget": {"a cat": "concept:cat", "cat": "concept:cat"},
     "related": {"a tiger": "concept:tiger"},

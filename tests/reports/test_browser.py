@@ -193,7 +193,7 @@ def test_nothing_is_asked_of_the_network_and_no_error_is_logged(shown):
 )
 def test_on_paper_no_card_is_lost(browser, tmp_path):
     """Of the committed page, on paper of either size: a grid of cards with figures loses those that do not fit."""
-    page = Path(__file__).parent.parent / "reports" / "pocket" / "index.html"
+    page = Path(__file__).parents[2] / "reports" / "pocket" / "index.html"
     browser.get(page.as_uri())
     asked = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, ".cards h3")]
     browser.execute_script(
