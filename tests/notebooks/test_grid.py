@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_notebooks import write_notebook
+from test_run_notebooks import write_notebook
 
 from mu.notebooks.forecast import forecast
 from mu.notebooks.gpus import one_gpu, visible
