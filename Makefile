@@ -1,4 +1,4 @@
-# make demo   the walk on the pocket model, and where its report is
+# make demo   the experiment on the pocket model, and where its report is
 # make methods  every base method, plainly and meta-unlearned, on both pocket models, into reports/methods-*
 # make attacks  every attack, by training and by prompts, on three trainings of each model and, in short, on the sibling, into reports/attacks-pocket, reports/attacks-pocket-sdxl
 # make paper  the paper's grid of notebooks, into reports/<model>: make paper MODEL=pocket SEEDS="0 1 2" MACHINE=laptop (a folder of notebooks/machines), which is what it does by itself;
@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 
 HOW = --nolock --rerun-incomplete --rerun-triggers mtime params input --quiet host progress reason rules
-WALK = $(BIN)/snakemake --cores $(CORES) $(HOW)
+EXPERIMENT = $(BIN)/snakemake --cores $(CORES) $(HOW)
 # a machine's profile says how many cores, unless CORES is said
 GRID = $(BIN)/snakemake $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $(HOW) --keep-going --profile "notebooks/machines/$$MACHINE" \
 	--configfile notebooks/profiles/$@.yaml --config model="$$MODEL" seeds="$$SEEDS"
@@ -34,16 +34,16 @@ GRID = $(BIN)/snakemake $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $
 .PHONY: demo methods attacks paper ablations test
 
 demo: .venv/installed
-	@$(WALK) --configfile notebooks/profiles/pocket-demo.yaml
+	@$(EXPERIMENT) --configfile notebooks/profiles/pocket-demo.yaml
 	@echo "The report: file://$(CURDIR)/reports/demo/index.html"
 
 methods: .venv/installed
-	@$(WALK) --configfile notebooks/profiles/methods-pocket.yaml
-	@$(WALK) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
+	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket.yaml
+	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
 
 attacks: .venv/installed
-	@$(WALK) --configfile notebooks/profiles/attacks-pocket.yaml
-	@$(WALK) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
+	@$(EXPERIMENT) --configfile notebooks/profiles/attacks-pocket.yaml
+	@$(EXPERIMENT) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
 # what only large models and clusters need: the extras of pyproject.toml

@@ -1,4 +1,4 @@
-"""A walk through the notebooks, one rule each. Which, with what parameters, after which others, is data:
+"""An experiment through the notebooks, one rule each. Which, with what parameters, after which others, is data:
 
     snakemake --cores 2 --configfile notebooks/profiles/pocket-demo.yaml
 
@@ -9,21 +9,21 @@ go on where they stopped, so running a notebook once more would not bring them u
 import sys
 from pathlib import Path
 
-from mu.notebooks.grid import read_walk
+from mu.notebooks.grid import read_experiment
 from mu.notebooks.run import check_parameters
 from mu.notebooks.run import origin
 from mu.notebooks.run import origin_of
 
 if not config:
-    sys.exit("say which walk: --configfile notebooks/profiles/pocket-demo.yaml")
+    sys.exit("say which experiment: --configfile notebooks/profiles/pocket-demo.yaml")
 try:
-    model, WALK = read_walk(config)
+    model, EXPERIMENT = read_experiment(config)
 except ValueError as error:
     sys.exit(f"error: {error}")
 REPORT, DONE = Path(config["report"].format(model=model)), Path(config["runs"].format(model=model)) / "done"
 EARLIER = []
 
-for name, step in WALK.items():
+for name, step in EXPERIMENT.items():
     source, output = f"notebooks/{step['notebook']}.ipynb", REPORT / "notebooks" / f"{name}.ipynb"
     check_parameters(source, step["parameters"])  # all of them, before anything runs
     if not workflow.is_main_process:
@@ -37,13 +37,13 @@ if EARLIER:
     print(f"note: of an earlier mu are {', '.join(EARLIER[:3])}{f' and {len(EARLIER) - 3} more' if len(EARLIER) > 3 else ''}. To make everything again, delete {config['runs'].format(model=model)}", file=sys.stderr)
 
 
-rule walk:
+rule experiment:
     default_target: True
     input:
-        [DONE / name for name in WALK],
+        [DONE / name for name in EXPERIMENT],
 
 
-for name, step in WALK.items():
+for name, step in EXPERIMENT.items():
 
     rule:
         name:
@@ -68,7 +68,7 @@ for name, step in WALK.items():
 onerror:
     for file in REPORT.glob("notebooks/*.unfinished.ipynb"):
         print(f"as far as it came: {file}", file=sys.stderr)
-    for name, step in WALK.items():
+    for name, step in EXPERIMENT.items():
         if step["notebook"] == "90_figures":
             told = " ".join(f'-p {key} "{value}"' for key, value in step["parameters"].items())
             print(f"what is there can be shown all the same: {sys.executable} -m mu.notebooks.run notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)

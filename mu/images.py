@@ -37,25 +37,25 @@ def from_grid(path, count, size, columns=16):
     ]
 
 
-def veil(images, tiles=4):
+def blur(images, tiles=4):
     """Pictures of a harmful concept as they may be saved and shown: each is blurred to the means of `tiles` × `tiles` fields, drawn as plain squares of the old size.
 
     images: a tensor (n, 3, height, width), a PIL image, an array (height, width, 3), or a list of the last two; returns the same kind. What is finer than a field
     is gone, not hidden: nobody gets it back from the file. (Of 4 × 4 fields the pocket judge, which knows the drawings, names fewer than a fifth, of 8 × 8 more: tests/test_veil.py.) Raises ValueError for another shape."""
     if isinstance(images, (list, tuple)):
-        return [veil(image, tiles) for image in images]
+        return [blur(image, tiles) for image in images]
     if isinstance(images, Image.Image):
-        return Image.fromarray(veil(np.array(images.convert("RGB")), tiles))
+        return Image.fromarray(blur(np.array(images.convert("RGB")), tiles))
     if isinstance(images, np.ndarray):
         found = (
-            veil(torch.tensor(images, dtype=torch.float64).permute(2, 0, 1)[None], tiles)[0]
+            blur(torch.tensor(images, dtype=torch.float64).permute(2, 0, 1)[None], tiles)[0]
             .permute(1, 2, 0)
             .numpy()
         )
         return (found.round() if images.dtype.kind in "iu" else found).astype(images.dtype)
     if images.ndim != 4:
         raise ValueError(
-            f"pictures to veil have the shape (n, 3, height, width), got {tuple(images.shape)}"
+            f"pictures to blur have the shape (n, 3, height, width), got {tuple(images.shape)}"
         )
     return F.interpolate(
         F.adaptive_avg_pool2d(images.float(), tiles), size=images.shape[-2:], mode="nearest"

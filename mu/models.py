@@ -246,7 +246,7 @@ def predict_noise(unet, latents, timesteps, conditioning):
         ).sample
 
 
-def rows(conditioning, index):
+def select(conditioning, index):
     """The conditioning of the prompts `index`."""
     return {name: value[index] for name, value in conditioning.items()}
 

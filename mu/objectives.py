@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch.utils.checkpoint import checkpoint
 
-from mu.models import predict_noise, rows, stack
+from mu.models import predict_noise, select, stack
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep
         noise_scheduler.add_noise(latents, noise, timesteps),
         noise,
         timesteps,
-        rows(concept_set.conditioning, concept_set.prompt[index]),
+        select(concept_set.conditioning, concept_set.prompt[index]),
     )
 
 
@@ -55,7 +55,7 @@ def share(part, index, count):
         )
     take = slice(index, None, count)
     return (
-        tuple(rows(x, take) if isinstance(x, dict) else x[take] for x in part)
+        tuple(select(x, take) if isinstance(x, dict) else x[take] for x in part)
         if count > 1
         else part
     )

@@ -29,7 +29,7 @@ def open_run(folder, params, how=None):
 
     how: parameters of where and how it is computed, which do not change the numbers but by rounding (micro-batches, snapshot, …): these may differ from an
     earlier call's, and take their place. Raises ValueError that names the first parameter that differs: a folder holds one run. Only where the environment says
-    MU_STALE=aside, as a walk does which makes a changed cell again, is it `put_aside`, and a new one begun."""
+    MU_STALE=aside, as an experiment does which makes a changed cell again, is it `put_aside`, and a new one begun."""
     folder = Path(folder)
     params, how = json.loads(json.dumps([params, how or {}]))
     file = folder / "params.json"

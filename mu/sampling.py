@@ -3,7 +3,7 @@
 import torch
 
 
-def at_once(pipe):
+def images_per_batch(pipe):
     """How many images are drawn together: as many as are 64 of 16 × 16 latents."""
     return max(1, 64 * 16**2 // pipe.unet.config.sample_size**2)
 

@@ -20,7 +20,7 @@ from mu.meta import (
     make_inner_optimizer,
     meta_gradient,
 )
-from mu.models import reference, rows, trainable
+from mu.models import reference, select, trainable
 from mu.objectives import (
     denoising,
     draw_minibatch,
@@ -363,7 +363,7 @@ def unlearn(
         return denoising(draw_minibatch(concept_set, noise_scheduler, n, g, timestep))
 
     def repeat(one_row, n):
-        return rows(one_row, torch.zeros(n, dtype=torch.long))
+        return select(one_row, torch.zeros(n, dtype=torch.long))
 
     errors = functools.partial(squared_errors, unet, accumulation=accumulation)
     if order == "second" or gradient_norm or alignment:
@@ -414,7 +414,7 @@ def unlearn(
                             *sample_trajectory(
                                 sampler,
                                 noise_scheduler,
-                                rows(forget.conditioning, prompt),
+                                select(forget.conditioning, prompt),
                                 unconditional,
                                 g_unlearn,
                                 guidance,
@@ -432,7 +432,7 @@ def unlearn(
                 concept, no_concept = (
                     own((latents, timesteps, c))
                     for c in (
-                        rows(forget.conditioning, prompt),
+                        select(forget.conditioning, prompt),
                         repeat(replace or unconditional, len(latents)),
                     )
                 )
@@ -459,7 +459,7 @@ def unlearn(
                         (len(latents),),
                         generator=g_retain,
                     )
-                    asked["any"] = own((latents, timesteps, rows(retain_prompts, some)))
+                    asked["any"] = own((latents, timesteps, select(retain_prompts, some)))
             batches = {name: own(part) for name, part in batches.items()}
             with reference(unet, unet_frozen) as frozen_net:
                 frozen = dict(

@@ -1,4 +1,4 @@
-"""A walk's folder of runs and attacks with known scores and grey pictures, as the notebooks leave it: nothing is trained, nothing is drawn."""
+"""An experiment's folder of runs and attacks with known scores and grey pictures, as the notebooks leave it: nothing is trained, nothing is drawn."""
 
 import json
 
@@ -122,9 +122,9 @@ def attack(out, name, curves, lr=6e-5, label=lambda run: run, **card):
     save({"rows": rows, "budget": [], "protocol": facts}, out / "attack" / f"{name}.json")
 
 
-def walk(out, seed=0, methods=("esd-u-3", "uce"), harmful=False):
-    """One training of a walk: an original, each method plainly and meta-unlearned, HRM-m, HRM-s and CLEAN on both, and words."""
-    harm = {"harmful": True, "veiled": True} if harmful else {}
+def experiment(out, seed=0, methods=("esd-u-3", "uce"), harmful=False):
+    """One training of an experiment: an original, each method plainly and meta-unlearned, HRM-m, HRM-s and CLEAN on both, and words."""
+    harm = {"harmful": True, "blurred": True} if harmful else {}
     high, shift = {"forget": 1.0, "related": 1.0, "unrelated": 1.0}, 0.1 * (seed % 2)
     run(out, "original", high, {}, **harm)
     for method in methods:

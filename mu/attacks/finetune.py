@@ -13,8 +13,8 @@ import torch
 from mu.attacks.tokens import embeddings, holds, stand_in, swapped, words
 from mu.concepts.probe import Probe
 from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
-from mu.models import encode_prompts, rows, trainable
-from mu.sampling import at_once
+from mu.models import encode_prompts, select, trainable
+from mu.sampling import images_per_batch
 from mu.train import State
 
 
@@ -90,7 +90,7 @@ def dreambooth(
     drawn = drawn_set(pipe, class_prompts, class_images, 2000 + seed, guidance, sampling_steps)
     return replace(
         fine_tuning(pipe, concept_set, probe, seed=seed, others=drawn, **options),
-        passes=sampling_steps * math.ceil(class_images / at_once(pipe)),
+        passes=sampling_steps * math.ceil(class_images / images_per_batch(pipe)),
     )
 
 
@@ -144,7 +144,7 @@ def learned_word(pipe, concept_set, probe, word, start, said, *, lr=5e-3, seed=0
         distinct = sorted(set(drawn))
         return replace(
             probe,
-            conditioning=rows(
+            conditioning=select(
                 read(distinct), torch.tensor([distinct.index(text) for text in drawn])
             ),
         )

@@ -10,7 +10,7 @@ import torch
 
 from mu.attacks.tokens import embeddings, stand_in, swapped, words
 from mu.meta import descend
-from mu.models import encode_prompts, rows
+from mu.models import encode_prompts, select
 from mu.objectives import draw_minibatch, gradients, predictions, squared_errors
 
 
@@ -127,7 +127,7 @@ def _descend(
         began = time.perf_counter()
         parameters, index, vectors = read()
         with stand_in(pipe, places, vectors):
-            conditioning = rows(
+            conditioning = select(
                 encode_prompts(pipe, [text]), torch.zeros(batch_size, dtype=torch.long)
             )
         batch = draw_minibatch(concept_set, pipe.scheduler, batch_size, g)
@@ -202,7 +202,7 @@ def p4d(
 
     min over words w of E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(w, prompt))‖²; AdamW steps of `lr` on free vectors, straight through the nearest words' vectors.
     original: ε_0, the UNet before unlearning. The rest is as in `unlearn_diff_atk`."""
-    plain = rows(encode_prompts(pipe, [prompt]), torch.zeros(batch_size, dtype=torch.long))
+    plain = select(encode_prompts(pipe, [prompt]), torch.zeros(batch_size, dtype=torch.long))
 
     def target(batch):
         return (

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mu.concepts.presets import SIDES, check_words, slug
 from mu.concepts.sets import read_metadata
 from mu.files import atomic, digest, read_json, save_json
-from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, located, rows
+from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, located, select
 from mu.params import open_run, protocol
 from mu.sampling import draw_images
 
@@ -44,7 +44,7 @@ def load_generator(model):
 def draw(pipe, prompt, seeds, size, steps, guidance):
     """PIL images of a prompt, one from each seed. size: in pixels, of a pipeline that has no size of its own; at least 512, since below that they draw badly."""
     if isinstance(pipe, tuple(FAMILIES.values())):
-        conditioning = rows(
+        conditioning = select(
             encode_prompts(pipe, [prompt]), torch.zeros(len(seeds), dtype=torch.long)
         )
         images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), seeds, guidance, steps)
@@ -221,18 +221,18 @@ def read_probe(concept):
 
 
 def mark_harmful(folder):
-    """Let a folder of sets say that its concept is harmful, so that whoever reads it (`mu.concepts.sets.is_harmful`) veils its pictures: a concept.json is written where there is none.
+    """Let a folder of sets say that its concept is harmful, so that whoever reads it (`mu.concepts.sets.is_harmful`) blurs its pictures: a concept.json is written where there is none.
 
     Returns what to tell people; one that says something else is not changed, since it is the record of how the folder was made."""
     file = Path(folder) / "concept.json"
     if not file.exists():
         save_json({"harmful": True}, file)
-        return f"{file} now says that this concept is harmful: the other notebooks veil its pictures, too"
+        return f"{file} now says that this concept is harmful: the other notebooks blur its pictures, too"
     if read_json(file).get("harmful"):
         return (
-            f"{file} says that this concept is harmful: the other notebooks veil its pictures, too"
+            f"{file} says that this concept is harmful: the other notebooks blur its pictures, too"
         )
-    return f'{file} does not say that this concept is harmful: it is veiled here, and NOT in the other notebooks; put "harmful": true there'
+    return f'{file} does not say that this concept is harmful: it is blurred here, and NOT in the other notebooks; put "harmful": true there'
 
 
 def build(

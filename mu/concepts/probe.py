@@ -6,7 +6,7 @@ import torch
 
 from mu.concepts.prompts import read_prompts, to_rows
 from mu.concepts.sets import is_harmful, read_groups
-from mu.models import encode_prompts, rows, stack
+from mu.models import encode_prompts, select, stack
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Probe:
     conditioning: dict
     unconditional: dict
     harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
-    unveiled: bool = False  # somebody has asked for them all the same
+    show_unblurred: bool = False  # somebody has asked for them all the same
     labels: tuple = ()  # all that is expected in any of them, and of them in any part of the probe: what a judge chooses among
 
     @property
-    def veiled(self):
-        """Whether its pictures are veiled (`mu.images.veil`) wherever they are saved or shown. The judge always sees them as they are."""
-        return self.harmful and not self.unveiled
+    def blurred(self):
+        """Whether its pictures are blurred (`mu.images.blur`) wherever they are saved or shown. The judge always sees them as they are."""
+        return self.harmful and not self.show_unblurred
 
 
 def make_probe(pipe, groups, seeds=range(8)):
@@ -38,24 +38,27 @@ def make_probe(pipe, groups, seeds=range(8)):
     index = torch.tensor([prompts.index(item["prompt"]) for item in items])
     labels = tuple(sorted({item["expected"] for item in items}))
     return Probe(
-        items, rows(encode_prompts(pipe, prompts), index), encode_prompts(pipe, [""]), labels=labels
+        items,
+        select(encode_prompts(pipe, prompts), index),
+        encode_prompts(pipe, [""]),
+        labels=labels,
     )
 
 
-def listed_probe(pipe, listed, group, expected):
+def probe_from_prompts(pipe, listed, group, expected):
     """A probe of given prompts, each with a seed (and perhaps a guidance) of its own: rows of `mu.concepts.prompts.to_rows`, all of one group and one expected label."""
     prompts = sorted({row["prompt"] for row in listed})
     index = torch.tensor([prompts.index(row["prompt"]) for row in listed])
     return Probe(
         [{"group": group, "expected": expected} | row for row in listed],
-        rows(encode_prompts(pipe, prompts), index),
+        select(encode_prompts(pipe, prompts), index),
         encode_prompts(pipe, [""]),
         labels=(expected,),
     )
 
 
 def join(*probes):
-    """One probe of several, in their order; whether it is veiled is the first's to say."""
+    """One probe of several, in their order; whether it is blurred is the first's to say."""
     labels = tuple(sorted({label for probe in probes for label in probe.labels}))
     return replace(
         probes[0],
@@ -65,12 +68,12 @@ def join(*probes):
     )
 
 
-def load_probe(pipe, folder, seeds, unveiled=False, concept_prompts=""):
+def load_probe(pipe, folder, seeds, show_unblurred=False, concept_prompts=""):
     """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one.
 
     concept_prompts: in place of the folder's forget prompts those of a source of `mu.concepts.prompts.read_prompts` ("i2p-nudity", a CSV), one picture each, from its own seed and guidance.
 
-    unveiled: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
+    show_unblurred: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
         raise ValueError(
@@ -82,13 +85,13 @@ def load_probe(pipe, folder, seeds, unveiled=False, concept_prompts=""):
     ]
     if concept_prompts:
         name = next(iter(groups))
-        parts[0] = listed_probe(
+        parts[0] = probe_from_prompts(
             pipe, to_rows(read_prompts(concept_prompts)), name, next(iter(groups[name].values()))
         )
     probe = join(*parts)
-    return replace(probe, harmful=is_harmful(folder), unveiled=unveiled)
+    return replace(probe, harmful=is_harmful(folder), show_unblurred=show_unblurred)
 
 
-def viewing(probe):
+def blur_facts(probe):
     """Facts on how a harmful concept's pictures are kept, for the cards and parameters of runs; nothing for any other concept."""
-    return {"harmful": True, "veiled": probe.veiled} if probe.harmful else {}
+    return {"harmful": True, "blurred": probe.blurred} if probe.harmful else {}

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mu.files import read_json, save_tensors
-from mu.models import encode_prompts, rows, text_encoders
-from mu.sampling import at_once, draw_images
+from mu.models import encode_prompts, select, text_encoders
+from mu.sampling import draw_images, images_per_batch
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
     captions = [prompts[i % len(prompts)] for i in range(count)]
 
     def make():
-        conditioning = rows(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
+        conditioning = select(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
         return encode_images(
             pipe,
             draw_images(
@@ -127,7 +127,7 @@ def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
                 range(seed * count, (seed + 1) * count),
                 guidance,
                 steps,
-                at_once(pipe),
+                images_per_batch(pipe),
             )
             * 2
             - 1,
@@ -144,7 +144,7 @@ def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
             pipe.vae.config.scaling_factor,
         ]
     ).encode()
-    return kept(
+    return cached(
         make,
         sorted(set(captions)),
         pipe.unet.device,
@@ -172,7 +172,7 @@ def with_prompts(concept_set, count):
     )
 
 
-def fewer(concept_set, count):
+def take_images(concept_set, count):
     """`count` of a set's images, evenly from its whole length; 0, or as many as there are: all. Raises ValueError for more than there are."""
     if count > len(concept_set):
         raise ValueError(
@@ -204,7 +204,7 @@ def encode_folder(pipe, folder, cache=None):
             pipe, torch.stack([read_image(path, side) for path in paths]), captions
         )
 
-    return kept(
+    return cached(
         make,
         sorted(set(captions)),
         pipe.unet.device,
@@ -216,7 +216,7 @@ def encode_folder(pipe, folder, cache=None):
     )
 
 
-def kept(make, prompts, device, cache, name, said, *parts):
+def cached(make, prompts, device, cache, name, said, *parts):
     """The `ConceptSet` that `make` makes, from the file <cache>/<name>-<digest>.safetensors where it has been made before; without `cache`, made.
 
     said: bytes, all that it is made from, of which the digest is, and of some weights of each of `parts`: the file cannot be stale."""

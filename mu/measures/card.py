@@ -22,7 +22,7 @@ MAY_DIFFER = (
     "machine",
     "python",
     "versions",
-    "veiled",
+    "blurred",
 )
 
 

@@ -11,11 +11,11 @@ from mu.measures.card import same_protocol
 from mu.measures.statistics import (
     FEW,
     interval,
-    median_revival,
+    median_relearning_step,
     paired_interval,
     relearning_area,
+    relearning_step,
     score,
-    steps_to_revival,
     student_interval,
 )
 
@@ -237,8 +237,8 @@ def against(rows, budget, threshold=0.5, by="model"):
                 "low": low,
                 "high": high,
                 "step": step,
-                "revived": median_revival(
-                    [steps_to_revival(one.index, one, threshold) for one in curves]
+                "revived": median_relearning_step(
+                    [relearning_step(one.index, one, threshold) for one in curves]
                 ),
                 "area": area,
                 "area low": area_low,

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from transformers import ResNetForImageClassification
 
 from mu import ROOT
-from mu.concepts.probe import viewing
+from mu.concepts.probe import blur_facts
 from mu.files import read_json, save_json
-from mu.images import save_grid, veil
+from mu.images import blur, save_grid
 from mu.measures.judges import named_judge
-from mu.models import rows
+from mu.models import select
 from mu.params import protocol
-from mu.sampling import at_once, draw_images
+from mu.sampling import draw_images, images_per_batch
 
 JUDGE = str(ROOT / "data" / "pocket-judge")
 
@@ -81,12 +81,12 @@ def draw_probe(pipe, probe, guidance=5.0, steps=25):
         index = [i for i, own in enumerate(scales) if own == scale]
         found = draw_images(
             pipe,
-            rows(probe.conditioning, torch.tensor(index)),
+            select(probe.conditioning, torch.tensor(index)),
             probe.unconditional,
             [probe.items[i]["seed"] for i in index],
             scale,
             steps,
-            at_once(pipe),
+            images_per_batch(pipe),
         )
         images |= dict(zip(index, found, strict=False))
     return torch.stack([images[i] for i in range(len(scales))])
@@ -104,31 +104,31 @@ def evaluate(pipe, judge, probe, guidance=5.0, steps=25):
     ], images
 
 
-def judged(pipe, judge, probe, step, file, guidance, sampling_steps):
-    """Draw and judge a probe after so many steps of an attack: pictures (PNG; veiled if the concept is harmful), and then rows (JSON), into the file."""
+def evaluate_step(pipe, judge, probe, step, file, guidance, sampling_steps):
+    """Draw and judge a probe after so many steps of an attack: pictures (PNG; blurred if the concept is harmful), and then rows (JSON), into the file."""
     found, images = evaluate(pipe, judge, probe, guidance, sampling_steps)
-    save_grid(veil(images) if probe.veiled else images, file.with_suffix(".png"))
+    save_grid(blur(images) if probe.blurred else images, file.with_suffix(".png"))
     save_json([row | {"step": step} for row in found], file)
 
 
 def measure(folder, pipe, judge, probe, guidance, steps, facts):
     """Draw and judge the probe: rows and protocol card go to metrics.json, pictures to samples.png, once for the same facts. Returns rows.
 
-    Pictures of a harmful concept are saved veiled; they are drawn anew when this is asked for differently."""
+    Pictures of a harmful concept are saved blurred; they are drawn anew when this is asked for differently."""
     facts = facts | {
         "images": len(probe.items),
         "sampling_guidance": guidance,
         "sampling_steps": steps,
     }
     made = read_json(Path(folder) / "metrics.json")
-    wanted = {"harmful": None, "veiled": None} | viewing(probe) | facts
+    wanted = {"harmful": None, "blurred": None} | blur_facts(probe) | facts
     if not made or {name: made["protocol"].get(name) for name in wanted} != wanted:
         rows, images = evaluate(pipe, judge, probe, guidance, steps)
-        save_grid(veil(images) if probe.veiled else images, Path(folder) / "samples.png")
+        save_grid(blur(images) if probe.blurred else images, Path(folder) / "samples.png")
         made = {
             "rows": rows,
             "protocol": protocol(
-                **facts | viewing(probe), run=read_json(Path(folder) / "params.json")
+                **facts | blur_facts(probe), run=read_json(Path(folder) / "params.json")
             ),
         }
         save_json(made, Path(folder) / "metrics.json")

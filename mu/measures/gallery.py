@@ -1,4 +1,4 @@
-"""Folders of drawn pictures, each looked at while it is there as it was drawn; then it is kept, veiled if its concept is harmful. They resume."""
+"""Folders of drawn pictures, each looked at while it is there as it was drawn; then it is kept, blurred if its concept is harmful. They resume."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mu.files import atomic, read_json, save_json
-from mu.images import to_grid, veil
+from mu.images import blur, to_grid
 from mu.measures.clip import clip_score
 from mu.measures.evaluate import answers
 from mu.measures.judges import ZeroShot
@@ -21,7 +21,7 @@ from mu.measures.metrics import finite, judge_features
 from mu.measures.nudity import look as look_for_nudity
 from mu.models import encode_prompts
 from mu.params import open_run
-from mu.sampling import at_once, draw_images
+from mu.sampling import draw_images, images_per_batch
 
 
 def look_with(judge=None, clip=None, detector=None, labels=()):
@@ -66,14 +66,14 @@ def draw_folder(
     *,
     guidance,
     steps,
-    veiled=False,
+    blurred=False,
     save_every=30,
     batch_size=None,
 ):
     """Draw a picture for each row into `folder`, as 00000.png, …, and look at it first: [row | what `look` returned].
 
     rows: dicts with `prompt`, `seed`, perhaps `guidance`, which goes before the common one. A prompt with more tokens than the text encoder reads is cut, as usual for
-    prompts of the wild. facts: what else the numbers depend on (model, weights, judge, …), for `open_run`. veiled: keep no picture as it was drawn; what look found
+    prompts of the wild. facts: what else the numbers depend on (model, weights, judge, …), for `open_run`. blurred: keep no picture as it was drawn; what look found
     is all that remains of it. save_every: seconds between writes of `seen.json`: a stopped folder goes on, one picture is looked at once. batch_size: by default what suits the model's size.
     Raises ValueError for no rows, for pictures that are not finite, and as `open_run` for another protocol in the same folder."""
     if not rows:
@@ -86,12 +86,15 @@ def draw_folder(
             "prompts": f"{len(rows)} rows ({sha})",
             "guidance": guidance,
             "steps": steps,
-            "veiled": veiled,
+            "blurred": blurred,
         },
     )
     names, seen = [f"{i:05d}.png" for i in range(len(rows))], read_json(folder / "seen.json", {})
     todo = [i for i, name in enumerate(names) if name not in seen or not (folder / name).exists()]
-    scale, batch = (lambda i: rows[i].get("guidance", guidance)), batch_size or at_once(pipe)
+    scale, batch = (
+        (lambda i: rows[i].get("guidance", guidance)),
+        batch_size or images_per_batch(pipe),
+    )
     chunks = [
         part[k : k + batch]
         for _, part in ((s, list(g)) for s, g in groupby(sorted(todo, key=scale), scale))
@@ -117,7 +120,7 @@ def draw_folder(
             )
             found = look(finite(images), [rows[i] for i in chunk])
             for i, image, numbers in zip(
-                chunk, veil(images) if veiled else images, found, strict=False
+                chunk, blur(images) if blurred else images, found, strict=False
             ):
                 with atomic(folder / names[i]) as temporary:
                     to_grid(image[None]).save(temporary, format="PNG")
@@ -132,11 +135,11 @@ def draw_folder(
 
 
 def read_pictures(folder, count):
-    """The first `count` pictures of `draw_folder` as a tensor (n, 3, height, width) in 0…1. Raises ValueError where they are veiled: nothing can be measured on them."""
+    """The first `count` pictures of `draw_folder` as a tensor (n, 3, height, width) in 0…1. Raises ValueError where they are blurred: nothing can be measured on them."""
     folder = Path(folder)
-    if read_json(folder / "params.json", {}).get("veiled"):
+    if read_json(folder / "params.json", {}).get("blurred"):
         raise ValueError(
-            f"the pictures in {folder} are veiled, so there is nothing to measure on them: draw them with unveiled = True into another folder"
+            f"the pictures in {folder} are blurred, so there is nothing to measure on them: draw them with show_unblurred = True into another folder"
         )
     arrays = [np.asarray(Image.open(folder / f"{i:05d}.png").convert("RGB")) for i in range(count)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255

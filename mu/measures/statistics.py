@@ -84,7 +84,7 @@ def revival(table, threshold=0.5):
         .hit.mean()
     )
     found = {
-        key: (steps_to_revival(c.step, c.hit, threshold), c.step.max())
+        key: (relearning_step(c.step, c.hit, threshold), c.step.max())
         for key, c in curve.groupby(one, sort=False)
     }
     return pd.DataFrame(
@@ -123,7 +123,7 @@ def curve(steps, scores):
     return steps, scores
 
 
-def steps_to_revival(steps, scores, threshold=0.5):
+def relearning_step(steps, scores, threshold=0.5):
     """The `Revival` of one curve: the first evaluated step with a score above the threshold, right-censored at the last. Raises as `curve` does."""
     steps, scores = curve(steps, scores)
     over = np.flatnonzero(scores > threshold)
@@ -132,13 +132,13 @@ def steps_to_revival(steps, scores, threshold=0.5):
     return Revival(steps[over[0]], steps[over[0] - 1] if over[0] else -np.inf, False)
 
 
-def median_revival(revivals):
+def median_relearning_step(relearning_table):
     """Kaplan and Meier's median of several runs' steps to revival; inf where less than half of them are known to have come back.
 
     A censored run counts as one that lasted at least until its last look, which is what a plain mean or median of the steps gets wrong."""
     found = CensoredData(
-        uncensored=[r.step for r in revivals if not r.censored],
-        right=[r.step for r in revivals if r.censored],
+        uncensored=[r.step for r in relearning_table if not r.censored],
+        right=[r.step for r in relearning_table if r.censored],
     )
     alive = ecdf(found).sf
     return next(
@@ -151,15 +151,15 @@ def median_revival(revivals):
     )
 
 
-def restricted_mean_revival(revivals, until):
+def restricted_mean_relearning(relearning_table, until):
     """Mean number of steps without the concept up to step `until`: the area under Kaplan and Meier's curve.
 
     Raises ValueError where a run was not looked at for so long."""
-    if any(r.censored and r.step < until for r in revivals):
+    if any(r.censored and r.step < until for r in relearning_table):
         raise ValueError(
-            f"a run was looked at up to step {min(r.step for r in revivals if r.censored):g} only: `until` may be no later, got {until:g}"
+            f"a run was looked at up to step {min(r.step for r in relearning_table if r.censored):g} only: `until` may be no later, got {until:g}"
         )
-    return float(np.mean([min(r.step, until) for r in revivals]))
+    return float(np.mean([min(r.step, until) for r in relearning_table]))
 
 
 def relearning_area(steps, scores):

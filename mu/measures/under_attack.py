@@ -12,10 +12,10 @@ from safetensors import safe_open
 from mu.attacks.search import Sought
 from mu.concepts.probe import join, make_probe
 from mu.files import atomic, read_json, save_json
-from mu.measures.evaluate import evaluate, judged
+from mu.measures.evaluate import evaluate, evaluate_step
 from mu.models import without_lora
 from mu.runs.folder import resume, run_loop
-from mu.sampling import at_once
+from mu.sampling import images_per_batch
 from mu.train import finetune
 
 
@@ -92,7 +92,7 @@ def attack_run(
                     ):
                         pass
                 if not file.exists():
-                    judged(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
+                    evaluate_step(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
             done = read_json(folder / "records.json", [])
 
             def spent(step, name):
@@ -130,7 +130,11 @@ def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels
         pipe, judge, replace(seen, labels=labels or seen.labels), guidance, sampling_steps
     )
     hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / looks for text in said]
-    return hits, sampling_steps * math.ceil(len(rows) / at_once(pipe)), time.perf_counter() - began
+    return (
+        hits,
+        sampling_steps * math.ceil(len(rows) / images_per_batch(pipe)),
+        time.perf_counter() - began,
+    )
 
 
 def prompt_run(
@@ -211,11 +215,11 @@ def prompt_run(
                         part,
                         items=[item | {"asked": prompt} for item in part.items],
                         harmful=probe.harmful,
-                        unveiled=probe.unveiled,
+                        show_unblurred=probe.show_unblurred,
                         labels=probe.labels,
                     )
                 )
-            judged(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
+            evaluate_step(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
 
         def spent(step, name):
             return sum(

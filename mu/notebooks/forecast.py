@@ -1,4 +1,4 @@
-"""How many notebooks a walk would run, and how long they take on the hardware at hand: `make paper DRY=1`.
+"""How many notebooks an experiment would run, and how long they take on the hardware at hand: `make paper DRY=1`.
 
     python -m mu.notebooks.forecast snakemake --cores 2 --configfile notebooks/profiles/paper.yaml --config model=pocket seeds=0
 
@@ -19,7 +19,7 @@ from snakemake.cli import parse_args, parse_config
 
 from mu.concepts.sets import read_groups
 from mu.models import load_pipeline
-from mu.notebooks.grid import read_walk
+from mu.notebooks.grid import read_experiment
 from mu.notebooks.preflight import DEFAULTS, Tracker, estimate, guessed_speed, pass_flops, speed
 from mu.notebooks.run import effective
 from mu.notebooks.sizes import SIZES, random_pipeline
@@ -30,7 +30,7 @@ OTHERS = 0.5  # minutes of a notebook of another kind: a guess, right for 10_pre
 PICTURES = 50  # of a probe that is not there yet
 SHARE = 0.8  # of `speed` at ROWS that a pocket model's steps reach, the optimiser and passes of fewer rows among them: measured on two cores, 0.7 of attacks, up to 1 of trainings
 ROWS = 16  # of a timed pass
-STAND_IN = "A100-40"  # whose data sheet is asked where a large model's walk is planned on a machine without a GPU, or with one that `mu.notebooks.preflight` does not know
+STAND_IN = "A100-40"  # whose data sheet is asked where a large model's experiment is planned on a machine without a GPU, or with one that `mu.notebooks.preflight` does not know
 
 
 def pending(command):
@@ -208,8 +208,8 @@ KINDS = {
 }
 
 
-def minutes(walk, folder="notebooks"):
-    """Name → minutes of each notebook of a walk (`mu.notebooks.grid.read_walk`), each on one core or on one GPU; and model → `Hardware` of those that train or draw."""
+def minutes(experiment, folder="notebooks"):
+    """Name → minutes of each notebook of an experiment (`mu.notebooks.grid.read_experiment`), each on one core or on one GPU; and model → `Hardware` of those that train or draw."""
     seen, found, hws = set(), {}, {}
 
     def new(place):
@@ -217,7 +217,7 @@ def minutes(walk, folder="notebooks"):
         seen.add(place)
         return first
 
-    for name, step in walk.items():
+    for name, step in experiment.items():
         found[name] = OTHERS
         if step["notebook"] in KINDS:
             p = effective(Path(folder) / f"{step['notebook']}.ipynb", changes=step["parameters"])
@@ -229,7 +229,7 @@ def minutes(walk, folder="notebooks"):
 
 @dataclass(frozen=True)
 class Forecast:
-    steps: dict  # name → the step of the walk; those that would run
+    steps: dict  # name → the step of the experiment; those that would run
     minutes: dict  # name → minutes
     hws: dict  # model → `Hardware`
     side_by_side: dict  # number of GPUs that a notebook takes, 0 or 1 → how many such run at once
@@ -321,14 +321,14 @@ class Forecast:
 
 
 def forecast(command):
-    """The `Forecast` of a command line of Snakemake. Raises RuntimeError with Snakemake's words, ValueError as `read_walk` does and for parameters that no notebook has."""
+    """The `Forecast` of a command line of Snakemake. Raises RuntimeError with Snakemake's words, ValueError as `read_experiment` does and for parameters that no notebook has."""
     asked = parse_args(command[1:])[1]
     config = {}
     for file in asked.configfile or []:
         config |= yaml.safe_load(Path(file).read_text())
-    walk = read_walk(config | parse_config(asked.config))[1]
+    experiment = read_experiment(config | parse_config(asked.config))[1]
     names = pending(command)
-    steps = {name: walk[name] for name in walk if name in names}
+    steps = {name: experiment[name] for name in experiment if name in names}
     jobs = asked.cores if asked.executor in (None, "local") else asked.jobs
     gpus = asked.resources["gpu"].value if "gpu" in asked.resources else jobs
     torch.set_num_threads(1)  # as notebooks side by side have

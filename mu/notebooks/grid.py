@@ -59,12 +59,12 @@ def parameters(parts, axes, chosen):
 
 
 def expand(grid, model, seeds):
-    """The walk (name → notebook, after, leaves, parameters, ...; see Snakefile) of a grid.
+    """The experiment (name → notebook, after, leaves, parameters, ...; see Snakefile) of a grid.
 
-    grid: {"models": {name: facts}, "axes": {name: list or {value: facts}, or a path such as "model.panels"}, "walk": {pattern: step}}. A step whose pattern names axes, as
+    grid: {"models": {name: facts}, "axes": {name: list or {value: facts}, or a path such as "model.panels"}, "experiment": {pattern: step}}. A step whose pattern names axes, as
     "30_{method}-{attack}-{seed}", is there once for each combination of their values; in its texts {axis} is the value and {axis.fact} what the axis says of it. In `after`,
     `shows` (files that it reads where they are there) and `leaves`, an axis that the pattern does not name stands for all its values. Besides the file's axes there are `model` (the chosen one) and `seed`.
-    A step with `gpu: true` takes a GPU where the model's facts say `gpu: true`, too: the walk's "gpu" is their number, 0 or 1.
+    A step with `gpu: true` takes a GPU where the model's facts say `gpu: true`, too: the experiment's "gpu" is their number, 0 or 1.
     Raises ValueError for an unknown model, for no seeds or others than whole numbers, for a step that waits for one that is not there, for an axis that nobody knows."""
     if model not in grid["models"]:
         raise ValueError(f"unknown model {model!r}: allowed are {', '.join(grid['models'])}")
@@ -78,8 +78,8 @@ def expand(grid, model, seeds):
     for name, values in grid.get("axes", {}).items():
         values = look(axes, {"model": model}, values) if isinstance(values, str) else values
         axes[name] = values if isinstance(values, dict) else dict.fromkeys(values, {})
-    walk = {}
-    for pattern, step in grid["walk"].items():
+    experiment = {}
+    for pattern, step in grid["experiment"].items():
         used = list(dict.fromkeys(axis for axis, _ in PLACE.findall(pattern)))
         if unknown := [axis for axis, _ in PLACE.findall(f"{pattern} {step}") if axis not in axes]:
             raise ValueError(
@@ -92,7 +92,9 @@ def expand(grid, model, seeds):
                 return [found for text in texts for found in several(text, axes, chosen)]
 
             (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
-            walk[name] = {fact: value for fact, value in step.items() if fact != "parameters"} | {
+            experiment[name] = {
+                fact: value for fact, value in step.items() if fact != "parameters"
+            } | {
                 "notebook": notebook,
                 "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))),
                 "after": every(step.get("after", [])),
@@ -100,15 +102,21 @@ def expand(grid, model, seeds):
                 "leaves": every(step.get("leaves", [])),
                 "parameters": parameters(step.get("parameters", {}), axes, chosen),
             }
-    for name, step in walk.items():
-        if missing := [other for other in step["after"] if other not in walk]:
-            raise ValueError(f"{name} waits for {missing[0]}, which is no step of this walk")
-    return walk
+    for name, step in experiment.items():
+        if missing := [other for other in step["after"] if other not in experiment]:
+            raise ValueError(f"{name} waits for {missing[0]}, which is no step of this experiment")
+    return experiment
 
 
-def read_walk(config):
-    """The model and the walk of a configuration as Snakemake hands it over: a walk that is written out as it is, a grid for its `model` and `seeds`.
+def read_experiment(config):
+    """The model and the experiment of a configuration as Snakemake hands it over: an experiment that is written out as it is, a grid for its `model` and `seeds`.
     Every step then has a notebook and parameters. Raises as `expand` does."""
     model = str(config.get("model", "pocket"))
-    walk = expand(config, model, config.get("seeds", 0)) if "models" in config else config["walk"]
-    return model, {name: {"notebook": name, "parameters": {}} | step for name, step in walk.items()}
+    experiment = (
+        expand(config, model, config.get("seeds", 0))
+        if "models" in config
+        else config["experiment"]
+    )
+    return model, {
+        name: {"notebook": name, "parameters": {}} | step for name, step in experiment.items()
+    }

@@ -1,4 +1,4 @@
-"""What a walk has left, in few small files: all that tables and figures are made from, so that they can be made again without a model, a GPU or the walk itself."""
+"""What an experiment has left, in few small files: all that tables and figures are made from, so that they can be made again without a model, a GPU or the experiment itself."""
 
 import gzip
 import re
@@ -100,7 +100,7 @@ def attack_name(card, name):
     )
 
 
-def _one_walk(out, panel, training):
+def _one_experiment(out, panel, training):
     """Rows, records of the gradients, and cards of one folder of runs and attacks."""
     runs = {f.parent.name: read_json(f) for f in sorted(Path(out).glob("*/metrics.json"))}
     method = {run: method_of(made["protocol"].get("run") or {}) for run, made in runs.items()}
@@ -160,14 +160,14 @@ def _one_walk(out, panel, training):
     )
 
 
-def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
-    """Gather one training of a walk, `out`, in `folder`: rows.csv.gz (a row for every judged picture, before and under all attacks), records.csv.gz (losses and the angle of the
+def collect(out, folder, training="", pictures=True, show_unblurred=False, main=""):
+    """Gather one training of an experiment, `out`, in `folder`: rows.csv.gz (a row for every judged picture, before and under all attacks), records.csv.gz (losses and the angle of the
     gradients, by step), cards.json (protocols), numbers.json (of 50_evaluate) and, with `pictures`, sheets of what was drawn (courses.json).
 
-    A folder below `out` that is a small walk of its own is a panel. training: what this training is called; empty: the number at the end of each run's name.
-    main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; one that is not there: the first; empty: all of them. unveiled: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
+    A folder below `out` that is a small experiment of its own is a panel. training: what this training is called; empty: the number at the end of each run's name.
+    main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; one that is not there: the first; empty: all of them. show_unblurred: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
     out, folder = Path(out), Path(folder)
-    walks = (
+    experiments = (
         {"": out}
         | {
             p.name: p
@@ -178,8 +178,8 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
         else {}
     )
     rows, records, cards, courses = [], [], {}, []
-    for panel, place in walks.items():
-        found = _one_walk(place, panel, training)
+    for panel, place in experiments.items():
+        found = _one_experiment(place, panel, training)
         rows, records, cards = [*rows, found[0]], [*records, found[1]], cards | found[2]
     rows, records = (
         pd.concat(rows) if rows else pd.DataFrame(),
@@ -207,11 +207,11 @@ def collect(out, folder, training="", pictures=True, unveiled=False, main=""):
         card = cards[f"{panel}/attack/{name}"]
         called = [m for m in ("unlearned", "meta-unlearned") if m in first]
         course = read_course(
-            walks[panel],
+            experiments[panel],
             name,
             [first[m] for m in called],
             keep=SHOWN,
-            veiled=not unveiled and bool(card.get("harmful")),
+            blurred=not show_unblurred and bool(card.get("harmful")),
         )
         course = replace(
             course, models=[*course.models[: len(course.models) - len(called)], *called]
@@ -296,7 +296,7 @@ def read_results(folder, trainings=()):
     wanted = [str(name) for name in trainings] or there
     if absent := [name for name in wanted if name not in there] or ([] if wanted else ["at all"]):
         raise FileNotFoundError(
-            f"{folder} has no results {', '.join(absent)}; there are: {', '.join(there) or 'none'}: run the walk with these seeds, or name others"
+            f"{folder} has no results {', '.join(absent)}; there are: {', '.join(there) or 'none'}: run the experiment with these seeds, or name others"
         )
 
     def read(name):

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mu.files import atomic, read_json
-from mu.images import from_grid, veil
+from mu.images import blur, from_grid
 from mu.reports.plots import label
 
 KEEP = {"forget": 8, "related": 1, "unrelated": 1}  # seeds of each prompt that are shown, by group
@@ -39,10 +39,10 @@ def _tiles(rows, png):
     }
 
 
-def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled=False):
+def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, blurred=False):
     """The `Course` of the attack `name` below `<out>/attack` on `runs`, and of the original, which nobody attacks, where it was judged.
 
-    keep: how many seeds of each group's prompts, or (prompts, seeds). veiled: hide the pictures (`mu.images.veil`). Only steps and pictures that all of them have are shown.
+    keep: how many seeds of each group's prompts, or (prompts, seeds). blurred: hide the pictures (`mu.images.blur`). Only steps and pictures that all of them have are shown.
     Raises FileNotFoundError for an attack or a run that is not there, ValueError where the runs have no picture in common."""
     folders = {run: Path(out) / "attack" / run / f"{name}-{attack_seed}" for run in runs}
     found = {
@@ -97,9 +97,9 @@ def read_course(out, name, runs, attack_seed=0, keep=KEEP, original=True, veiled
         for by_step in found.values()
     ]
     pictures = np.array([[[picture for picture, _ in line] for line in model] for model in at])
-    if veiled:
+    if blurred:
         pictures = np.array(
-            [veil(picture) for picture in pictures.reshape(-1, *pictures.shape[3:])]
+            [blur(picture) for picture in pictures.reshape(-1, *pictures.shape[3:])]
         ).reshape(pictures.shape)
     return Course(
         name,

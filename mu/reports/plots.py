@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from PIL import Image
 
-from mu.images import from_grid, veil
+from mu.images import blur, from_grid
 
 COLORS = {
     "original": "#4d4d4d",
@@ -23,11 +23,6 @@ COLORS = {
     "meta-unlearned, first phase": "#7fb8d8",
 }
 OTHER = "#009e73"  # of a model that has no colour of its own
-sns.set_theme(
-    "notebook",
-    "whitegrid",
-    rc={"figure.dpi": 110, "savefig.bbox": "tight", "svg.fonttype": "none", "pdf.fonttype": 42},
-)
 
 
 def panel(cells, row_labels, column_labels, cell=1.0):
@@ -226,10 +221,10 @@ def label(run):
     return LABELS.get(base, base)
 
 
-def compare(columns, each=2, veiled=False):
+def compare(columns, each=2, blurred=False):
     """Figure: `each` pictures of each group, first one of each prompt, then with further seeds, side by side.
 
-    columns: title → (rows, the PNG saved with them). veiled: hide them, for pictures that may have been saved as they are."""
+    columns: title → (rows, the PNG saved with them). blurred: hide them, for pictures that may have been saved as they are."""
     rows = next(iter(columns.values()))[0]
     shown = [
         (r["prompt"], r["seed"])
@@ -244,7 +239,7 @@ def compare(columns, each=2, veiled=False):
         (rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16)))
         for rows, png in columns.values()
     ]
-    shade = veil if veiled else lambda images: images
+    shade = blur if blurred else lambda images: images
     return panel(
         [shade([images[place(rows, item)] for rows, images in tiles]) for item in shown],
         [prompt for prompt, _ in shown],

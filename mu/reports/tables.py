@@ -29,7 +29,7 @@ def shown(method):
 
 
 def of_concept(rows, panel=""):
-    """Rows of the concept (group "forget") of the two variants and the original, of the walk itself (panel "") or of a panel."""
+    """Rows of the concept (group "forget") of the two variants and the original, of the experiment itself (panel "") or of a panel."""
     return rows[
         (rows.panel == panel) & (rows.group == "forget") & rows.model.isin([*VARIANTS, "original"])
     ]

@@ -1,4 +1,4 @@
-"""The marks that a walk sets itself: what a meta-unlearned model should do, each beside what was measured. A missed one stays on the page."""
+"""The marks that an experiment sets itself: what a meta-unlearned model should do, each beside what was measured. A missed one stays on the page."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +8,7 @@ from mu.measures.statistics import revival
 from mu.reports.plots import COLORS, LABELS, OTHER
 
 
-def bars(*claims):
+def check_targets(*claims):
     """Table of claims (words, measured, least, most): whether each is met. For figures that a short run may miss, which is shown, not hidden. What is measured may be words: it cannot be told;
     or a number and words that say it better."""
 
@@ -27,7 +27,7 @@ def bars(*claims):
     )
 
 
-def revivals(attacked, threshold=0.5):
+def relearning_table(attacked, threshold=0.5):
     """Steps to revival of each model and learning rate: the median over the attacks, one a training and seed ("revived"; inf: not seen), how many attacks, in how many of them it came back,
     the last step looked at, and the median in words."""
     found = (
@@ -125,7 +125,7 @@ def price(attacked, plain="unlearned", meta="meta-unlearned"):
     return fig
 
 
-def marks_by_training(before, attacked, cleaned, lr, threshold=0.5):
+def targets_by_seed(before, attacked, cleaned, lr, threshold=0.5):
     """The table of `marks`, with how many of the trainings by themselves meet each: a mean may be carried by one."""
     table = marks(before, attacked, cleaned, lr, threshold)
     trainings = sorted(attacked[attacked.model == "meta-unlearned"].training.unique())
@@ -148,7 +148,7 @@ def marks_by_training(before, attacked, cleaned, lr, threshold=0.5):
 
 
 def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta="meta-unlearned"):
-    """Table of all marks that can be measured here (`mu.reports.targets.bars`): a run that is absent, or a step that nobody looked at, leaves its marks out.
+    """Table of all marks that can be measured here (`mu.reports.targets.check_targets`): a run that is absent, or a step that nobody looked at, leaves its marks out.
 
     before: judged rows before any attack; attacked: under fine-tuning on the concept, of one or several learning rates; cleaned: under CLEAN. Columns as in `mu.reports.collect`; of one method and its controls."""
     main = attacked[np.isclose(attacked.lr, lr)]
@@ -170,7 +170,7 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
     def loss(a, b, group):
         return start.get((a, group), np.nan) - start.get((b, group), np.nan)
 
-    found, rates = revivals(attacked, threshold), sorted(attacked.lr.unique())
+    found, rates = relearning_table(attacked, threshold), sorted(attacked.lr.unique())
 
     def ratio(
         rate,
@@ -317,4 +317,4 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
             )
             for n in later
         ]
-    return bars(*claims).dropna()
+    return check_targets(*claims).dropna()

@@ -99,8 +99,8 @@ def lowered(table):
     )
 
 
-def revival_words(revived, lr, threshold=0.5):
-    """What the table of `mu.reports.targets.revivals` says of one learning rate, in a sentence."""
+def relearning_words(revived, lr, threshold=0.5):
+    """What the table of `mu.reports.targets.relearning_table` says of one learning rate, in a sentence."""
     mine = revived[(revived.lr - lr).abs() < 1e-9]
     each = "; ".join(
         f"{r['model']} {r['steps to revival']} (it came back in {r['came_back']} of {r['attacks']} attacks)"
@@ -348,12 +348,17 @@ def caveats(rows, cards, method, lr):
     trainings do, which of them the marks leave out, what other learning rates do, and where a single prompt is enough.
 
     rows: of `mu.reports.collect.one_each`; cards: those of one training. Sentences for which nothing was run are left out."""
-    walk = rows[rows.panel.eq("")]
-    attacked = walk[walk.attack.eq("HRM-m") & walk.method.eq(method)]
+    experiment = rows[rows.panel.eq("")]
+    attacked = experiment[experiment.attack.eq("HRM-m") & experiment.method.eq(method)]
     usual = attacked[attacked.lr.sub(lr).abs() < 1e-9]
     meta, told = usual[usual.model == "meta-unlearned"], at_steps(usual)
     step, points = 200 if 200 in told else told[-1], lambda values: several(100 * values, "{:.0f}")
-    run_of = walk[walk.model == "meta-unlearned"].drop_duplicates("method").set_index("method").run
+    run_of = (
+        experiment[experiment.model == "meta-unlearned"]
+        .drop_duplicates("method")
+        .set_index("method")
+        .run
+    )
     length = {m: steps_of(cards, run) for m, run in run_of.items()}
     own, others = length.pop(method, []), sorted({sum(steps) for steps in length.values()})
     said = (
@@ -429,7 +434,7 @@ def caveats(rows, cards, method, lr):
         if attacked.lr.nunique() > 1
         else []
     )
-    single = of_concept(walk)
+    single = of_concept(experiment)
     single = (
         single[
             single.attack.eq("HRM-s")

@@ -113,7 +113,7 @@ def table(folder):
     ).set_index("step")
 
 
-def carry_out(folder, state, records, steps, checkpoint_every=25):
+def run_to_end(folder, state, records, steps, checkpoint_every=25):
     """Run a loop to its end, from its checkpoint if it was stopped; a finished run is only read. `state.unet` then holds the result.
 
     Returns the `table` of the records."""
@@ -156,7 +156,7 @@ def finished(out, runs):
     return names
 
 
-def wear(pipe, original, out, name):
+def load_run(pipe, original, out, name):
     """Give the pipeline's UNet the weights of a run below `out`, or those of `original` (a state dict) for the name "original". Returns where they come from."""
     pipe.unet.load_state_dict(original)
     if name == "original":

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from mu.concepts.sets import fewer, load_sets, random_prompts
+from mu.concepts.sets import load_sets, random_prompts, take_images
 from mu.files import read_json, save_json
 from mu.methods.closed_form import rece, uce
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objectives import loss_scale
 from mu.publish.weights import load_weights
-from mu.runs.folder import carry_out, finish, table
+from mu.runs.folder import finish, run_to_end, table
 from mu.train import State, unlearn
 
 # of params.json; what a run leaves out is as here. loop: keywords of `mu.train.unlearn`; closed_form: keywords of `edit`; None: no such part
@@ -128,7 +128,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
         else "disable_gradient_checkpointing",
     )()
     concept_sets = load_sets(pipe, params["sets"], folder.parent / "cache")
-    concept_sets["forget"] = fewer(concept_sets["forget"], params["forget_images"])
+    concept_sets["forget"] = take_images(concept_sets["forget"], params["forget_images"])
     words = random_prompts(
         pipe.tokenizer, params["retain_prompts"], concept_sets["forget"].prompts, params["seed"]
     )
@@ -180,7 +180,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
         snapshot=how.get("snapshot") or None,
         loss_scale=loss_scale(params["precision"]),
     )
-    return carry_out(folder, state, records, loop["steps"], checkpoint_every)
+    return run_to_end(folder, state, records, loop["steps"], checkpoint_every)
 
 
 def launch(folder, pipe=None, checkpoint_every=25, processes=1):

@@ -419,7 +419,8 @@ def test_other_steps_of_a_finished_search_are_chosen_anew(pipe, judge, tmp_path,
     assert sought.count("run") == 1
     run("run", (0, 4))
     monkeypatch.setattr(
-        "mu.attacks.search.judged", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "mu.measures.under_attack.evaluate_step",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
         run("run", (0, 2, 4))

@@ -11,10 +11,10 @@ from transformers import CLIPTokenizer
 from mu.concepts.sets import (
     drawn_set,
     encode_folder,
-    fewer,
     random_prompts,
     read_folder,
     read_image,
+    take_images,
 )
 
 CAPTIONS = ["a cat", "a photo of a cat", "a cat"] * 4  # more images than the VAE reads at a time
@@ -55,16 +55,16 @@ def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
 
 def test_fewer_images_come_from_the_whole_set(pipe, folder):
     whole = encode_folder(pipe, folder)
-    some = fewer(whole, 3)
+    some = take_images(whole, 3)
     assert (
         len(some) == 3
         and torch.equal(some.mean, whole.mean[[0, 6, 11]])
         and torch.equal(some.prompt, whole.prompt[[0, 6, 11]])
         and some.prompts == whole.prompts
     )
-    assert equal(fewer(whole, 0), whole) and equal(fewer(whole, 12), whole)
+    assert equal(take_images(whole, 0), whole) and equal(take_images(whole, 12), whole)
     with pytest.raises(ValueError, match="has 12 images, asked for are 13"):
-        fewer(whole, 13)
+        take_images(whole, 13)
 
 
 def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weights(

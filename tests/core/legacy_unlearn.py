@@ -3,9 +3,9 @@ reference of test_golden.py. Not maintained: it goes when the restructuring is p
 
 # ruff: noqa
 # fmt: off
+from mu.models import select as rows
 from mu.models import predict_noise
 from mu.models import reference
-from mu.models import rows
 from mu.models import stack
 from mu.models import trainable
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from diffusers.models.attention_processor import Attention
 
-from mu.models import predict_noise, rows, stack, trainable
+from mu.models import predict_noise, select, stack, trainable
 from mu.objectives import (
     denoising,
     draw_minibatch,
@@ -97,7 +97,7 @@ def test_esd_target_is_the_equation(unet, unet_frozen, sets, noise_scheduler, et
     forget, unconditional = sets[0], sets[3]
     batch = draw_minibatch(forget, noise_scheduler, 4, generator())
     z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning
-    nothing = rows(unconditional, torch.zeros(4, dtype=torch.long))
+    nothing = select(unconditional, torch.zeros(4, dtype=torch.long))
     target = esd(
         *predictions(unet_frozen, (z, t, nothing), (z, t, c, "a target, not looked at")), eta
     )
@@ -126,7 +126,7 @@ def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(
     unet, sets, noise_scheduler, points
 ):
     forget, unconditional = sets[0], sets[3]
-    conditioning = rows(forget.conditioning, torch.tensor([0, 1, 1]))
+    conditioning = select(forget.conditioning, torch.tensor([0, 1, 1]))
     seed = 5
     z, t = sample_trajectory(
         unet,
@@ -177,7 +177,7 @@ def test_timesteps_lie_in_the_bin_of_the_noise_level_that_the_latents_have(noise
         nothing,
         noise_scheduler,
         conditioning,
-        rows(conditioning, slice(1)),
+        select(conditioning, slice(1)),
         generator(seed),
         shape=(1, 2, 2),
         points=points,
@@ -232,7 +232,7 @@ def test_rows_and_stack_take_every_tensor_of_a_conditioning():
         "text_embeds": torch.arange(3.0)[:, None],
         "time_ids": torch.ones(3, 6),
     }
-    both = stack(rows(c, torch.tensor([2, 0])), c)
+    both = stack(select(c, torch.tensor([2, 0])), c)
     assert both["text_embeds"][:, 0].tolist() == [2, 0, 0, 1, 2] and both["time_ids"].shape == (
         5,
         6,

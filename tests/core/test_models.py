@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub.errors import GatedRepoError
 
-from mu.models import MODELS, encode_prompts, load_pipeline, predict_noise, rows
+from mu.models import MODELS, encode_prompts, load_pipeline, predict_noise, select
 from mu.sampling import draw_images
 
 PROMPTS = ["a cat", "a photo of a tiger", "a banana on a blue background"]
@@ -60,7 +60,7 @@ def test_images_are_those_of_the_pipeline(folder, guidance):
     )
     # another prompt, seed, guidance or number of steps would have been seen
     for other in (
-        dict(conditioning=rows(conditioning, [1, 2, 0])),
+        dict(conditioning=select(conditioning, [1, 2, 0])),
         dict(seeds=[3, 1, 9]),
         dict(guidance=2.0),
         dict(steps=5),
@@ -83,7 +83,9 @@ def test_an_image_does_not_depend_on_its_batch(folder):
     conditioning, unconditional = encode_prompts(pipe, PROMPTS), encode_prompts(pipe, [""])
     together = draw_images(pipe, conditioning, unconditional, SEEDS, steps=4)
     for i in range(3):
-        alone = draw_images(pipe, rows(conditioning, [i]), unconditional, SEEDS[i : i + 1], steps=4)
+        alone = draw_images(
+            pipe, select(conditioning, [i]), unconditional, SEEDS[i : i + 1], steps=4
+        )
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from mu.measures.gallery_sources import real_drawings, staying
 from mu.measures.statistics import differences
 from mu.publish.weights import save_model
 from mu.reports.plots import confusion
-from mu.runs.folder import finished, wear
+from mu.runs.folder import finished, load_run
 
 
 def test_runs_that_are_not_there_are_named_with_those_that_are(pipe, tmp_path):
@@ -28,10 +28,10 @@ def test_runs_that_are_not_there_are_named_with_those_that_are(pipe, tmp_path):
 def test_a_pipeline_wears_a_run_and_takes_it_off(pipe, tmp_path):
     original = {name: t.clone() for name, t in pipe.unet.state_dict().items()}
     save_model(tiny.make_unet(seed=7), tmp_path / "meta" / "unet")
-    assert wear(pipe, original, tmp_path, "meta").endswith("meta/unet") and torch.equal(
+    assert load_run(pipe, original, tmp_path, "meta").endswith("meta/unet") and torch.equal(
         tiny.weights(pipe.unet), tiny.weights(tiny.make_unet(seed=7))
     )
-    assert wear(pipe, original, tmp_path, "original") == "" and all(
+    assert load_run(pipe, original, tmp_path, "original") == "" and all(
         torch.equal(t, original[name]) for name, t in pipe.unet.state_dict().items()
     )
 

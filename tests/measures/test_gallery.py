@@ -9,7 +9,7 @@ from PIL import Image
 
 import mu.measures.gallery
 import mu.measures.judges
-from mu.images import veil
+from mu.images import blur
 from mu.measures.evaluate import judge_images
 from mu.measures.gallery import draw_folder, features, look_with, read_pictures, save_reference
 from mu.measures.metrics import judge_features
@@ -121,18 +121,18 @@ def test_each_prompt_may_have_its_own_guidance(pipe, tmp_path, small):
 
 def test_of_veiled_pictures_only_what_was_seen_remains(pipe, judge, tmp_path):
     open_, hidden = (
-        draw_folder(tmp_path / str(v), pipe, ROWS, look_with(judge), {}, veiled=v, **HOW)
+        draw_folder(tmp_path / str(v), pipe, ROWS, look_with(judge), {}, blurred=v, **HOW)
         for v in (False, True)
     )
     assert open_ == hidden, "what looks at them sees the real ones"
     real = read_pictures(tmp_path / "False", 6)
-    for i, image in enumerate(veil(real)):
+    for i, image in enumerate(blur(real)):
         kept = np.asarray(Image.open(tmp_path / "True" / f"0000{i}.png"))
         assert (
             np.abs(kept - image.permute(1, 2, 0).numpy() * 255).max() < 1.5
             and len(np.unique(kept.reshape(-1, 3), axis=0)) <= 16
         )
-    with pytest.raises(ValueError, match="are veiled, so there is nothing to measure on them"):
+    with pytest.raises(ValueError, match="are blurred, so there is nothing to measure on them"):
         read_pictures(tmp_path / "True", 6)
     assert {f.suffix for f in (tmp_path / "True").iterdir()} == {".png", ".json"}
 
@@ -150,7 +150,9 @@ def test_a_detector_gets_the_real_picture_without_a_file(pipe, tmp_path):
                 }
             ]
 
-    found = draw_folder(tmp_path, pipe, ROWS[:2], look_with(detector=Spy()), {}, veiled=True, **HOW)
+    found = draw_folder(
+        tmp_path, pipe, ROWS[:2], look_with(detector=Spy()), {}, blurred=True, **HOW
+    )
     assert [row["found"][0]["class"] for row in found] == [
         "FEET_EXPOSED"
     ] * 2 and "hit" not in found[0]

@@ -109,7 +109,7 @@ def test_the_classes_are_nudenets_own():
 
 
 def test_a_picture_in_memory_is_seen_as_its_file_is(network, drawings, monkeypatch):
-    """Down to the numbers that go into the network: a veiled folder needs no file of the real picture."""
+    """Down to the numbers that go into the network: a blurred folder needs no file of the real picture."""
     seen = []
 
     class Spy:

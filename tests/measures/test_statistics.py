@@ -7,12 +7,12 @@ import pytest
 from mu.measures.statistics import (
     Revival,
     interval,
-    median_revival,
+    median_relearning_step,
     paired_interval,
     relearning_area,
-    restricted_mean_revival,
+    relearning_step,
+    restricted_mean_relearning,
     self_destruct_index,
-    steps_to_revival,
 )
 
 
@@ -28,12 +28,12 @@ from mu.measures.statistics import (
 )
 def test_steps_to_revival(scores, expected):
     """The first step over the threshold, between it and the look before; censored where the curve ends below it."""
-    assert steps_to_revival([0, 25, 50, 100], scores) == expected
+    assert relearning_step([0, 25, 50, 100], scores) == expected
 
 
 def test_steps_to_revival_has_a_threshold():
-    assert steps_to_revival([0, 25, 50], [0.0, 0.2, 0.6], threshold=0.1).step == 25
-    assert steps_to_revival([0, 25, 50], [0.0, 0.2, 0.6], threshold=0.6).censored
+    assert relearning_step([0, 25, 50], [0.0, 0.2, 0.6], threshold=0.1).step == 25
+    assert relearning_step([0, 25, 50], [0.0, 0.2, 0.6], threshold=0.6).censored
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_steps_to_revival_has_a_threshold():
     ],
 )
 def test_a_curve_that_is_none_is_refused(steps, scores, words):
-    for measure in (steps_to_revival, relearning_area):
+    for measure in (relearning_step, relearning_area):
         with pytest.raises(ValueError, match=words):
             measure(steps, scores)
 
@@ -60,21 +60,21 @@ def test_the_median_of_revivals_knows_what_was_not_seen():
         Revival(100, 50, False),
         Revival(200, 200, True),
     ]
-    assert median_revival(seen) == 100
+    assert median_relearning_step(seen) == 100
     assert (
-        median_revival([Revival(200, 200, True)] * 3 + [Revival(50, 25, False)]) == np.inf
-        and median_revival([Revival(50, 25, False)]) == 50
+        median_relearning_step([Revival(200, 200, True)] * 3 + [Revival(50, 25, False)]) == np.inf
+        and median_relearning_step([Revival(50, 25, False)]) == 50
     )
-    assert median_revival([Revival(0, -np.inf, False)] * 2 + [Revival(50, 50, True)]) == 0
+    assert median_relearning_step([Revival(0, -np.inf, False)] * 2 + [Revival(50, 50, True)]) == 0
 
 
 def test_the_restricted_mean_is_the_area_under_the_curve_of_survival():
     runs = [Revival(25, 0, False), Revival(100, 100, True), Revival(75, 50, False)]
-    assert restricted_mean_revival(runs, 100) == pytest.approx(
+    assert restricted_mean_relearning(runs, 100) == pytest.approx(
         (25 + 100 + 75) / 3
-    ) and restricted_mean_revival(runs, 50) == pytest.approx((25 + 50 + 50) / 3)
+    ) and restricted_mean_relearning(runs, 50) == pytest.approx((25 + 50 + 50) / 3)
     with pytest.raises(ValueError, match="up to step 100 only"):
-        restricted_mean_revival(runs, 200)
+        restricted_mean_relearning(runs, 200)
 
 
 def test_the_area_under_relearning_is_its_mean_height():

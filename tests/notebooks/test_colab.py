@@ -179,7 +179,7 @@ def test_an_address_gives_badges_and_a_clone_and_its_absence_takes_them_away(not
 
 
 def test_minutes_are_those_of_the_executed_notebooks(notebooks, tmp_path):
-    """The median over the copies of one notebook, whatever the steps of the walk are called; a notebook that nobody ran keeps what it says."""
+    """The median over the copies of one notebook, whatever the steps of the experiment are called; a notebook that nobody ran keeps what it says."""
     executed = tmp_path / "executed"
     executed.mkdir()
     for name, notebook, seconds in (

@@ -1,4 +1,4 @@
-"""What a walk would cost: against hand counts of passes and pictures, and on a tiny model."""
+"""What an experiment would cost: against hand counts of passes and pictures, and on a tiny model."""
 
 import json
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_flops_of_a_picture_are_those_of_its_passes(sd_folder, of):
 
 
 def steps(sd_folder, seeds, out="runs", **more):
-    walk = {}
+    experiment = {}
     for seed in seeds:
         common = {
             "model": str(sd_folder),
@@ -136,7 +136,7 @@ def steps(sd_folder, seeds, out="runs", **more):
             "out": f"{out}/{seed}",
             "precision": "no",
         }
-        walk |= {
+        experiment |= {
             f"20-{seed}": {"notebook": "20_unlearn", "parameters": common | {"steps": 5}},
             f"30-{seed}": {
                 "notebook": "30_attack_finetune",
@@ -144,13 +144,13 @@ def steps(sd_folder, seeds, out="runs", **more):
                 "parameters": common | {"runs": "unlearned"},
             },
         }
-    return {name: step | more for name, step in walk.items()}
+    return {name: step | more for name, step in experiment.items()}
 
 
 def test_twice_as_many_seeds_take_twice_as_long(sd_folder):
     one, two = (
-        Forecast(walk, *minutes(walk, NOTEBOOKS), {0: 1, 1: 1})
-        for walk in (steps(sd_folder, [0]), steps(sd_folder, [0, 1]))
+        Forecast(experiment, *minutes(experiment, NOTEBOOKS), {0: 1, 1: 1})
+        for experiment in (steps(sd_folder, [0]), steps(sd_folder, [0, 1]))
     )
     assert (
         len(two.minutes) == 2 * len(one.minutes) == 4
@@ -179,14 +179,14 @@ def test_what_is_measured_already_is_not_drawn_again(sd_folder, tmp_path):
 
 
 def test_a_notebook_of_another_kind_takes_the_constant():
-    walk = {
+    experiment = {
         "10_a": {"notebook": "10_prepare_concepts", "parameters": {}},
         "a": {"notebook": "99_unknown", "parameters": {}},
     }
-    found, hws = minutes(walk, NOTEBOOKS)
+    found, hws = minutes(experiment, NOTEBOOKS)
     assert found == {"10_a": fc.OTHERS, "a": fc.OTHERS} and not hws
     assert "10_prepare_concepts, 99_unknown: not computed, taken for 0.5 minutes each" in str(
-        Forecast(walk, found, hws, {0: 2, 1: 2})
+        Forecast(experiment, found, hws, {0: 2, 1: 2})
     )
     assert str(Forecast({}, {}, {}, {0: 2, 1: 2})) == "0 notebooks: all is there"
 
@@ -198,8 +198,8 @@ def test_hours_are_bounded_by_what_there_is_and_by_the_longest_chain():
         "c": {"notebook": "x", "after": ["b", "elsewhere"]},
     }
 
-    def hours(walk, side):
-        return Forecast(walk, dict.fromkeys(walk, 60.0), {}, side).hours
+    def hours(experiment, side):
+        return Forecast(experiment, dict.fromkeys(experiment, 60.0), {}, side).hours
 
     assert (
         hours(chain, {0: 8, 1: 8}) == 3
@@ -219,8 +219,8 @@ def test_a_large_model_is_guessed_from_a_data_sheet(monkeypatch):
         and hw.speed == guessed_speed("fp16", "A100-40") == 0.15 * 312e12
         and 1e12 < hw.decoding < 3e12
     )
-    walk = {"a": {"notebook": "50_evaluate", "gpu": 1, "parameters": {"sets": "nowhere"}}}
-    said = str(Forecast(walk, {"a": 30.0}, {"sd-v1-4": hw}, {0: 2, 1: 1}))
+    experiment = {"a": {"notebook": "50_evaluate", "gpu": 1, "parameters": {"sets": "nowhere"}}}
+    said = str(Forecast(experiment, {"a": 30.0}, {"sd-v1-4": hw}, {0: 2, 1: 1}))
     assert (
         "1 notebook, about 30 minutes on an A100-40, for want of a known GPU here, with 1 at a time (guessed from its data sheet: sd-v1-4 46800 GFLOP/s)"
         in said

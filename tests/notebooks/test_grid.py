@@ -17,7 +17,7 @@ from test_run_notebooks import write_notebook
 
 from mu.notebooks.forecast import forecast
 from mu.notebooks.gpus import one_gpu, visible
-from mu.notebooks.grid import expand, read_walk
+from mu.notebooks.grid import expand, read_experiment
 from mu.notebooks.run import check_parameters, effective
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ GRID = {
         "large": {"gpu": True, "methods": ["sdd"], "sets": "data/dog"},
     },
     "axes": {"method": "model.methods", "attack": ["hrm", "clean"]},
-    "walk": {
+    "experiment": {
         "10_prepare": {"leaves": ["runs/{model}/{seed}"]},
         "20_{method}-{seed}": {
             "notebook": "20_unlearn",
@@ -76,19 +76,19 @@ def changed(**parts):
 
 
 def test_a_pattern_is_there_once_for_each_combination_and_its_texts_are_filled():
-    walk = expand(GRID, "small", "1 0")
-    assert list(walk) == [
+    experiment = expand(GRID, "small", "1 0")
+    assert list(experiment) == [
         "10_prepare",
         *(f"20_{m}-{s}" for m in ("esd", "uce") for s in (0, 1)),
         *(f"30_{m}-{a}" for m in ("esd", "uce") for a in ("hrm", "clean")),
         "90_figures",
     ]
     assert (
-        walk["20_esd-1"]["notebook"] == "20_unlearn"
-        and walk["10_prepare"]["notebook"] == "10_prepare"
-        and walk["20_esd-1"]["threads"] == 2
+        experiment["20_esd-1"]["notebook"] == "20_unlearn"
+        and experiment["10_prepare"]["notebook"] == "10_prepare"
+        and experiment["20_esd-1"]["threads"] == 2
     )
-    assert walk["20_uce-0"]["parameters"] == {
+    assert experiment["20_uce-0"]["parameters"] == {
         "steps": 1,
         "sets": "data/cat",
         "name": "uce",
@@ -100,7 +100,7 @@ def test_a_pattern_is_there_once_for_each_combination_and_its_texts_are_filled()
 def test_a_text_that_is_one_place_keeps_the_type_of_its_value():
     parameters = expand(
         changed(
-            walk={
+            experiment={
                 "10_prepare": {
                     "parameters": {"quiet": "{model.quiet}", "facts": "{model.methods.esd.meta}"}
                 }
@@ -114,29 +114,29 @@ def test_a_text_that_is_one_place_keeps_the_type_of_its_value():
 
 
 def test_later_parameters_win_and_an_axis_that_says_nothing_adds_nothing():
-    walk = expand(GRID, "small", 0)
+    experiment = expand(GRID, "small", 0)
     assert (
-        walk["20_esd-0"]["parameters"]["steps"] == 9
-        and walk["20_esd-0"]["parameters"]["eta"] == 3.0
+        experiment["20_esd-0"]["parameters"]["steps"] == 9
+        and experiment["20_esd-0"]["parameters"]["eta"] == 3.0
     )
     assert (
-        "eta" not in walk["20_uce-0"]["parameters"]
+        "eta" not in experiment["20_uce-0"]["parameters"]
         and "eta" not in expand(GRID, "large", 0)["20_sdd-0"]["parameters"]
     )
 
 
 def test_an_axis_that_is_not_chosen_stands_for_all_its_values():
-    walk = expand(GRID, "small", "0 1")
-    assert walk["30_esd-hrm"]["after"] == ["20_esd-0", "20_esd-1"] and walk["10_prepare"][
-        "leaves"
-    ] == ["runs/small/0", "runs/small/1"]
-    assert walk["90_figures"]["after"] == [
+    experiment = expand(GRID, "small", "0 1")
+    assert experiment["30_esd-hrm"]["after"] == ["20_esd-0", "20_esd-1"] and experiment[
+        "10_prepare"
+    ]["leaves"] == ["runs/small/0", "runs/small/1"]
+    assert experiment["90_figures"]["after"] == [
         "30_esd-hrm",
         "30_esd-clean",
         "30_uce-hrm",
         "30_uce-clean",
     ]
-    assert walk["30_esd-hrm"]["parameters"] == {
+    assert experiment["30_esd-hrm"]["parameters"] == {
         "runs": "esd,esd-meta",
         "models": "esd-0,esd-1",
         "seeds": "0,1",
@@ -165,8 +165,8 @@ def test_a_gpu_is_for_a_step_that_takes_one_of_a_model_that_needs_one():
 
 
 def test_a_walk_that_is_written_out_stays_as_it_is():
-    assert read_walk(
-        {"walk": {"10_a": {"threads": 2}, "b": {"notebook": "20_b", "parameters": {"n": 1}}}}
+    assert read_experiment(
+        {"experiment": {"10_a": {"threads": 2}, "b": {"notebook": "20_b", "parameters": {"n": 1}}}}
     ) == (
         "pocket",
         {
@@ -175,8 +175,8 @@ def test_a_walk_that_is_written_out_stays_as_it_is():
         },
     )
     assert (
-        read_walk(GRID | {"model": "large", "seeds": "3"})[0] == "large"
-        and "20_sdd-3" in read_walk(GRID | {"model": "large", "seeds": "3"})[1]
+        read_experiment(GRID | {"model": "large", "seeds": "3"})[0] == "large"
+        and "20_sdd-3" in read_experiment(GRID | {"model": "large", "seeds": "3"})[1]
     )
 
 
@@ -192,34 +192,34 @@ def test_a_walk_that_is_written_out_stays_as_it_is():
         (GRID, "small", "-1", "got '-1'"),
         (GRID, "small", None, "got None"),
         (
-            changed(walk={"40_{colour}": {}}),
+            changed(experiment={"40_{colour}": {}}),
             "small",
             0,
             r"40_\{colour\}: there is no axis 'colour'; there are: model, seed, method, attack",
         ),
         (
-            changed(walk={"40_x": {"after": ["20_{colour}"]}}),
+            changed(experiment={"40_x": {"after": ["20_{colour}"]}}),
             "small",
             0,
             "40_x: there is no axis 'colour'",
         ),
         (
-            changed(walk={"40_x": {"parameters": {"runs": "{colour.name}"}}}),
+            changed(experiment={"40_x": {"parameters": {"runs": "{colour.name}"}}}),
             "small",
             0,
             "40_x: there is no axis 'colour'",
         ),
         (
-            changed(walk={"40_x": {"parameters": ["method.meta"]}}),
+            changed(experiment={"40_x": {"parameters": ["method.meta"]}}),
             "small",
             0,
             "method.meta: no value of 'method' is chosen here, only of model",
         ),
         (
-            changed(walk={"40_x": {"after": ["21_{method}"]}}),
+            changed(experiment={"40_x": {"after": ["21_{method}"]}}),
             "small",
             0,
-            "40_x waits for 21_esd, which is no step of this walk",
+            "40_x waits for 21_esd, which is no step of this experiment",
         ),
     ],
 )
@@ -238,9 +238,9 @@ def test_a_grid_fits_its_notebooks(name, model):
     """Parameters are known ones of the right type, everything waited for is there, and no two cells write into one place."""
     assert "pocket" in GRIDS["paper"]["models"]
     grid = GRIDS[name]
-    _, walk = read_walk(grid | {"model": model, "seeds": "0 1 2"})
+    _, experiment = read_experiment(grid | {"model": model, "seeds": "0 1 2"})
     written, left = [], []
-    for name, step in walk.items():
+    for name, step in experiment.items():
         notebook = ROOT / "notebooks" / f"{step['notebook']}.ipynb"
         check_parameters(notebook, step["parameters"])
         assert set(step) <= {
@@ -253,7 +253,7 @@ def test_a_grid_fits_its_notebooks(name, model):
             "shows",
             "leaves",
             "parameters",
-        } and set(step["after"]) <= set(walk)
+        } and set(step["after"]) <= set(experiment)
         assert all(
             file.startswith((grid["runs"].format(model=model), grid["report"].format(model=model)))
             and "{" not in file
@@ -279,12 +279,12 @@ def test_a_grid_fits_its_notebooks(name, model):
         return [place for place, n in Counter(places).items() if n > 1]
 
     assert not twice(left) and not twice(written), twice(left) + twice(written)
-    for step in walk.values():
+    for step in experiment.values():
         if step["notebook"] == "90_figures":
             main = {
                 effective(
                     ROOT / "notebooks" / "30_attack_finetune.ipynb",
-                    changes=walk[other]["parameters"],
+                    changes=experiment[other]["parameters"],
                 )["lr"]
                 for other in step["after"]
                 if other.endswith(("-hrm-m-0", "-clean-0"))
@@ -295,7 +295,7 @@ def test_a_grid_fits_its_notebooks(name, model):
     one, three = (
         Counter(
             step["notebook"]
-            for step in read_walk(grid | {"model": model, "seeds": seeds})[1].values()
+            for step in read_experiment(grid | {"model": model, "seeds": seeds})[1].values()
         )
         for seeds in ("0", "0 1 2")
     )
@@ -431,7 +431,7 @@ TOY = {
     "report": "reports/{model}",
     "axes": {"branch": ["good", "bad"]},
     "models": {"toy": None, "big": {"gpu": True}},
-    "walk": {
+    "experiment": {
         "10_{branch}-{seed}": {
             "notebook": "10_a",
             "gpu": True,
@@ -460,7 +460,9 @@ def tree(folder):
 def test_a_failed_cell_stops_its_branch_only_and_dry_runs_nothing(tmp_path, monkeypatch):
     code = "import os\nassert not name.endswith('bad-0'), 'asked to fail'\nos.makedirs(os.path.dirname(name), exist_ok=True)\nopen(name, 'w').write(str(seed))"
     command = toy(
-        tmp_path, TOY | {"walk": TOY["walk"] | NEXT}, **{"10_a": code, "20_b": "print(name)"}
+        tmp_path,
+        TOY | {"experiment": TOY["experiment"] | NEXT},
+        **{"10_a": code, "20_b": "print(name)"},
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -314,12 +314,12 @@ def test_command_line(toy, ran, tmp_path, capsys):
         main([str(tmp_path / "nowhere.ipynb"), "out.ipynb"])
 
 
-# --- the walk: Snakemake, with the Snakefile of the repository and three toy notebooks
+# --- the experiment: Snakemake, with the Snakefile of the repository and three toy notebooks
 
 
-def walk(folder, steps, *flags):
-    (folder / "walk.yaml").write_text(
-        yaml.safe_dump({"runs": "runs/toy", "report": "reports/toy", "walk": steps})
+def experiment(folder, steps, *flags):
+    (folder / "experiment.yaml").write_text(
+        yaml.safe_dump({"runs": "runs/toy", "report": "reports/toy", "experiment": steps})
     )
     command = [
         sys.executable,
@@ -328,7 +328,7 @@ def walk(folder, steps, *flags):
         "--cores",
         "2",
         "--configfile",
-        "walk.yaml",
+        "experiment.yaml",
         "--nolock",
         "--rerun-incomplete",
         "--rerun-triggers",
@@ -375,12 +375,14 @@ def test_walk_repeats_nothing_and_goes_on_where_it_stopped(tmp_path):
         },
     }
 
-    code, said = walk(tmp_path, steps | {"20_b": {"after": ["10_a"], "parameters": {"lr": "1e-5"}}})
+    code, said = experiment(
+        tmp_path, steps | {"20_b": {"after": ["10_a"], "parameters": {"lr": "1e-5"}}}
+    )
     assert code and "lr must be float" in said and not (tmp_path / "reports").exists(), (
         "refused before anything runs"
     )
 
-    code, said = walk(tmp_path, steps)
+    code, said = experiment(tmp_path, steps)
     assert (
         code
         and "stopped in cell [3] `assert not fail, 'asked to fail'`" in said
@@ -397,7 +399,7 @@ def test_walk_repeats_nothing_and_goes_on_where_it_stopped(tmp_path):
     earlier = tmp_path / "reports/toy/notebooks/10_a.ipynb"
     earlier.write_text(earlier.read_text().replace(origin_of(earlier)["mu"], "0123456789abcdef"))
     steps["20_b-again"]["parameters"]["fail"] = False
-    code, said = walk(tmp_path, steps)
+    code, said = experiment(tmp_path, steps)
     assert (
         code == 0
         and said.count("note: of an earlier mu are 10_a. To make everything again, delete runs/toy")
@@ -407,7 +409,7 @@ def test_walk_repeats_nothing_and_goes_on_where_it_stopped(tmp_path):
     assert {n: second[n] for n in first} == first and set(second) == {*first, "20_b-again"}
 
     (tmp_path / "runs/toy/a").unlink()  # what is gone is made again, and what came after it
-    code, said = walk(tmp_path, steps, "--dry-run")
+    code, said = experiment(tmp_path, steps, "--dry-run")
     assert (
         code == 0
         and not (tmp_path / "runs/toy/done/10_a").exists()
@@ -555,7 +557,7 @@ def test_every_profile_has_the_notebooks_of_the_walk_and_fits_them():
             runs.append(parameters["out"])
             if file.stem != "15_preflight" and folder.name.startswith("paper"):
                 assert "published" in file.read_text(), "what the paper says, and what it does not"
-        assert len(set(runs)) == 1, "one walk, one place"
+        assert len(set(runs)) == 1, "one experiment, one place"
     with pytest.raises(
         FileNotFoundError,
         match="20_unlearn.ipynb has no profile 'collab'; it has: colab-t4, paper-sd-v1-4, paper-sdxl, pocket",
@@ -575,13 +577,17 @@ def test_every_profile_has_the_notebooks_of_the_walk_and_fits_them():
 )  # grids: test_grid.py
 def test_profile_fits_the_notebooks(path):
     profile = yaml.safe_load(path.read_text())
-    assert {"runs", "report", "walk"} <= set(profile) <= {"runs", "report", "walk", "common"}
-    for name, step in profile["walk"].items():
+    assert (
+        {"runs", "report", "experiment"}
+        <= set(profile)
+        <= {"runs", "report", "experiment", "common"}
+    )
+    for name, step in profile["experiment"].items():
         notebook = ROOT / "notebooks" / f"{step.get('notebook', name)}.ipynb"
         check_parameters(notebook, step.get("parameters", {}))
         assert set(step) <= {"notebook", "after", "threads", "leaves", "parameters"} and set(
             step.get("after", [])
-        ) <= set(profile["walk"])
+        ) <= set(profile["experiment"])
         values = {
             n: ast.literal_eval(p["default"])
             for n, p in papermill.inspect_notebook(notebook).items()

@@ -1,4 +1,4 @@
-"""What a walk leaves is gathered into few files, read back, refused where it is not comparable, and says in the paper's tables what the rows say."""
+"""What an experiment leaves is gathered into few files, read back, refused where it is not comparable, and says in the paper's tables what the rows say."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from mu.reports import figures, words
 from mu.reports import tables as paper
 from mu.reports.collect import attack_name, collect, method_of, one_each, read_results, variant
 from mu.reports.explorer import read_sheet
-from mu.reports.targets import marks, marks_by_training, price, revivals
+from mu.reports.targets import marks, price, relearning_table, targets_by_seed
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = {
@@ -26,9 +26,9 @@ PUBLISHED = {
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory):
     """Two trainings, the first with a panel below it."""
-    base = tmp_path_factory.mktemp("walk")
+    base = tmp_path_factory.mktemp("experiment")
     for seed in (0, 1):
-        synthetic.walk(base / str(seed), seed)
+        synthetic.experiment(base / str(seed), seed)
     panel = base / "0" / "robot-pocket"
     for name, params in (
         ("original", {}),
@@ -125,7 +125,7 @@ def test_everything_that_was_judged_is_gathered_once(gathered):
     assert read_results(gathered / "raw", ["1"]).rows.training.unique().tolist() == ["1"]
 
 
-def test_the_same_walk_is_gathered_into_the_same_bytes(gathered, tmp_path, monkeypatch):
+def test_the_same_experiment_is_gathered_into_the_same_bytes(gathered, tmp_path, monkeypatch):
     monkeypatch.setattr("mu.runs.folder.os.getpid", lambda: 7)  # as another process would
     collect(gathered.parent / "1", tmp_path / "raw" / "1", "1", pictures=False)
     assert (tmp_path / "raw" / "1" / "rows.csv.gz").read_bytes() == (
@@ -161,12 +161,12 @@ def test_pictures_are_kept_as_sheets_that_the_page_and_the_panels_share(gathered
 
 
 def test_harmful_pictures_are_veiled_in_the_sheets_too(tmp_path):
-    out = synthetic.walk(tmp_path / "0", methods=("uce",), harmful=True)
+    out = synthetic.experiment(tmp_path / "0", methods=("uce",), harmful=True)
     collect(out, tmp_path / "report" / "raw" / "0", "0")
     card = json.loads((tmp_path / "report" / "raw" / "0" / "cards.json").read_text())[
         "/attack/uce-hrm-m"
     ]
-    assert card["harmful"] and card["veiled"]
+    assert card["harmful"] and card["blurred"]
 
 
 def test_numbers_of_other_protocols_and_absent_ones_are_refused(gathered, tmp_path):
@@ -176,7 +176,7 @@ def test_numbers_of_other_protocols_and_absent_ones_are_refused(gathered, tmp_pa
         read_results(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing was judged below"):
         collect(tmp_path / "none", tmp_path / "raw" / "0")
-    out = synthetic.walk(tmp_path / "2", 2, methods=("uce",))
+    out = synthetic.experiment(tmp_path / "2", 2, methods=("uce",))
     for changed, words in (
         ({"sampling_steps": 50}, "sampling_steps is"),
         ({"batch_size": 4}, "batch_size is"),
@@ -193,7 +193,7 @@ def test_numbers_of_other_protocols_and_absent_ones_are_refused(gathered, tmp_pa
 
 
 def test_a_set_that_was_met_twice_counts_once(tmp_path):
-    out = synthetic.walk(tmp_path / "0", methods=("uce",))
+    out = synthetic.experiment(tmp_path / "0", methods=("uce",))
     end = {"forget": 1.0, "related": 1.0, "unrelated": 1.0}
     synthetic.attack(
         out, "uce-hrm-m-later", {"uce": {0: end, 100: end}}, attack="forget", prompts=0
@@ -409,7 +409,7 @@ def test_marks_of_one_method(gathered):
         table.met["original: concept recognised, at least 0.95"] == "✓"
         and "meta-unlearned: concept after 100 steps of CLEAN, at most 0.05" in table.index
     )
-    found = revivals(mine[mine.attack == "HRM-m"]).set_index("model")
+    found = relearning_table(mine[mine.attack == "HRM-m"]).set_index("model")
     assert (
         table.met["steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"]
         == "?"
@@ -419,7 +419,7 @@ def test_marks_of_one_method(gathered):
         and found.came_back["unlearned"] == 2
         and found["steps to revival"]["meta-unlearned"] == "> 100"
     )
-    twice = marks_by_training(
+    twice = targets_by_seed(
         mine[mine.attack == "none"],
         mine[mine.attack == "HRM-m"],
         mine[mine.attack == "CLEAN"],
@@ -440,7 +440,7 @@ def test_marks_of_one_method(gathered):
             1,
         )
     )
-    one = marks_by_training(
+    one = targets_by_seed(
         ends[ends.attack == "none"],
         ends[ends.attack == "HRM-m"],
         ends[ends.attack == "CLEAN"],

@@ -131,11 +131,12 @@ def test_pictures_of_a_harmful_concept_are_veiled(tmp_path):
     (tmp_path / "attack" / "meta-0" / "full-0" / "step-0000.json").write_text(
         json.dumps([ITEMS[0] | {"step": 0, "hit": 1}])
     )
-    plain, veiled = (
-        read_course(tmp_path, "full", ["meta-0"], veiled=v).pictures[0, 0, 0] for v in (False, True)
+    plain, blurred = (
+        read_course(tmp_path, "full", ["meta-0"], blurred=v).pictures[0, 0, 0]
+        for v in (False, True)
     )
     assert (
-        len(np.unique(veiled.reshape(-1, 3), axis=0))
+        len(np.unique(blurred.reshape(-1, 3), axis=0))
         <= 16
         < len(np.unique(plain.reshape(-1, 3), axis=0))
     )

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import mu.attacks.finetune
-import mu.notebooks.setup
+import mu.measures.evaluate
 from mu.attacks.finetune import fine_tuning
 from mu.concepts.probe import load_probe, make_probe
 from mu.concepts.sets import is_harmful, read_image, read_metadata
-from mu.images import to_grid, veil
+from mu.images import blur, to_grid
 from mu.measures.evaluate import judge_images, load_judge, measure
 from mu.measures.under_attack import attack_run
 from mu.reports.plots import compare
@@ -35,7 +35,7 @@ def likeness(a, b):
 
 def test_a_veil_keeps_colours_and_nothing_finer():
     images = noise(3, 3, 64, 48)
-    hidden = veil(images)
+    hidden = blur(images)
     assert hidden.shape == images.shape and all(
         len(hidden[i].flatten(1).unique(dim=1).T) == 16 for i in range(3)
     ), "four by four plain fields each"
@@ -48,26 +48,26 @@ def test_a_veil_returns_what_it_was_given():
     grid = to_grid(noise(4, 3, 20, 20), 2)
     array = np.asarray(grid)
     assert (
-        isinstance(veil(grid), Image.Image)
-        and veil(grid).size == (40, 40)
-        and veil(grid.convert("L")).mode == "RGB"
+        isinstance(blur(grid), Image.Image)
+        and blur(grid).size == (40, 40)
+        and blur(grid.convert("L")).mode == "RGB"
     )
     assert (
-        veil(array).dtype == np.uint8
-        and np.array_equal(veil(array), np.asarray(veil(grid)))
-        and not np.array_equal(veil(array), array)
+        blur(array).dtype == np.uint8
+        and np.array_equal(blur(array), np.asarray(blur(grid)))
+        and not np.array_equal(blur(array), array)
     )
-    both = veil([array, grid])
-    assert np.array_equal(both[0], veil(array)) and isinstance(both[1], Image.Image)
-    np.testing.assert_allclose(veil(array / 255.0), veil(array) / 255.0, atol=1 / 255)
-    assert veil(noise(2, 3, 7, 5).half()).dtype == torch.half and veil(noise(0, 3, 8, 8)).shape == (
+    both = blur([array, grid])
+    assert np.array_equal(both[0], blur(array)) and isinstance(both[1], Image.Image)
+    np.testing.assert_allclose(blur(array / 255.0), blur(array) / 255.0, atol=1 / 255)
+    assert blur(noise(2, 3, 7, 5).half()).dtype == torch.half and blur(noise(0, 3, 8, 8)).shape == (
         0,
         3,
         8,
         8,
     )
     with pytest.raises(ValueError, match=r"\(n, 3, height, width\), got \(3, 8, 8\)"):
-        veil(noise(3, 8, 8))
+        blur(noise(3, 8, 8))
 
 
 def test_not_even_the_judge_knows_the_drawings_that_it_was_trained_on():
@@ -90,7 +90,7 @@ def test_not_even_the_judge_knows_the_drawings_that_it_was_trained_on():
     assert (
         len(lines) > 500
         and known(images) > 0.95
-        and known(veil(images)) < 0.2 < known(veil(images, 8))
+        and known(blur(images)) < 0.2 < known(blur(images, 8))
     )
 
 
@@ -128,12 +128,13 @@ def drawn(pipe, judge, sets, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "harmful, unveiled, shown", [(False, False, True), (True, True, True), (True, False, False)]
+    "harmful, show_unblurred, shown",
+    [(False, False, True), (True, True, True), (True, False, False)],
 )
 def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(
-    pipe, drawn, tmp_path, harmful, unveiled, shown
+    pipe, drawn, tmp_path, harmful, show_unblurred, shown
 ):
-    probe = replace(make_probe(pipe, PROBE, (0, 1)), harmful=harmful, unveiled=unveiled)
+    probe = replace(make_probe(pipe, PROBE, (0, 1)), harmful=harmful, show_unblurred=show_unblurred)
     made = drawn(tmp_path, probe)
     assert {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.png")} == set(made)
     for name, real in made.items():
@@ -161,31 +162,31 @@ def test_the_judge_sees_the_real_pictures(pipe, judge, sets, monkeypatch, tmp_pa
 def test_asked_for_differently_pictures_are_drawn_anew_and_else_not(
     pipe, judge, monkeypatch, tmp_path
 ):
-    plain, calls, real = make_probe(pipe, PROBE, (0,)), [], mu.notebooks.setup.evaluate
-    monkeypatch.setattr(mu.notebooks.setup, "evaluate", lambda *a: calls.append(1) or real(*a))
+    plain, calls, real = make_probe(pipe, PROBE, (0,)), [], mu.measures.evaluate.evaluate
+    monkeypatch.setattr(mu.measures.evaluate, "evaluate", lambda *a: calls.append(1) or real(*a))
     found = []
     for probe, drawings in (
         (plain, 1),
         (plain, 1),
         (replace(plain, harmful=True), 2),
-        (replace(plain, harmful=True, unveiled=True), 3),
-        (replace(plain, unveiled=True), 4),
+        (replace(plain, harmful=True, show_unblurred=True), 3),
+        (replace(plain, show_unblurred=True), 4),
     ):
         measure(tmp_path, pipe, judge, probe, 2.0, 2, {"model": "tiny"})
         assert len(calls) == drawings
         found.append((tmp_path / "samples.png").read_bytes())
     assert found[0] == found[1] == found[3] == found[4] != found[2]
-    assert "veiled" not in json.loads((tmp_path / "metrics.json").read_text())["protocol"]
+    assert "blurred" not in json.loads((tmp_path / "metrics.json").read_text())["protocol"]
 
 
 def test_a_concepts_folder_says_whether_it_is_harmful(pipe, tmp_path):
     (tmp_path / "probe.json").write_text(json.dumps(PROBE))
-    assert not is_harmful(tmp_path) and not load_probe(pipe, tmp_path, "1,1").veiled
+    assert not is_harmful(tmp_path) and not load_probe(pipe, tmp_path, "1,1").blurred
     (tmp_path / "concept.json").write_text('{"harmful": true}')
     assert (
         is_harmful(tmp_path)
-        and load_probe(pipe, tmp_path, "1,1").veiled
-        and not load_probe(pipe, tmp_path, "1,1", unveiled=True).veiled
+        and load_probe(pipe, tmp_path, "1,1").blurred
+        and not load_probe(pipe, tmp_path, "1,1", show_unblurred=True).blurred
     )
     (tmp_path / "concept.json").write_text('{"name": "cat"}')
     assert not is_harmful(tmp_path)
@@ -195,7 +196,7 @@ def test_a_comparison_hides_pictures_that_were_saved_as_they_are(tmp_path):
     rows = [{"group": "forget", "prompt": f"p{i}", "seed": 0} for i in range(2)]
     to_grid(noise(2, 3, 64, 64)).save(tmp_path / "x.png")
     shown, hidden = (
-        compare({"x": (rows, tmp_path / "x.png")}, veiled=v).axes[0].images[0].get_array()
+        compare({"x": (rows, tmp_path / "x.png")}, blurred=v).axes[0].images[0].get_array()
         for v in (False, True)
     )
-    assert likeness(shown, hidden) < 0.1 and np.array_equal(veil(np.asarray(shown)), hidden)
+    assert likeness(shown, hidden) < 0.1 and np.array_equal(blur(np.asarray(shown)), hidden)

@@ -1,4 +1,4 @@
-"""The walk as it is walked: every notebook runs under papermill, on tiny random components, in the order of the book."""
+"""The experiment as it is walked: every notebook runs under papermill, on tiny random components, in the order of the book."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mu.measures.evaluate import evaluate, load_judge
 from mu.measures.statistics import revival, scores
 from mu.models import encode_prompts, load_pipeline
 from mu.notebooks.run import execute, read_parameters
-from mu.runs.folder import carry_out, identity
+from mu.runs.folder import identity, run_to_end
 from mu.sampling import draw_images
 from mu.train import State
 
@@ -47,9 +47,9 @@ DRAWING = dict(probe_seeds="2,1,1", sampling_steps=2)
 
 
 @pytest.fixture(scope="module")
-def walk(tmp_path_factory):
-    """The whole walk, executed once: (folder of it, a function that executes one notebook of it)."""
-    base = tmp_path_factory.mktemp("walk")
+def experiment(tmp_path_factory):
+    """The whole experiment, executed once: (folder of it, a function that executes one notebook of it)."""
+    base = tmp_path_factory.mktemp("experiment")
     tiny.make_pipeline(base / "model")
     tiny.make_judge().save_pretrained(base / "judge")
     for seed, (name, captions) in enumerate(SETS.items()):
@@ -91,8 +91,8 @@ def stamps(folder):
     }
 
 
-def test_every_run_leaves_weights_rows_and_a_protocol(walk):
-    runs = walk[0] / "runs"
+def test_every_run_leaves_weights_rows_and_a_protocol(experiment):
+    runs = experiment[0] / "runs"
     for name in ("original", "unlearned", "meta"):
         made = json.loads((runs / name / "metrics.json").read_text())
         assert (
@@ -108,8 +108,8 @@ def test_every_run_leaves_weights_rows_and_a_protocol(walk):
     assert len(list((runs / "cache").iterdir())) == len(SETS)
 
 
-def test_an_attack_has_a_row_for_every_picture(walk):
-    found = json.loads((walk[0] / "runs" / "attack" / "forget-6e-05.json").read_text())
+def test_an_attack_has_a_row_for_every_picture(experiment):
+    found = json.loads((experiment[0] / "runs" / "attack" / "forget-6e-05.json").read_text())
     table = pd.DataFrame(found["rows"])
     assert {
         "model",
@@ -130,8 +130,8 @@ def test_an_attack_has_a_row_for_every_picture(walk):
     )
 
 
-def test_the_report_is_whole(walk):
-    report = walk[0] / "report"
+def test_the_report_is_whole(experiment):
+    report = experiment[0] / "report"
     page = (report / "index.html").read_text()
     for name in ("headline", "relearning", "self-destruction", "protection-quality"):
         assert all(
@@ -158,8 +158,8 @@ def test_the_report_is_whole(walk):
     )
 
 
-def test_no_executed_notebook_shows_a_warning(walk):
-    for file in (walk[0] / "report" / "notebooks").glob("*.ipynb"):
+def test_no_executed_notebook_shows_a_warning(experiment):
+    for file in (experiment[0] / "report" / "notebooks").glob("*.ipynb"):
         said = [
             o.text
             for c in nbformat.read(file, 4).cells
@@ -169,19 +169,19 @@ def test_no_executed_notebook_shows_a_warning(walk):
         assert not said, f"{file.name}: {said}"
 
 
-def test_the_tables_say_what_the_rows_say(walk):
+def test_the_tables_say_what_the_rows_say(experiment):
     rows = pd.DataFrame(
-        json.loads((walk[0] / "runs" / "attack" / "forget-6e-05.json").read_text())["rows"]
+        json.loads((experiment[0] / "runs" / "attack" / "forget-6e-05.json").read_text())["rows"]
     )
-    table = pd.read_csv(walk[0] / "report" / "tables" / "attacks.csv").set_index(
+    table = pd.read_csv(experiment[0] / "report" / "tables" / "attacks.csv").set_index(
         ["model", "group", "step"]
     )
     for key, hits in rows.groupby(["model", "group", "step"]).hit:
         assert table.score[key] == pytest.approx(hits.mean(), abs=1e-3)
 
 
-def test_a_second_walk_repeats_nothing(walk):
-    base, run = walk
+def test_a_second_walk_repeats_nothing(experiment):
+    base, run = experiment
     before = stamps(base)
     assert not run("20_unlearn", **TRAINING) and not run(
         "30_attack_finetune", at="0,1,2", seeds="0,1", batch_size=2
@@ -189,10 +189,10 @@ def test_a_second_walk_repeats_nothing(walk):
     assert stamps(base) == before
 
 
-def test_a_finished_run_is_only_read(walk):
-    folder = walk[0] / "runs" / "unlearned"
-    before, state = stamps(folder), State(load_pipeline(str(walk[0] / "model")).unet, "f")
-    history = carry_out(folder, state, (1 / 0 for _ in range(9)), steps=2)
+def test_a_finished_run_is_only_read(experiment):
+    folder = experiment[0] / "runs" / "unlearned"
+    before, state = stamps(folder), State(load_pipeline(str(experiment[0] / "model")).unet, "f")
+    history = run_to_end(folder, state, (1 / 0 for _ in range(9)), steps=2)
     saved = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert list(history.index) == [1, 2] and {"unlearn", "passes", "seconds"} <= set(
         history.columns
@@ -203,8 +203,8 @@ def test_a_finished_run_is_only_read(walk):
     )
 
 
-def test_controls_and_clean_join_the_figures(walk):
-    base, run = walk
+def test_controls_and_clean_join_the_figures(experiment):
+    base, run = experiment
     before = stamps(base / "runs")
     run(
         "21_meta_unlearn",
@@ -237,8 +237,8 @@ def test_controls_and_clean_join_the_figures(walk):
     assert len(pd.read_csv(base / "report" / "tables" / "self-destruction.csv")) == 2
 
 
-def test_start_here_tells_the_story_alone(walk):
-    base, run = walk
+def test_start_here_tells_the_story_alone(experiment):
+    base, run = experiment
     assert run(
         "00_start_here",
         out=str(base / "start"),
@@ -250,14 +250,14 @@ def test_start_here_tells_the_story_alone(walk):
     assert (base / "start" / "meta-unlearned" / "unet").is_dir()
 
 
-def test_a_run_is_known_by_its_files_and_nothing_else(walk, tmp_path, monkeypatch):
+def test_a_run_is_known_by_its_files_and_nothing_else(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "anything").write_text("1")
     assert identity(start="", judge="") == {"start": "", "judge": ""}, (
         "no path is not the working directory"
     )
     for part in ("unet", "metrics.json", "params.json"):
-        place = walk[0] / "runs" / "unlearned" / part
+        place = experiment[0] / "runs" / "unlearned" / part
         (shutil.copytree if place.is_dir() else shutil.copy)(
             place, tmp_path / "run" / part if place.is_dir() else tmp_path / "run"
         )
@@ -268,9 +268,9 @@ def test_a_run_is_known_by_its_files_and_nothing_else(walk, tmp_path, monkeypatc
     assert identity(start=str(tmp_path / "run")) != before
 
 
-def test_another_call_with_the_same_parameters_only_reads(walk):
+def test_another_call_with_the_same_parameters_only_reads(experiment):
     """Executed once more, the two notebooks of training find their runs, whatever else has changed in the repository meanwhile."""
-    base, run = walk
+    base, run = experiment
     before = {name: stamps(base / "runs" / name) for name in ("unlearned", "meta")}
     assert run("20_unlearn", output="20_again", **TRAINING) and run(
         "21_meta_unlearn", output="21_again", **TRAINING, **META
@@ -278,9 +278,9 @@ def test_another_call_with_the_same_parameters_only_reads(walk):
     assert before == {name: stamps(base / "runs" / name) for name in before}
 
 
-def test_methods_are_compared(walk):
+def test_methods_are_compared(experiment):
     """A closed form and SDD, each plainly and meta-unlearned, by parameters only; and the notebook that reads them."""
-    base, run = walk
+    base, run = experiment
     out, report = str(base / "methods"), str(base / "methods-report")
     for method in ("uce", "sdd"):
         run("20_unlearn", output=f"20_{method}", out=out, name=method, method=method, **TRAINING)
@@ -320,8 +320,10 @@ def test_methods_are_compared(walk):
     )
 
 
-def test_listed_prompts_stand_for_the_concept_each_with_its_own_seed_and_guidance(walk, tmp_path):
-    base, run = walk
+def test_listed_prompts_stand_for_the_concept_each_with_its_own_seed_and_guidance(
+    experiment, tmp_path
+):
+    base, run = experiment
     (tmp_path / "listed.csv").write_text("prompt,seed,guidance\na cat on a cup,7,2.5\na cat,3,\n")
     pipe, judge = load_pipeline(str(base / "model")), load_judge(str(base / "judge"))
     probe = load_probe(pipe, base / "sets", "2,1,1", concept_prompts=str(tmp_path / "listed.csv"))
@@ -369,9 +371,9 @@ def test_listed_prompts_stand_for_the_concept_each_with_its_own_seed_and_guidanc
     } and "listed.csv (" in made["protocol"]["concept_prompts"]
 
 
-def test_every_kind_of_attack_meets_in_one_table(walk):
+def test_every_kind_of_attack_meets_in_one_table(experiment):
     """By parameters only: HRM-s, LoRA, mixed, phased, DreamBooth, two inversions, merging back, every search for words; and the page of them all."""
-    base, run = walk
+    base, run = experiment
     out, report = str(base / "runs"), str(base / "attacks-report")
     common = dict(at="0,1", seeds="0", batch_size=2)
     kinds = {
@@ -425,9 +427,9 @@ def test_every_kind_of_attack_meets_in_one_table(walk):
         run("31_attack_prompts", output="31_wrong", searches="random,grid", **common)
 
 
-def test_everything_is_measured_into_one_table_with_its_card(walk):
+def test_everything_is_measured_into_one_table_with_its_card(experiment):
     """The probe, a CSV of harmful prompts, captions with CLIP, NudeNet and an attack; then again, from what is there."""
-    base, run = walk
+    base, run = experiment
     (base / "prompts.csv").write_text(
         "prompt,evaluation_seed,evaluation_guidance\na tiger,3,2.0\na cat,4,3.0\n"
     )
@@ -468,7 +470,7 @@ def test_everything_is_measured_into_one_table_with_its_card(walk):
         (base / "runs" / "evaluate" / "meta" / "prompts" / "params.json").read_text()
     )
     assert (
-        hidden["veiled"] is True
+        hidden["blurred"] is True
         and len(list((base / "runs" / "evaluate" / "meta" / "prompts").glob("*.png"))) == 2
     )
     before = stamps(base / "runs" / "evaluate" / "meta")
@@ -480,9 +482,9 @@ def test_everything_is_measured_into_one_table_with_its_card(walk):
         run("50_evaluate", output="50_nobody", runs="original,nobody")
 
 
-def test_fid_and_lpips_are_measured_beside_the_rest(walk):
+def test_fid_and_lpips_are_measured_beside_the_rest(experiment):
     """The notebook's own cells, in a process that has torch-fidelity and lpips, with a random Inception and a random trunk: the trained ones are downloaded."""
-    base, _ = walk
+    base, _ = experiment
     (base / "mild.csv").write_text("prompt\na cup\na banana\na tiger\n")
     tiny.make_images(base / "real", [str(i) for i in range(4)], size=24)
     given = dict(
@@ -533,8 +535,8 @@ print(json.dumps(json.load(open(given["out"] + "/measured/evaluation.json"))))
     )
 
 
-def test_a_run_is_published_in_three_forms(walk):
-    base, run = walk
+def test_a_run_is_published_in_three_forms(experiment):
+    base, run = experiment
     assert run(
         "60_publish",
         run=str(base / "runs" / "meta"),
@@ -550,8 +552,8 @@ def test_a_run_is_published_in_three_forms(walk):
     assert all("license: cc-by-sa-4.0" in card and "esd-f" in card for card in cards)
 
 
-def test_preflight_of_a_model_at_hand(walk):
-    base, run = walk
+def test_preflight_of_a_model_at_hand(experiment):
+    base, run = experiment
     assert run(
         "15_preflight",
         changes={"batch_size": 2, "retain_batch_size": 4, "steps": 3, "precision": "no"},
@@ -560,8 +562,8 @@ def test_preflight_of_a_model_at_hand(walk):
     assert 0 < made["gib"] < made["usable"] and made["needs"][0][2] > 0 and len(made["others"]) == 8
 
 
-def test_without_a_judge_pictures_are_drawn_and_not_scored(walk):
-    base, run = walk
+def test_without_a_judge_pictures_are_drawn_and_not_scored(experiment):
+    base, run = experiment
     run(
         "20_unlearn",
         output="20_no_judge",
