@@ -1,6 +1,11 @@
 """Sample images with a pipeline."""
 
+from dataclasses import dataclass
+
 import torch
+
+from mu.models import predict_noise, stack
+from mu.parallel import gather_rows, local_shard
 
 
 def images_per_batch(pipe):
@@ -37,3 +42,48 @@ def draw_images(pipe, conditioning, unconditional, seeds, guidance=5.0, steps=25
         ).sample
         images.append(pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu())
     return torch.cat(images)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How the points z_t of ESD's and SDD's losses are sampled."""
+
+    guidance: float = 3.0  # scale
+    steps: int = 20  # DDIM steps
+    reuse: int = 8  # training steps that share one batch of trajectories
+
+
+@torch.no_grad()
+def sample_trajectory(
+    unet, noise_scheduler, conditioning, unconditional, generator, trajectory, shape
+):
+    """Sample DDIM trajectories, one per row, each stopped at `trajectory.reuse` random steps.
+
+    A latent carries the noise level of the step that would come next; t is uniform between that
+    step's timestep and the one before it. Costs as many guided passes as the latest drawn step.
+    Returns latents (reuse · n, …) and timesteps (reuse · n,), all rows' first points first.
+    Processes share the rows. Raises ValueError as `mu.parallel.shard` does.
+    """
+    encoded, reuse = conditioning["encoder_hidden_states"], trajectory.reuse
+    n, device = len(encoded), encoded.device
+    noise_scheduler.set_timesteps(trajectory.steps)
+    grid, t_max = noise_scheduler.timesteps.cpu(), noise_scheduler.config.num_train_timesteps
+    stop = torch.randint(trajectory.steps, (reuse, n), generator=generator)
+    latents = torch.randn((n, *shape), generator=generator) * noise_scheduler.init_noise_sigma
+    offset = torch.randint(t_max // trajectory.steps, (reuse * n,), generator=generator)
+    timesteps = (grid[stop.flatten()] + offset).clamp(max=t_max - 1).to(device)
+
+    latents, stop = local_shard(latents.to(device)), local_shard(stop.T.to(device)).T
+    n, stopped = len(latents), latents.expand(reuse, *latents.shape).clone()
+    empty = {name: value.expand(n, *value.shape[1:]) for name, value in unconditional.items()}
+    both = stack(empty, local_shard(conditioning))
+    for i in range(int(stop.max())):
+        t = grid[i].expand(2 * n).to(device)
+        predicted = predict_noise(unet, torch.cat([latents] * 2), t, both).float()
+        without, full = predicted.chunk(2)
+        guided = without + trajectory.guidance * (full - without)
+        latents = noise_scheduler.step(guided, grid[i], latents).prev_sample
+        reached = (stop == i + 1)[..., None, None, None]
+        stopped = torch.where(reached, latents, stopped)
+    stopped = gather_rows(stopped.transpose(0, 1)).transpose(0, 1)
+    return stopped.flatten(0, 1), timesteps

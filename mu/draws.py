@@ -1,0 +1,121 @@
+"""All random choices of one training step, drawn before anything is computed."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mu.attackers import Simulation
+from mu.losses import Inputs, Minibatch, draw_minibatch
+from mu.models import select
+from mu.parallel import local_shard
+from mu.sampling import sample_trajectory
+
+
+@dataclass(frozen=True)
+class Data:
+    """Concept sets and conditionings of the defender, encoded once."""
+
+    forget: object  # `mu.concepts.sets.ConceptSet`, as the next two
+    retain_related: object
+    retain_unrelated: object
+    unconditional: dict  # of the empty prompt, one row
+    retain_prompts: dict | None = None  # of random words, for the drift term "any"; None: no term
+    replace: dict | None = None  # the concept is drawn as this, one row; None: the empty prompt
+
+    def concept_set(self, name):
+        """Return the forget, related or unrelated set."""
+        return self.forget if name == "forget" else getattr(self, f"retain_{name}")
+
+
+class Draws(NamedTuple):
+    """All random choices of one step, as this process's shards; one generator per purpose."""
+
+    concept: Inputs | None  # points of trajectories, with the concept's prompt
+    no_concept: Inputs | None  # the same latents with the empty or the replacing prompt
+    retained: dict[str, Minibatch]  # of the related and the unrelated set
+    prompts: dict[str, Inputs]  # drift on noisy unrelated images with other prompts: empty, any
+    ascent: Minibatch | None
+    simulation: Simulation | None
+
+
+def repeat(one_row, n):
+    """Return n copies of a conditioning of one row."""
+    return select(one_row, torch.zeros(n, dtype=torch.long))
+
+
+def draw_concept(state, data, method, noise_scheduler):
+    """Return ESD's and SDD's inputs: with the concept's prompt, and without the concept."""
+    forget, g, n = data.forget, state.generators["unlearn"], method.batch_size
+    shape = forget.mean.shape[1:]
+    position = state.step % method.trajectory.reuse
+    if state.trajectory is None or position == 0:
+        prompt = torch.randint(len(forget.prompts), (n,), generator=g)
+        conditioning = select(forget.conditioning, prompt)
+        with method.sampler(state) as sampler:
+            points = sample_trajectory(
+                sampler,
+                noise_scheduler,
+                conditioning,
+                data.unconditional,
+                g,
+                method.trajectory,
+                shape,
+            )
+        state.trajectory = (*points, prompt.repeat(method.trajectory.reuse))
+    rows = slice(position * n, (position + 1) * n)
+    latents, timesteps, prompt = (x[rows] for x in state.trajectory)
+    concept = Inputs(latents, timesteps, select(forget.conditioning, prompt))
+    no_concept = Inputs(latents, timesteps, repeat(data.replace or data.unconditional, n))
+    return local_shard(concept), local_shard(no_concept)
+
+
+def draw_prompts(data, objective, unrelated, generator):
+    """Return every second row of the unrelated minibatch with the empty and random prompts."""
+    latents, timesteps = unrelated.inputs.latents[::2], unrelated.inputs.timesteps[::2]
+    n, prompts = len(latents), {}
+    if "empty" in objective.drift_terms:
+        prompts["empty"] = Inputs(latents, timesteps, repeat(data.unconditional, n))
+    if data.retain_prompts and "any" in objective.drift_terms:
+        count = len(data.retain_prompts["encoder_hidden_states"])
+        index = torch.randint(count, (n,), generator=generator)
+        prompts["any"] = Inputs(latents, timesteps, select(data.retain_prompts, index))
+    return {name: local_shard(inputs) for name, inputs in prompts.items()}
+
+
+def draw_step(state, data, objective, simulator, noise_scheduler):
+    """Return the `Draws` of a step; the order of draws of each generator is part of the results."""
+    weights, attacker = objective.weights, objective.attacker(state.step)
+    g_retain, g_meta = state.generators["retain"], state.generators["meta"]
+
+    def draw(name, generator=g_meta, n=objective.inner.batch_size):
+        chosen = data.concept_set(name)
+        return draw_minibatch(chosen, noise_scheduler, n, generator, objective.timestep)
+
+    concept = no_concept = ascent = simulation = None
+    retained, prompts = {}, {}
+    if weights.unlearn:
+        concept, no_concept = draw_concept(state, data, objective.method, noise_scheduler)
+    if weights.retain or attacker:
+        n = objective.retain_batch_size
+        retained = {name: draw(name, g_retain, n) for name in ("related", "unrelated")}
+    if weights.retain:
+        prompts = draw_prompts(data, objective, retained["unrelated"], g_retain)
+    retained = {name: local_shard(batch) for name, batch in retained.items()}
+    if weights.ascent:
+        ascent = local_shard(draw("forget"))
+    if attacker:
+        simulation = simulator.draw(
+            attacker, lambda name: local_shard(draw(name)), retained, g_meta
+        )
+    return Draws(concept, no_concept, retained, prompts, ascent, simulation)
+
+
+def draw_pair(data, objective, noise_scheduler, generator, sizes):
+    """Return a forget and a related minibatch of the given sizes, for their two gradients."""
+    sets = zip(("forget", "related"), sizes, strict=True)
+    draw = [
+        draw_minibatch(data.concept_set(name), noise_scheduler, n, generator, objective.timestep)
+        for name, n in sets
+    ]
+    return [local_shard(batch) for batch in draw]

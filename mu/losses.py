@@ -1,0 +1,134 @@
+"""Minibatches, terms of an objective, and their losses at one set of weights."""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mu.models import predict_noise, select, stack
+from mu.parallel import interleave, process_mean, shard, straight_through_mean
+
+
+class Inputs(NamedTuple):
+    """Rows of a UNet pass."""
+
+    latents: torch.Tensor  # (n, channels, height, width), z_t, latents × scaling_factor
+    timesteps: torch.Tensor  # (n,), integers in 0 … num_train_timesteps − 1
+    conditioning: dict  # n rows per tensor
+
+
+class Minibatch(NamedTuple):
+    """Inputs and noise of a denoising loss; used at two sets of weights: common random numbers."""
+
+    inputs: Inputs
+    noise: torch.Tensor  # ε, the shape of `inputs.latents`
+
+
+class Term(NamedTuple):
+    """One addend of an objective: weight · mean ‖ε_θ(inputs) − target‖², a mean over elements."""
+
+    name: str
+    weight: float
+    inputs: Inputs  # terms that share one `Inputs` object share its rows of the pass
+    target: torch.Tensor
+
+
+def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep=None):
+    """Draw images of a concept set with fresh noise and timesteps.
+
+    Timesteps are uniform over the training timesteps, one from each of `batch_size` equal strata:
+    the expectation of independent draws with far less variance. timestep: use this one for all
+    rows instead. All numbers are drawn on the CPU, so they do not depend on the device.
+    """
+    n, device = len(concept_set.mean), concept_set.mean.device
+    index = torch.randint(n, (batch_size,), generator=generator)
+    mean, std = concept_set.mean[index], concept_set.std[index]
+    latents = mean + std * torch.randn(mean.shape, generator=generator).to(device)
+    noise = torch.randn(mean.shape, generator=generator).to(device)
+    strata = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    t_max = noise_scheduler.config.num_train_timesteps
+    timesteps = (strata * (t_max / batch_size)).long().clamp(max=t_max - 1).to(device)
+    if timestep is not None:
+        timesteps = torch.full_like(timesteps, timestep)
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    conditioning = select(concept_set.conditioning, concept_set.prompt[index])
+    return Minibatch(Inputs(noisy, timesteps, conditioning), noise)
+
+
+def denoising(batch, name="denoising", weight=1.0):
+    """Return the term L_DM = E ‖ε − ε_θ(z_t, t, c)‖² of a minibatch."""
+    return Term(name, weight, batch.inputs, batch.noise)
+
+
+def predict_blocks(unet, blocks):
+    """Predict the noise of several `Inputs` in one pass; returns one tensor for each."""
+    latents, timesteps, conditionings = zip(*blocks, strict=True)
+    conditioning = stack(*conditionings)
+    predicted = predict_noise(unet, torch.cat(latents), torch.cat(timesteps), conditioning)
+    return predicted.split([len(rows) for rows in latents])
+
+
+def squared_errors(unet, terms, accumulation=1):
+    """Compute the mean squared error of each term, all in ONE pass of the UNet.
+
+    accumulation: use that many micro-batches, each of which keeps only its inputs for the backward
+    pass: the same losses with the memory of one, for another forward pass. With several processes
+    each term holds this process's shard; values are means over all processes, gradients are this
+    process's own (`gradients` averages them). Returns a list of scalars, without the weights.
+    Raises ValueError as `shard` does.
+    """
+
+    def errors(index):
+        blocks = {id(t.inputs): shard(t.inputs, index, accumulation) for t in terms}
+        found = dict(zip(blocks, predict_blocks(unet, blocks.values()), strict=True))
+        targets = [shard(t.target, index, accumulation).float() for t in terms]
+        pairs = [(found[id(t.inputs)].float(), y) for t, y in zip(terms, targets, strict=True)]
+        return torch.stack([(x - y).pow(2).mean() for x, y in pairs])
+
+    if accumulation == 1:
+        return list(straight_through_mean(errors(0)))
+    if torch.is_grad_enabled():
+        parts = [checkpoint(errors, i, use_reentrant=False) for i in range(accumulation)]
+    else:
+        parts = [errors(i) for i in range(accumulation)]
+    return list(straight_through_mean(sum(parts) / accumulation))
+
+
+@torch.no_grad()
+def predictions(unet, blocks, accumulation=1):
+    """Predict the noise of several `Inputs` in one pass, without gradient: targets of terms.
+
+    Returns one tensor for each block. Raises ValueError as `shard` does.
+    """
+    if not blocks:
+        return ()
+    if accumulation == 1:
+        return predict_blocks(unet, blocks)
+    micro = [[shard(block, i, accumulation) for block in blocks] for i in range(accumulation)]
+    shards = [predict_blocks(unet, part) for part in micro]
+    return tuple(interleave(pieces) for pieces in zip(*shards, strict=True))
+
+
+def weighted_sum(terms, losses):
+    """Return Σ weight · loss over terms and their losses."""
+    return sum(term.weight * loss for term, loss in zip(terms, losses, strict=True))
+
+
+def loss_scale(precision):
+    """Return the factor of losses before their gradient is taken; 1 except in float16."""
+    return 1024.0 if precision == "fp16" else 1.0
+
+
+def gradients(loss, parameters, scale=1.0, **kwargs):
+    """Return ∇ loss as a list of tensors, the mean over all processes.
+
+    scale: multiply the loss and divide its gradient, so that float16 keeps small numbers. With
+    `create_graph` the gradient is this process's own, to be differentiated again.
+    """
+    with torch.profiler.record_function("unet pass"):  # as `predict_noise`, for the profiler
+        found = torch.autograd.grad(loss if scale == 1 else loss * scale, parameters, **kwargs)
+    if kwargs.get("create_graph"):
+        return list(found)
+    if scale != 1:
+        torch._foreach_div_([g for g in found if g is not None], scale)
+    return [g if g is None else process_mean(g) for g in found]

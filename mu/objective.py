@@ -1,0 +1,151 @@
+"""The objective of unlearning and meta-unlearning: arXiv 2410.12777, eq. 3-5."""
+
+import contextlib
+from dataclasses import dataclass
+
+from mu.attackers import Attacker, Inner
+from mu.controls import Controls
+from mu.losses import Term, denoising, predictions
+from mu.models import reference
+from mu.sampling import Trajectory
+
+DRIFT_TERMS = ("related", "unrelated", "empty", "any")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the objective; 0 switches a term off."""
+
+    unlearn: float = 1.0  # γ1: the method's own loss at θ
+    retain: float = 0.0  # drift D from the frozen UNet at θ (ours)
+    ascent: float = 0.0  # −L(θ; forget), no simulated attack (ours)
+    relearn: float = 0.0  # γ2: −L(θ_FT; forget)
+    self_destruct: float = 0.0  # γ2 ζ: −[L(θ_FT; related) − L(θ; related)]
+    clean: float = 0.0  # ½ [...] of related and unrelated after simulated CLEAN (ours)
+
+
+@dataclass(frozen=True)
+class ESD:
+    """Erased stable diffusion (Gandikota et al. 2023); trajectories are sampled by the student."""
+
+    eta: float = 1.0  # strength η
+    batch_size: int = 4  # noisy latents per step
+    trajectory: Trajectory = Trajectory()
+
+    def sampler(self, state):
+        """Return a context with the UNet that samples the trajectories."""
+        return contextlib.nullcontext(state.unet)
+
+    def asked(self, draws):
+        """Return the inputs for which the target needs the frozen UNet."""
+        return {"no concept": draws.no_concept, "concept": draws.concept}
+
+    def target(self, frozen, unet, draws, runtime):
+        """Return ε_0(z_t, ∅) − η [ε_0(z_t, c) − ε_0(z_t, ∅)]."""
+        empty, full = frozen["no concept"], frozen["concept"]
+        return empty - self.eta * (full - empty)
+
+
+@dataclass(frozen=True)
+class SDD:
+    """Safe self-distillation (Kim et al. 2023); the running average of the weights samples."""
+
+    batch_size: int = 4
+    trajectory: Trajectory = Trajectory()
+
+    def sampler(self, state):
+        """Return a context with the UNet that samples the trajectories."""
+        return state.averaged()
+
+    def asked(self, draws):
+        """Return no inputs: the target needs no frozen UNet."""
+        return {}
+
+    def target(self, frozen, unet, draws, runtime):
+        """Return ε_θ(z_t, ∅) without gradient: one more pass."""
+        return predictions(unet, [draws.no_concept], runtime.accumulation)[0]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training minimises over the trained weights θ.
+
+        unlearn · L_method(θ) + retain · ⅓ Σ_x D(θ; x) − ascent · L(θ; forget)
+        − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
+
+    where every `clean_every`-th step has, in place of the second line,
+
+        clean · ½ Σ_{x = related, unrelated} [L(θ_CL; x) − L(θ; x)].
+
+    θ_FT and θ_CL are θ after a simulated fine-tuning on the forget and on the unrelated set
+    (`mu.meta.Attacker`). Every loss is a mean over elements. The two losses of a bracket share
+    images, noise and timesteps. The drift D(θ; x) is the mean squared difference to the frozen
+    UNet's predictions: the denoising loss without the noise of its target. With relearn =
+    self_destruct = clean = 0 this is plain ESD or SDD, bit for bit.
+    """
+
+    weights: Weights = Weights()
+    method: ESD | SDD = ESD()
+    inner: Inner = Inner()
+    clean_every: int = 3  # every n-th step simulates CLEAN instead of the attack
+    drift_terms: tuple[str, ...] = DRIFT_TERMS  # x of D: images, empty prompt, random prompts
+    retain_batch_size: int = 8  # images per step and retain set; half for "empty" and "any"
+    timestep: int | None = None  # of every denoising loss; None: random
+    clip: float = 1.0  # largest norm of the gradient
+    controls: Controls = Controls()
+
+    def attacker(self, step):
+        """Return the `Attacker` that step number `step` (from 0) simulates, or None."""
+        w = self.weights
+        if w.clean and step % self.clean_every == self.clean_every - 1:
+            return Attacker("unrelated", {"related": w.clean / 2, "unrelated": w.clean / 2})
+        if w.relearn or w.self_destruct:
+            return Attacker("forget", {"forget": -w.relearn, "related": -w.self_destruct})
+        return None
+
+    def check(self, state, runtime):
+        """Raise ValueError for what cannot be minimised."""
+        if not any((*vars(self.weights).values(), self.controls.active)):
+            raise ValueError(
+                "every weight is 0, nothing to minimise: give unlearn, retain, ascent, relearn, "
+                "self_destruct or clean a weight"
+            )
+        if unknown := sorted(set(self.drift_terms) - set(DRIFT_TERMS)):
+            raise ValueError(f"unknown drift term {unknown[0]!r}: choose {', '.join(DRIFT_TERMS)}")
+        if isinstance(self.method, SDD) and state.ema is None:
+            raise ValueError("SDD returns a running average of the weights: set ema, e.g. 0.999")
+        self.controls.check(runtime)
+
+
+def frozen_predictions(unet, unet_frozen, draws, objective, runtime):
+    """Return what the frozen UNet predicts for the targets of a step, by name, in one pass."""
+    asked = objective.method.asked(draws) if objective.weights.unlearn else {}
+    if objective.weights.retain:
+        kept = [name for name in draws.retained if name in objective.drift_terms]
+        asked |= {name: draws.retained[name].inputs for name in kept} | draws.prompts
+    with reference(unet, unet_frozen) as net:
+        found = predictions(net, list(asked.values()), runtime.accumulation)
+    return dict(zip(asked, found, strict=True))
+
+
+def terms_at_theta(unet, draws, frozen, objective, runtime):
+    """Return the terms of the objective at θ. Their order is the row order of the pass.
+
+    frozen: predictions of the frozen UNet by name. A related or unrelated loss gets the opposite
+    of its weight after the simulated attack: the bracket's second half.
+    """
+    weights, terms = objective.weights, []
+    drift = weights.retain / 3
+    if weights.unlearn:
+        target = objective.method.target(frozen, unet, draws, runtime)
+        terms.append(Term("unlearn", weights.unlearn, draws.concept, target))
+    after = draws.simulation.attacker.measured if draws.simulation else {}
+    for name, batch in draws.retained.items():
+        terms.append(denoising(batch, name, -after.get(name, 0.0)))
+        if name in frozen:
+            terms.append(Term(f"{name} drift", drift, batch.inputs, frozen[name]))
+    for name, inputs in draws.prompts.items():
+        terms.append(Term(f"{name} drift", drift, inputs, frozen[name]))
+    if weights.ascent:
+        terms.append(denoising(draws.ascent, "forget", -weights.ascent))
+    return terms
