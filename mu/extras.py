@@ -1,27 +1,23 @@
-"""What `mu` can use and does not need: packages that a metric asks for when it is asked for."""
+"""Optional packages, imported where a metric needs them."""
 
 import importlib
 
 
 def extra(module, package, note=""):
-    """An optional module. note: what to know before it is installed.
+    """Import an optional module of a package. note: appended to the pip command.
 
-    Raises ImportError that names the pip command, or says why a module that is there does not load."""
+    Raises ImportError with the pip command, or with the reason why the module does not load.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
-            raise ImportError(
-                f"this needs {package}, which is not installed: pip install {package}{note}"
-            ) from error
+            message = f"{package} is not installed: pip install {package}{note}"
+        else:
+            message = f"{package} needs {error.name}: pip install {error.name}"
+        raise ImportError(message) from error
+    except (RuntimeError, OSError, AttributeError) as error:
+        # the errors of a torchvision that was built for another torch
         raise ImportError(
-            f"{package} is there, and {error.name}, which it needs, is not: pip install {error.name}"
-        ) from error
-    except (
-        RuntimeError,
-        OSError,
-        AttributeError,
-    ) as error:  # a torchvision of another torch says so in these ways
-        raise ImportError(
-            f"{package} is there and does not load ({error}): torch and torchvision must be of one build, reinstall the two together"
+            f"{package} does not load ({error}): reinstall torch and torchvision together"
         ) from error

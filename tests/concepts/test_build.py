@@ -437,10 +437,10 @@ def test_a_folder_holds_one_concept(model, tmp_path):
     before = pictures(tmp_path / "x")
     with pytest.raises(
         ValueError,
-        match="holds a run with name='cat', asked for is 'dog': name another folder, or delete this one",
+        match="holds a run with name='cat', not the requested 'dog': name another folder, or delete this one",
     ):
         build(tmp_path / "x", cat(model, name="dog"), model, **FEW)
-    with pytest.raises(ValueError, match="images_a_prompt=2, asked for is 3"):
+    with pytest.raises(ValueError, match="images_a_prompt=2, not the requested 3"):
         build(tmp_path / "x", cat(model), model, **FEW | dict(images_a_prompt=3))
     assert pictures(tmp_path / "x") == before
 

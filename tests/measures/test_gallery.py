@@ -75,7 +75,7 @@ def test_pictures_are_drawn_judged_and_kept(pipe, judge, tmp_path, small):
         draw_folder(tmp_path / "x", pipe, ROWS, monkey, {"model": "tiny"}, **HOW) == found
         and len(small) == 3
     )
-    with pytest.raises(ValueError, match="holds a run with model='tiny', asked for is 'another'"):
+    with pytest.raises(ValueError, match="holds a run with model='tiny', not the requested 'another'"):
         draw_folder(tmp_path / "x", pipe, ROWS, monkey, {"model": "another"}, **HOW)
     with pytest.raises(ValueError, match="holds a run with prompts="):
         draw_folder(tmp_path / "x", pipe, ROWS[1:], monkey, {"model": "tiny"}, **HOW)

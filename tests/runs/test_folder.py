@@ -141,9 +141,9 @@ def test_a_folder_holds_one_run(tmp_path):
     written = (folder / "params.json").stat().st_mtime_ns
     assert open_run(folder, params) == folder
     for other, name in [
-        (params | {"lr": 2e-5}, r"lr=1e-05, asked for is 2e-05"),
-        ({k: v for k, v in params.items() if k != "steps"}, "steps=10, asked for is None"),
-        (params | {"zeta": 4}, "zeta=None, asked for is 4"),
+        (params | {"lr": 2e-5}, r"lr=1e-05, not the requested 2e-05"),
+        ({k: v for k, v in params.items() if k != "steps"}, "steps=10, not the requested None"),
+        (params | {"zeta": 4}, "zeta=None, not the requested 4"),
         (params | {"inner_lr": (1e-5, 1e-3)}, "inner_lr="),
     ]:
         with pytest.raises(
