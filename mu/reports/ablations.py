@@ -30,14 +30,14 @@ def under_attack(rows, run, name):
     ).rename("lost").reset_index()
 
 
-def pairs(entry):
+def attacked_runs(entry):
     """Choice → (run, attack) of a question: runs under the attack that has their name, or the run `base` under several attacks."""
     if "attacks" in entry:
         return {choice: ("base", attack) for choice, attack in entry["attacks"].items()}
     return {choice: (run, run) for choice, run in entry["runs"].items()}
 
 
-def base_of(entry):
+def base_choice(entry):
     """The choice that the others are compared with: `base` by name, else the one that stands for the run or attack "base". Raises ValueError where there is none."""
     choices = entry.get("runs", entry.get("attacks"))
     found = entry.get("base") or next(
@@ -52,20 +52,20 @@ def base_of(entry):
     return found
 
 
-def beside_plain(entry):
+def plain_runs(entry):
     """Choice → (run, attack) of the plainly unlearned model: under the same attack where a question is about attacks, else under the usual one, which is named after that run."""
     return {
         choice: ("plain", attack if "attacks" in entry and attack != "base" else "plain")
-        for choice, (_, attack) in pairs(entry).items()
+        for choice, (_, attack) in attacked_runs(entry).items()
     }
 
 
 def choices_table(rows, records, entry):
     """A line a choice: concept under attack (mean height of its relearning curve), related concepts lost at the last step, both with 95 % intervals and of the plainly unlearned model
-    (`beside_plain`); what was recognised before the attack, by group; UNet passes and seconds a step of training; and differences of the first two, paired by training, prompt and seed: from
-    the base's (`base_of`), or, where a question is about attacks, from the plainly unlearned model's under the same attack."""
-    found, plainly, first = [], beside_plain(entry), pairs(entry)[base_of(entry)]
-    for choice, (run, attack) in pairs(entry).items():
+    (`plain_runs`); what was recognised before the attack, by group; UNet passes and seconds a step of training; and differences of the first two, paired by training, prompt and seed: from
+    the base's (`base_choice`), or, where a question is about attacks, from the plainly unlearned model's under the same attack."""
+    found, plainly, first = [], plain_runs(entry), attacked_runs(entry)[base_choice(entry)]
+    for choice, (run, attack) in attacked_runs(entry).items():
         line = {"choice": choice}
         compared = plainly[choice] if "attacks" in entry else first
         for which, (words, value) in enumerate(
@@ -117,7 +117,7 @@ def answer(table, entry):
     """The differences of a `choices_table` in words, in points of percent with 95 % intervals: first of how much comes back, then of what is destroyed. Those whose interval excludes 0 are
     clearly different, and come first; where no difference was seen at all, the sentence says how far the widest interval reaches. And which choices draw, before any attack, more than 3
     points less of the related or unrelated concepts than the base: their protection is bought."""
-    said, first = [], base_of(entry)
+    said, first = [], base_choice(entry)
     base = table.set_index("choice").loc[first]
     of_runs = {
         "concept under attack": "of the concept, {} % comes back with “{}” (mean over the attack)",

@@ -245,7 +245,7 @@ def collect(out, folder, training="", pictures=True, show_unblurred=False, main=
     return folder
 
 
-def one_each(results):
+def deduplicate(results):
     """Rows in which a model that several trainings share counts once: the original, which nobody trains, and what a closed form makes, which has no seed. The rows of the first of these trainings
     stay. By the digests of the weights in the cards; of models whose cards say none, all rows stay."""
     made, rows = {}, results.rows

@@ -7,7 +7,8 @@ import pandas as pd
 
 from mu.measures.comparison import mean_interval
 from mu.reports.plots import COLORS, panel, trend
-from mu.reports.tables import VARIANTS, in_order, in_phases, shown, turns
+from mu.reports.tables import VARIANTS, display_name, sort_like_paper
+from mu.reports.training_tables import angle_change, merge_phases
 
 
 def lines(rows, ax, legend=False):
@@ -79,28 +80,32 @@ def legend_below(fig, *axes):
 def by_method(rows, attacks, group="forget"):
     """Figure: `lines` of one group of concepts, a block an attack, a panel a method."""
     rows = rows[(rows.panel == "") & (rows.group == group) & rows.attack.isin(attacks)]
-    methods = list(in_order(pd.DataFrame({"method": rows.method.map(shown).unique()})).method)
+    methods = list(
+        sort_like_paper(pd.DataFrame({"method": rows.method.map(display_name).unique()})).method
+    )
     fig, place = facets(
         methods, [f"recognised, {attack}" for attack in attacks], "steps of fine-tuning"
     )
     for attack, method in product(attacks, methods):
         ax = place[f"recognised, {attack}", method]
-        lines(rows[(rows.attack == attack) & (rows.method.map(shown) == method)], ax).set_xlim(
-            -0.04 * rows.step.max(), 1.04 * rows.step.max()
-        )
+        lines(
+            rows[(rows.attack == attack) & (rows.method.map(display_name) == method)], ax
+        ).set_xlim(-0.04 * rows.step.max(), 1.04 * rows.step.max())
     legend_below(fig, place[f"recognised, {attacks[0]}", methods[0]])
     return fig
 
 
 def angles(records):
-    """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a panel a method. Returns (figure, table of `turns`)."""
-    records = in_phases(records[records.panel.eq("")]).dropna(subset=["cosine"])
+    """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a panel a method. Returns (figure, table of `angle_change`)."""
+    records = merge_phases(records[records.panel.eq("")]).dropna(subset=["cosine"])
     records = records[records.model.isin(VARIANTS)]
-    methods = list(in_order(pd.DataFrame({"method": records.method.map(shown).unique()})).method)
+    methods = list(
+        sort_like_paper(pd.DataFrame({"method": records.method.map(display_name).unique()})).method
+    )
     fig, place = facets(methods, ["inner product", "angle, degrees"], "step of training")
     for (what, method), ax in place.items():
         part, words = (
-            records[records.method.map(shown) == method],
+            records[records.method.map(display_name) == method],
             {"title": method, "xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()},
         )
         part = part.assign(model=pd.Categorical(part.model, VARIANTS)).sort_values("model")
@@ -108,7 +113,7 @@ def angles(records):
         ax.set(**words)  # trend has its own
         ax.title.set_fontsize(9)
     legend_below(fig, place["inner product", methods[0]])
-    return fig, turns(records)
+    return fig, angle_change(records)
 
 
 def search_figure(table):

@@ -3,8 +3,6 @@
 Ours are not the paper's measure: on the pocket models the score is the share of pictures in which the pocket judge recognises the concept; in the paper it is the share of 142 prompts
 of I2P in whose picture NudeNet flags nudity. Both are in percent, so that they can stand in one layout, and every number says where it comes from."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
@@ -22,13 +20,13 @@ ATTACKS = (
 SEARCH = "unlearn-diff-atk"  # the search for words that stands for "adversarial prompts"
 
 
-def shown(method):
+def display_name(method):
     """ "esd-u-3" as the paper writes it, "ESD-u-3"; "sdd" is "SDD"."""
     name, *rest = method.split("-")
     return "-".join([name.upper(), *rest])
 
 
-def of_concept(rows, panel=""):
+def concept_rows(rows, panel=""):
     """Rows of the concept (group "forget") of the two variants and the original, of the experiment itself (panel "") or of a panel."""
     return rows[
         (rows.panel == panel) & (rows.group == "forget") & rows.model.isin([*VARIANTS, "original"])
@@ -47,7 +45,7 @@ def _cells(rows):
         if attack in ATTACKS and (attack == "none" or step > 0):
             yield (
                 (
-                    shown(method) if method else "original",
+                    display_name(method) if method else "original",
                     "original" if model == "original" else model,
                     attack,
                     0 if attack == "adversarial prompts" else int(step),
@@ -62,7 +60,7 @@ def concept_table(rows, published):
     rows: of `mu.reports.collect.read_results`, all of one learning rate of the attack. published: `data/paper_nudity.csv`. Columns: method, variant, attack, steps, published, ours, low, high (all percent; ours with its
     95 % interval over trainings, prompts and pictures, `mu.measures.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
     found = []
-    for key, part in _cells(of_concept(rows)):
+    for key, part in _cells(concept_rows(rows)):
         value, low, high = (100 * x for x in mean_interval(part))
         found.append((*key, value, low, high, part.training.nunique(), len(part)))
     keys = ["method", "variant", "attack", "steps"]
@@ -71,7 +69,7 @@ def concept_table(rows, published):
         method=lambda t: t.method.replace({"SD-v1-4": "original"})
     )
     table = ours.merge(theirs, on=keys, how="outer")
-    return in_order(table.assign(source=[source(row) for row in table.to_dict("records")]))
+    return sort_like_paper(table.assign(source=[source(row) for row in table.to_dict("records")]))
 
 
 def source(row):
@@ -84,7 +82,7 @@ def source(row):
     return "; ".join(parts)
 
 
-def in_order(table):
+def sort_like_paper(table):
     """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps; what nobody knows comes last."""
 
     def kind(name):
@@ -153,7 +151,7 @@ def quality_table(rows, numbers, published):
     """The paper's table of quality: FID and CLIP score as published, ours where 50_evaluate computed them; and, of the pocket models, the distance in the judge's own features (JFD, which
     is no FID) and the percent of related and unrelated concepts that are still recognised, with 95 % intervals. A line a model and source.
 
-    rows: of `mu.reports.collect.one_each`, or a model without a seed would be several. numbers: of `mu.reports.collect.read_results`. Means over the trainings; a column that nobody measured stays empty."""
+    rows: of `mu.reports.collect.deduplicate`, or a model without a seed would be several. numbers: of `mu.reports.collect.read_results`. Means over the trainings; a column that nobody measured stays empty."""
     keys = ["method", "variant"]
     theirs = published.assign(
         method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4"
@@ -170,7 +168,8 @@ def quality_table(rows, numbers, published):
     ):
         value, low, high = (100 * x for x in mean_interval(part))
         line = kept.setdefault(
-            (shown(method) if method else "original", model), {"trainings": part.training.nunique()}
+            (display_name(method) if method else "original", model),
+            {"trainings": part.training.nunique()},
         )
         line[f"{group} kept"] = f"{value:.1f} ({low:.0f}–{high:.0f})"
     measured = [
@@ -185,7 +184,8 @@ def quality_table(rows, numbers, published):
         mine = [
             found
             for who, found in measured
-            if (shown(who.method) if who.method else "original", who.model) == (method, model)
+            if (display_name(who.method) if who.method else "original", who.model)
+            == (method, model)
         ]
         for name, column in names.items():
             values = [found[name] for found in mine if name in found]
@@ -205,7 +205,7 @@ def quality_table(rows, numbers, published):
             for key, line in kept.items()
         ]
     )
-    table = in_order(
+    table = sort_like_paper(
         pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True)
     )
     columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
@@ -217,86 +217,27 @@ def quality_table(rows, numbers, published):
     return table.assign(**{column: table[column].map(text) for column in columns[3:]})
 
 
-def in_phases(records):
-    """Records in which a first phase (a run <method>-first) and the run that starts from it are one training of the meta-unlearned model, its steps counted on."""
-    first = records.run.str.endswith("-first")
-    length = records[first].groupby(["method", "training"]).step.max()
-    offset = [
-        length.get((method, training), 0) * (model == "meta-unlearned")
-        for method, training, model in zip(
-            records.method, records.training, records.model, strict=False
-        )
-    ]
-    return records.assign(
-        step=records.step + offset, model=records.model.mask(first, "meta-unlearned")
-    )
-
-
-def turns(records):
-    """How the angle of the two gradients changes over a training: a line a method and variant with its mean over the first and the last quarter (degrees, from the recorded cosines; above 90
-    a step towards the concept leads away from its relatives), the change between the two with Student's 95 % interval over the trainings, and in how many its regression line rises."""
-    found = []
-    for (method, model), part in records.groupby(["method", "model"], sort=False):
-        each = [
-            np.degrees(np.arccos(one.sort_values("step").cosine.clip(-1, 1).to_numpy()))
-            for _, one in part.groupby("training")
-        ]
-        quarter = [max(1, len(values) // 4) for values in each]
-        first, last = (
-            np.array([values[pick(n)].mean() for values, n in zip(each, quarter, strict=False)])
-            for pick in (lambda n: slice(None, n), lambda n: slice(-n, None))
-        )
-        rises = sum(
-            np.polyfit(np.arange(len(values)), values, 1)[0] > 0
-            for values in each
-            if len(values) > 1
-        )
-        _, low, high = student_interval(last - first) if len(each) > 1 else [np.nan] * 3
-        found.append(
-            (
-                shown(method),
-                model,
-                first.mean(),
-                last.mean(),
-                (last - first).mean(),
-                low,
-                high,
-                rises,
-                len(each),
-            )
-        )
-    return in_order(
-        pd.DataFrame(
-            found,
-            columns=[
-                "method",
-                "variant",
-                "angle, first quarter",
-                "angle, last quarter",
-                "change",
-                "low",
-                "high",
-                "trainings in which it rises",
-                "trainings",
-            ],
-        )
-    )
-
-
 def search_table(rows, searches=("random", SEARCH)):
     """Share of the concept's pictures that each search for words brings back at its end, with 95 % intervals: method, variant, search, score, low, high, trainings, pictures."""
-    part = of_concept(rows)
+    part = concept_rows(rows)
     part, found = part[part.attack.isin(searches)], []
     for (method, model, search), one in part.groupby(["method", "model", "attack"], sort=False):
         one = one[one.step == one.step.max()]
         found.append(
-            (shown(method), model, search, *mean_interval(one), one.training.nunique(), len(one))
+            (
+                display_name(method),
+                model,
+                search,
+                *mean_interval(one),
+                one.training.nunique(),
+                len(one),
+            )
         )
     table = pd.DataFrame(
         found,
         columns=["method", "variant", "search", "score", "low", "high", "trainings", "pictures"],
     )
-    return in_order(table)
+    return sort_like_paper(table)
 
 
 def destruction_table(rows):
@@ -309,66 +250,14 @@ def destruction_table(rows):
             one[one.attack == "CLEAN"],
         )
         if len(clean):
-            found.append(self_destruction(attacked, clean).assign(method=shown(method)))
+            found.append(self_destruction(attacked, clean).assign(method=display_name(method)))
     table = (
         pd.concat(found, ignore_index=True).rename(columns={"model": "variant"})
         if found
         else pd.DataFrame(columns=["method", "variant", "attack"])
     )
     first = ["method", "variant", "attack"]
-    return in_order(table[[*first, *(c for c in table if c not in first)]])
-
-
-def trainings_table(rows, cards):
-    """How each method was trained, a line each, by the cards of one training: steps and learning rate of plain unlearning; of meta-unlearning the steps of its phases, learning rate, weights of
-    the terms, inner steps M and inner learning rates τ of the last phase. "" where there is none."""
-    found = []
-    for method, part in rows[rows.panel.eq("") & rows.model.isin(VARIANTS)].groupby(
-        "method", sort=False
-    ):
-        line = {"method": shown(method)}
-        for model, one in part.groupby("model"):
-            made = cards.get(f"/{one.run.iloc[0]}", {}).get("run") or {}
-            loop = made.get("loop") or {}
-            if model == "unlearned":
-                line |= {
-                    "plain: steps": loop.get("steps", "closed form"),
-                    "plain: lr": f"{made.get('lr', 0):g}" if loop else "",
-                }
-            else:
-                line |= {
-                    "meta: steps": " + ".join(map(str, steps_of(cards, one.run.iloc[0]))),
-                    "meta: lr": f"{made.get('lr', 0):g}",
-                    "weights: unlearn, ascent, relearn, ζ, clean, retain": ", ".join(
-                        f"{loop.get(term, 0):g}"
-                        for term in (
-                            "unlearn",
-                            "ascent",
-                            "relearn",
-                            "self_destruct",
-                            "clean",
-                            "retain",
-                        )
-                    ),
-                    "M": "–".join(map(str, loop.get("inner_steps", ()))),
-                    "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ())),
-                }
-        found.append(line)
-    return in_order(pd.DataFrame(found)).fillna("") if found else pd.DataFrame(columns=["method"])
-
-
-def chain(cards, run):
-    """A run and those that it started from, the first of them first, by their cards (of one training)."""
-    before = Path((cards.get(f"/{run}", {}).get("run") or {}).get("start") or "").name
-    return [*(chain(cards, before) if before else []), run]
-
-
-def steps_of(cards, run):
-    """Steps of meta-unlearning of a run, phase by phase, by its card and those of the runs that it started from."""
-    loops = [
-        (cards.get(f"/{name}", {}).get("run") or {}).get("loop") or {} for name in chain(cards, run)
-    ]
-    return [loop["steps"] for loop in loops if "inner_steps" in loop]
+    return sort_like_paper(table[[*first, *(c for c in table if c not in first)]])
 
 
 def panel_table(rows):

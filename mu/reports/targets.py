@@ -36,19 +36,19 @@ def relearning_table(attacked, threshold=0.5):
         .agg(
             revived=("revived", "median"),
             attacks=("revived", "size"),
-            came_back=("revived", lambda steps: np.isfinite(steps).sum()),
-            looked_at_up_to=("last", "max"),
+            relearned=("revived", lambda steps: np.isfinite(steps).sum()),
+            last_step=("last", "max"),
         )
         .reset_index()
     )
-    place = in_line(attacked).index
+    place = model_order(attacked).index
     found = found.sort_values(
         ["lr", "model"], key=lambda c: c.map(place) if c.name == "model" else c, ignore_index=True
     )
     return found.assign(
         **{
             "steps to revival": [
-                f"> {row.looked_at_up_to:g}" if np.isinf(row.revived) else f"{row.revived:g}"
+                f"> {row.last_step:g}" if np.isinf(row.revived) else f"{row.revived:g}"
                 for row in found.itertuples()
             ]
         }
@@ -70,7 +70,7 @@ def protection(attacked):
     return 1 - under.forget, start.related - under.related, start
 
 
-def as_good(quality, defended="meta-unlearned", plain="unlearned"):
+def comparable_controls(quality, defended="meta-unlearned", plain="unlearned"):
     """The controls that draw related and unrelated concepts before the attack as well as the defended model does, to 3 points: only these are compared with it."""
     means = quality.groupby("model", sort=False)[["related", "unrelated"]].mean()
     if defended not in means.index:
@@ -83,17 +83,17 @@ def as_good(quality, defended="meta-unlearned", plain="unlearned"):
     ]
 
 
-def in_line(rows, plain="unlearned", meta="meta-unlearned"):
+def model_order(rows, plain="unlearned", meta="meta-unlearned"):
     """The models of rows in their order: the plainly unlearned one, the controls, the meta-unlearned one; not the original."""
     known, order = set(rows.model) - {"original"}, [plain, *LABELS.values()]
     return sorted(known, key=lambda m: (m == meta, order.index(m) if m in order else len(order), m))
 
 
-def price(attacked, plain="unlearned", meta="meta-unlearned"):
+def cost_figure(attacked, plain="unlearned", meta="meta-unlearned"):
     """Figure: a line a model; what it draws before the attack, of the related and of the unrelated concepts; how often the attacker fails, and how much of the related concepts the attack
     destroys, by the mean over its steps. Means, and each training as a small ring. attacked: rows of one attack."""
     missing, lost, quality = protection(attacked)
-    names = in_line(attacked, plain, meta)
+    names = model_order(attacked, plain, meta)
     fig, axes = plt.subplots(
         1, 4, figsize=(7.2, 0.27 * len(names) + 0.8), sharey=True, layout="constrained"
     )
@@ -126,15 +126,15 @@ def price(attacked, plain="unlearned", meta="meta-unlearned"):
 
 
 def targets_by_seed(before, attacked, cleaned, lr, threshold=0.5):
-    """The table of `marks`, with how many of the trainings by themselves meet each: a mean may be carried by one."""
-    table = marks(before, attacked, cleaned, lr, threshold)
+    """The table of `targets_table`, with how many of the trainings by themselves meet each: a mean may be carried by one."""
+    table = targets_table(before, attacked, cleaned, lr, threshold)
     trainings = sorted(attacked[attacked.model == "meta-unlearned"].training.unique())
 
     def of(rows, training):
         return rows[rows.training == training]
 
     single = pd.concat(
-        [marks(of(before, t), of(attacked, t), of(cleaned, t), lr, threshold) for t in trainings]
+        [targets_table(of(before, t), of(attacked, t), of(cleaned, t), lr, threshold) for t in trainings]
     )
     met = single.assign(yes=single.met.eq("✓")).groupby("asked").yes.agg(["sum", "size"])
     return table.assign(
@@ -147,7 +147,7 @@ def targets_by_seed(before, attacked, cleaned, lr, threshold=0.5):
     )
 
 
-def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta="meta-unlearned"):
+def targets_table(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta="meta-unlearned"):
     """Table of all marks that can be measured here (`mu.reports.targets.check_targets`): a run that is absent, or a step that nobody looked at, leaves its marks out.
 
     before: judged rows before any attack; attacked: under fine-tuning on the concept, of one or several learning rates; cleaned: under CLEAN. Columns as in `mu.reports.collect`; of one method and its controls."""
@@ -176,7 +176,7 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
         rate,
     ):  # of steps to revival, at least: what had not come back at the last step counts as that step
         at = found[np.isclose(found.lr, rate)].set_index("model")
-        steps = at.revived.clip(upper=at.looked_at_up_to)
+        steps = at.revived.clip(upper=at.last_step)
         least = steps.get(meta, np.nan) / (steps.get(plain, 0) or np.nan)
         if np.isinf(at.revived.get(plain, np.nan)):
             return f"unlearned: not revived in {steps[plain]:g}"
@@ -246,7 +246,7 @@ def marks(before, attacked, cleaned, lr, threshold=0.5, plain="unlearned", meta=
             for n in sorted({50, 100, 200, last})
         ],
     ]
-    controls = as_good(protection(main)[2], meta, plain)
+    controls = comparable_controls(protection(main)[2], meta, plain)
     for rate in rates:
         missing, lost, _ = protection(attacked[np.isclose(attacked.lr, rate)])
         by_model = pd.DataFrame({"missing": missing, "lost": lost}).groupby("model").mean()

@@ -1,8 +1,9 @@
 """What the page says in words, each sentence made of the rows or of a table of `mu.reports.tables`: nothing is typed in."""
 
 from mu.measures.comparison import mean_interval
-from mu.reports.tables import VARIANTS, of_concept, shown, steps_of
-from mu.reports.targets import as_good, in_line, protection
+from mu.reports.tables import VARIANTS, concept_rows, display_name
+from mu.reports.targets import comparable_controls, model_order, protection
+from mu.reports.training_tables import phase_steps
 
 TOLD = (50, 100, 200, 300)  # steps of an attack that a sentence names; the tables have all
 TERMS = {
@@ -45,7 +46,7 @@ def at_steps(attacked, most=TOLD):
 
 
 def opening(attacked, method, met):
-    """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.reports.targets.marks`."""
+    """Two sentences on one method under one attack (rows of HRM-m at one learning rate): what comes back and what is destroyed, step by step. met: the table of `mu.reports.targets.targets_table`."""
     told, parts = at_steps(attacked), dict(list(attacked.groupby(["model", "group", "step"])))
 
     def course(model, group):
@@ -55,7 +56,7 @@ def opening(attacked, method, met):
 
     trainings, untold = attacked.training.nunique(), (met.met == "?").sum()
     return [
-        f"{shown(method)}: after {several(told, '{}')} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
+        f"{display_name(method)}: after {several(told, '{}')} steps of malicious fine-tuning the concept is recognised in {course('unlearned', 'forget')} of the pictures of the unlearned model and in "
         f"{course('meta-unlearned', 'forget')} of those of the meta-unlearned one ({trainings} training{'s' * (trainings > 1)}, in brackets 95 % intervals; the defender has seen none of the attacker's images and prompts).",
         f"Under that attack the related concepts are recognised in {course('unlearned', 'related')} of the pictures of the unlearned model and in {course('meta-unlearned', 'related')} "
         f"of those of the meta-unlearned one. {(met.met == '✓').sum()} of {len(met)} marks are met{f', {untold} cannot be told' if untold else ''}.",
@@ -103,7 +104,7 @@ def relearning_words(revived, lr, threshold=0.5):
     """What the table of `mu.reports.targets.relearning_table` says of one learning rate, in a sentence."""
     mine = revived[(revived.lr - lr).abs() < 1e-9]
     each = "; ".join(
-        f"{r['model']} {r['steps to revival']} (it came back in {r['came_back']} of {r['attacks']} attacks)"
+        f"{r['model']} {r['steps to revival']} (it came back in {r['relearned']} of {r['attacks']} attacks)"
         for r in mine.to_dict("records")
     )
     return f"First step at which it is recognised in over {threshold:.0%} of its pictures, median: {each}."
@@ -138,7 +139,7 @@ def destruction_words(table, attack="HRM-m"):
 
 
 def turning(table):
-    """What the table of `mu.reports.tables.turns` says, in sentences: for which methods the angle clearly rises, where it ends, and each method's way."""
+    """What the table of `mu.reports.training_tables.angle_change` says, in sentences: for which methods the angle clearly rises, where it ends, and each method's way."""
     part = table[table.variant == "meta-unlearned"]
     clear, beyond = part[part.low > 0], part[part["angle, last quarter"] > 90]
     rest = part[~part.index.isin(clear.index)].method.tolist()
@@ -245,7 +246,7 @@ def panel_words(rows, name, step=None):
 
 def course_words(told):
     """What the slider calls a course: the method, or the panel, the attack and its learning rate."""
-    return f"{told['panel'] or shown(told['method'])}, {told['attack']}, lr {told['lr']:g}"
+    return f"{told['panel'] or display_name(told['method'])}, {told['attack']}, lr {told['lr']:g}"
 
 
 def count(rows):
@@ -303,7 +304,7 @@ def count(rows):
             .training.nunique()
         )
         fewer = [
-            f"{shown(method)} {model} {n}"
+            f"{display_name(method)} {model} {n}"
             for (method, model), n in of_model.items()
             if n < len(seeds)
         ]
@@ -320,7 +321,7 @@ def rate_words(attacked):
     )
     for lr in sorted(attacked.lr.unique()):
         last = attacked[(attacked.lr == lr) & attacked.model.eq("meta-unlearned")].step.max()
-        at = {m: share(parts[lr, m, last]) for m in in_line(attacked) if (lr, m, last) in parts}
+        at = {m: share(parts[lr, m, last]) for m in model_order(attacked) if (lr, m, last) in parts}
         said.append(
             f"at {lr:g}, after {last:.0f} steps, {', '.join(f'{m} {score}' for m, score in at.items())}"
         )
@@ -334,7 +335,7 @@ def price_words(attacked):
     def each(values):
         return ", ".join(
             f"{m} {value:.0%}"
-            for m, value in values.groupby("model").mean().reindex(in_line(attacked)).items()
+            for m, value in values.groupby("model").mean().reindex(model_order(attacked)).items()
         )
 
     return (
@@ -347,7 +348,7 @@ def caveats(rows, cards, method, lr):
     """What the marks do not say, or say too kindly, each a sentence made from the rows: how long each method was trained, how much the trainings differ, what else the attack costs, what simpler
     trainings do, which of them the marks leave out, what other learning rates do, and where a single prompt is enough.
 
-    rows: of `mu.reports.collect.one_each`; cards: those of one training. Sentences for which nothing was run are left out."""
+    rows: of `mu.reports.collect.deduplicate`; cards: those of one training. Sentences for which nothing was run are left out."""
     experiment = rows[rows.panel.eq("")]
     attacked = experiment[experiment.attack.eq("HRM-m") & experiment.method.eq(method)]
     usual = attacked[attacked.lr.sub(lr).abs() < 1e-9]
@@ -359,11 +360,11 @@ def caveats(rows, cards, method, lr):
         .set_index("method")
         .run
     )
-    length = {m: steps_of(cards, run) for m, run in run_of.items()}
+    length = {m: phase_steps(cards, run) for m, run in run_of.items()}
     own, others = length.pop(method, []), sorted({sum(steps) for steps in length.values()})
     said = (
         [
-            f"{shown(method)} is meta-unlearned for {sum(own)} steps{f' in {len(own)} phases' if len(own) > 1 else ''}, the other methods for {others[0] if len(others) == 1 else f'{others[0]} to {others[-1]}'}."
+            f"{display_name(method)} is meta-unlearned for {sum(own)} steps{f' in {len(own)} phases' if len(own) > 1 else ''}, the other methods for {others[0] if len(others) == 1 else f'{others[0]} to {others[-1]}'}."
         ]
         if own and others and others != [sum(own)]
         else []
@@ -393,17 +394,19 @@ def caveats(rows, cards, method, lr):
             f"in one training up to {100 * worst:.0f} points are lost."
         ]
     score = usual.groupby(["group", "model", "step"]).hit.mean().unstack("step")
-    controls = [m for m in in_line(usual) if m not in VARIANTS]
+    controls = [m for m in model_order(usual) if m not in VARIANTS]
     if controls:
         lost = max(
             (score.loc[("related", m)].iloc[0] - score.loc[("related", m)]).max() for m in controls
         )
-        courses = "; ".join(f"{m} {points(score.loc[('forget', m), told])}" for m in in_line(usual))
+        courses = "; ".join(
+            f"{m} {points(score.loc[('forget', m), told])}" for m in model_order(usual)
+        )
         said += [
             f"Simpler trainings under the same attack, percent of the pictures with the concept after {several(told, '{}')} steps: {courses}. None of the simpler ones loses more than {100 * lost:.0f} points of its related concepts."
         ]
     missing, _, quality = protection(usual)
-    compared = as_good(quality, VARIANTS[1], VARIANTS[0])
+    compared = comparable_controls(quality, VARIANTS[1], VARIANTS[0])
     left_out = [m for m in controls if m not in compared]
     if left_out and compared:
         before = quality.groupby("model")[["related", "unrelated"]].mean()
@@ -434,7 +437,7 @@ def caveats(rows, cards, method, lr):
         if attacked.lr.nunique() > 1
         else []
     )
-    single = of_concept(experiment)
+    single = concept_rows(experiment)
     single = (
         single[
             single.attack.eq("HRM-s")

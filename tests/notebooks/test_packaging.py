@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from mu.files import read_json
 from mu.notebooks.book import overview
-from mu.reports.collect import one_each, read_results
+from mu.reports.collect import deduplicate, read_results
 from mu.reports.words import caveats
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_what_the_readme_says_too_kindly_is_what_the_rows_say():
         == [
             f"- {sentence}"
             for sentence in caveats(
-                one_each(found), next(iter(found.cards.values())), "esd-f-1", 6e-5
+                deduplicate(found), next(iter(found.cards.values())), "esd-f-1", 6e-5
             )
         ]
         and len(said) > 5

@@ -12,11 +12,11 @@ import yaml
 from mu.notebooks.run import execute
 from mu.reports.ablations import (
     answer,
-    base_of,
-    beside_plain,
+    base_choice,
+    plain_runs,
     choices_figure,
     choices_table,
-    pairs,
+    attacked_runs,
     under_attack,
 )
 from mu.reports.collect import collect, read_results
@@ -111,8 +111,8 @@ def test_other_attacks_on_the_base(results):
         "factor": "attack",
         "attacks": {"as rehearsed": "base", "fast": "attack-fast"},
     }
-    assert pairs(entry) == {"as rehearsed": ("base", "base"), "fast": ("base", "attack-fast")}
-    assert beside_plain(entry) == {
+    assert attacked_runs(entry) == {"as rehearsed": ("base", "base"), "fast": ("base", "attack-fast")}
+    assert plain_runs(entry) == {
         "as rehearsed": ("plain", "plain"),
         "fast": ("plain", "attack-fast"),
     }
@@ -191,18 +191,18 @@ def test_every_question_of_the_file_asks_for_runs_that_there_are():
             {"plain", *facts["variants"], *(f"attack-{name}" for name in facts["mismatches"])},
         )
         for name, entry in asked["questions"].items():
-            assert {run for run, _ in pairs(entry).values()} <= runs and {
-                attack for _, attack in pairs(entry).values()
+            assert {run for run, _ in attacked_runs(entry).values()} <= runs and {
+                attack for _, attack in attacked_runs(entry).values()
             } <= attacks, (model, name)
             assert set(entry) <= {"question", "factor", "runs", "attacks", "base"}, (
                 f"{name}: a comma without quotes?"
             )
             assert (
-                base_of(entry) in pairs(entry)
+                base_choice(entry) in attacked_runs(entry)
                 and entry["question"].endswith("?")
                 and entry["factor"]
             ), name
-        used = {key for entry in asked["questions"].values() for _, key in pairs(entry).values()}
+        used = {key for entry in asked["questions"].values() for _, key in attacked_runs(entry).values()}
         assert attacks - used <= {"plain"}, f"trained and never asked about: {attacks - used}"
 
 
@@ -302,4 +302,4 @@ def test_what_is_gained_has_its_interval_below_0_and_is_not_cut_off():
 )
 def test_a_question_without_a_base_is_refused(entry, words):
     with pytest.raises(ValueError, match=words):
-        base_of(entry)
+        base_choice(entry)

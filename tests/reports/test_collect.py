@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import synthetic
 
-from mu.reports import figures, words
+from mu.reports import figures, training_tables, words
 from mu.reports import tables as paper
-from mu.reports.collect import attack_name, collect, method_of, one_each, read_results, variant
+from mu.reports.collect import attack_name, collect, deduplicate, method_of, read_results, variant
 from mu.reports.explorer import read_sheet
-from mu.reports.targets import marks, price, relearning_table, targets_by_seed
+from mu.reports.targets import cost_figure, relearning_table, targets_by_seed, targets_table
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = {
@@ -301,7 +301,7 @@ def test_the_quality_table_and_the_others(gathered):
     assert said.endswith(
         "above 0: UCE meta-unlearned 50% (20% to 70%). Of the 1 others the largest is SDD meta-unlearned 30% (0% to 60%)."
     )
-    turns = paper.turns(found.records[found.records.panel == ""])
+    turns = training_tables.angle_change(found.records[found.records.panel == ""])
     meta = turns[turns.variant == "meta-unlearned"].iloc[
         0
     ]  # cosines 0.2 and -0.2: 78.46 and 101.54 degrees
@@ -342,7 +342,7 @@ def test_two_phases_are_one_training():
             "model": ["unlearned", "m-first", "m-first", "meta-unlearned", "meta-unlearned"],
         }
     )
-    assert paper.in_phases(records)[["step", "model"]].to_numpy().tolist() == [
+    assert training_tables.merge_phases(records)[["step", "model"]].to_numpy().tolist() == [
         [1, "unlearned"],
         [1, "meta-unlearned"],
         [5, "meta-unlearned"],
@@ -393,7 +393,7 @@ def test_related_concepts_under_the_attack_and_under_clean_stand_side_by_side(ga
 def test_marks_of_one_method(gathered):
     rows = read_results(gathered / "raw").rows
     mine = rows[(rows.panel == "") & rows.method.isin(["uce", ""])]
-    table = marks(
+    table = targets_table(
         mine[mine.attack == "none"],
         mine[mine.attack == "HRM-m"],
         mine[mine.attack == "CLEAN"],
@@ -416,7 +416,7 @@ def test_marks_of_one_method(gathered):
     ), "the meta-unlearned one was not seen to come back, nor looked at for four times as long"
     assert (
         found.attacks["unlearned"] == 2
-        and found.came_back["unlearned"] == 2
+        and found.relearned["unlearned"] == 2
         and found["steps to revival"]["meta-unlearned"] == "> 100"
     )
     twice = targets_by_seed(
@@ -466,7 +466,7 @@ def test_a_mark_of_revival_says_when_nobody_saw_it_come_back(gathered):
         )
     )
     late = pd.concat([soon, soon[soon.step == 100].assign(step=200)])
-    table = marks(rows[rows.attack == "none"], late, late[:0], 6e-5).set_index("asked")
+    table = targets_table(rows[rows.attack == "none"], late, late[:0], 6e-5).set_index("asked")
     asked = "steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"
     assert table.measured[asked] == "4 at least: not back in 200" and table.met[asked] == "✓"
 
@@ -474,7 +474,7 @@ def test_a_mark_of_revival_says_when_nobody_saw_it_come_back(gathered):
 def test_a_model_that_trainings_share_counts_once(gathered):
     """By its digest: the original always, a closed form's where an attack's card says its weights. Other models are as many as there are trainings."""
     found = read_results(gathered / "raw")
-    rows = one_each(found)
+    rows = deduplicate(found)
     assert (
         rows[rows.model == "original"].groupby("panel").training.nunique().eq(1).all()
         and rows[rows.model != "original"].groupby(["panel", "run"]).training.nunique()["", "uce"]
@@ -498,7 +498,7 @@ def test_a_model_that_trainings_share_counts_once(gathered):
         }
         for t, of in found.cards.items()
     }
-    rows = one_each(replace(found, cards=cards))
+    rows = deduplicate(replace(found, cards=cards))
     of_uce = rows[(rows.method == "uce") & rows.attack.eq("HRM-m")].groupby("model")
     assert (
         of_uce.training.nunique().to_dict() == {"unlearned": 1, "meta-unlearned": 2}
@@ -527,7 +527,7 @@ def test_steps_that_several_learning_rates_share_are_not_so_many_pictures(gather
 def test_the_price_of_the_defence_is_drawn_and_said(gathered):
     rows = read_results(gathered / "raw").rows
     mine = rows[(rows.panel == "") & (rows.method == "uce") & rows.attack.eq("HRM-m")]
-    fig = price(mine)
+    fig = cost_figure(mine)
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == [
         "meta-unlearned",
         "unlearned",
@@ -541,7 +541,7 @@ def test_the_price_of_the_defence_is_drawn_and_said(gathered):
 
 def test_what_is_said_too_kindly_is_said_as_well(gathered):
     found = read_results(gathered / "raw")
-    rows, cards = one_each(found), found.cards["0"]
+    rows, cards = deduplicate(found), found.cards["0"]
     said = "\n".join(words.caveats(rows, cards, "uce", 6e-5))
     assert (
         "after 100 steps of the attack they have lost 50, 50 points of their related concepts"
@@ -584,7 +584,7 @@ def test_what_is_said_too_kindly_is_said_as_well(gathered):
         words.caveats(rows, made, "uce", 6e-5)[0]
         == "UCE is meta-unlearned for 40 steps in 2 phases, the other methods for 7."
     )
-    table = paper.trainings_table(
+    table = training_tables.trainings_table(
         rows, made | {"/esd-u-3": {"run": {"lr": 1e-5, "loop": {"steps": 64}}}}
     ).set_index("method")
     assert table["meta: steps"].to_dict() == {"ESD-u-3": "7", "UCE": "30 + 10"} and table[

@@ -15,7 +15,7 @@ from mu.files import read_json
 from mu.notebooks.run import execute
 from mu.reports import figures
 from mu.reports import tables as paper
-from mu.reports.collect import one_each, read_results
+from mu.reports.collect import deduplicate, read_results
 from mu.reports.page import save_table
 from mu.reports.plots import save_figure
 
@@ -30,7 +30,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def at_lr(results):
-    rows = one_each(results)
+    rows = deduplicate(results)
     main = rows[rows.panel == ""]
     return main[
         main.lr.isna() | np.isclose(main.lr, 6e-5) | ~main.attack.isin(["HRM-s", "HRM-m", "CLEAN"])
@@ -72,7 +72,7 @@ def test_a_cell_of_the_table_is_the_share_of_its_pictures(results):
             and abs(lr - 6e-5) < 1e-9
             and folder in folders
         ]
-        cell = table.loc[(paper.shown(method), variant, "HRM-m", steps)]
+        cell = table.loc[(paper.display_name(method), variant, "HRM-m", steps)]
         assert (
             cell.ours == pytest.approx(100 * sum(hits) / len(hits), abs=0.01)
             and cell.pictures == len(hits)
