@@ -1,6 +1,5 @@
 """Simulated attackers: data, steps, optimizer, and what the objective measures afterwards."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +17,12 @@ from mu.parallel import Runtime
 class Inner:
     """How the simulated attackers fine-tune. Pairs and lists are drawn anew at each outer step."""
 
-    steps: int | tuple[int, int] = 1  # M; (low, high): uniform
-    lr: float | tuple[float, float] = 1e-5  # τ; (low, high): log-uniform
-    optimizer: str | tuple[str, ...] = "sgd"  # sgd, adam, adamw, adam8bit; several: one of them
+    steps: int | tuple[int, int] = (5, 9)  # M; (low, high): uniform
+    lr: float | tuple[float, float] = (2e-4, 8e-4)  # τ; (low, high): log-uniform
+    optimizer: str | tuple[str, ...] = ("adam",)  # sgd, adam, adamw, adam8bit; several: one of them
     batch_size: int = 8  # images per step
     order: str = "first"  # first (FOMAML), or second: exact through SGD
-    bound: float = math.inf  # do not push a loss at θ_FT above this value
+    bound: float = 1.0  # do not push a loss at θ_FT above this value
 
 
 @dataclass(frozen=True)

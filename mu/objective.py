@@ -89,7 +89,7 @@ class Objective:
     inner: Inner = Inner()
     clean_every: int = 3  # every n-th step simulates CLEAN instead of the attack
     drift_terms: tuple[str, ...] = DRIFT_TERMS  # x of D: images, empty prompt, random prompts
-    retain_batch_size: int = 8  # images per step and retain set; half for "empty" and "any"
+    retain_batch_size: int = 16  # images per step and retain set; half for "empty" and "any"
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient
     controls: Controls = Controls()
@@ -115,6 +115,10 @@ class Objective:
         if isinstance(self.method, SDD) and state.ema is None:
             raise ValueError("SDD returns a running average of the weights: set ema, e.g. 0.999")
         self.controls.check(runtime)
+
+
+PLAIN = Objective(Weights(retain=5.0))
+META = Objective(Weights(2.0, retain=40.0, ascent=1.0, relearn=1.0, self_destruct=12.0, clean=12.0))
 
 
 def frozen_predictions(unet, unet_frozen, draws, objective, runtime):

@@ -6,15 +6,19 @@ import math
 import pytest
 import tiny
 import torch
+from flat import unlearn
 from safetensors.torch import load, save
 
-import mu.meta
 from mu.files import read_json
+from mu.losses import Inputs, denoising, draw_minibatch, predictions, squared_errors
+from mu.meta import meta_gradient
 from mu.models import frozen_copy, load_pipeline, predict_noise, reference, trainable, without_lora
-from mu.objectives import denoising, draw_minibatch, predictions, share, squared_errors
+from mu.optimizers import make_optimizer
+from mu.parallel import Runtime, shard
 from mu.params import open_run
 from mu.runs.folder import run_loop
-from mu.train import Record, State, finetune, unlearn
+from mu.state import State
+from mu.train import Record, finetune
 
 FULL = dict(
     batch_size=2,
@@ -96,7 +100,7 @@ def test_a_micro_batch_keeps_no_activations(sets, noise_scheduler, monkeypatch):
             ),
             lambda t: t,
         ):
-            loss = squared_errors(unet, part, accumulation=accumulation)[0]
+            loss = squared_errors(unet, [part], accumulation)[0]
         return sum(sizes.values()), loss
 
     (whole, loss), (parted, same) = kept(1), kept(8)
@@ -104,26 +108,27 @@ def test_a_micro_batch_keeps_no_activations(sets, noise_scheduler, monkeypatch):
 
 
 def test_shares_are_all_rows_once_and_even():
-    part = torch.arange(12), {"encoder_hidden_states": torch.arange(12) * 2}
-    shares = [share(part, i, 3) for i in range(3)]
-    assert sorted(torch.cat([x for x, _ in shares]).tolist()) == list(range(12))
-    assert all(torch.equal(c["encoder_hidden_states"], 2 * x) and len(x) == 4 for x, c in shares)
+    index = torch.arange(12)
+    part = Inputs(index, index, {"encoder_hidden_states": index * 2})
+    shares = [shard(part, i, 3) for i in range(3)]
+    assert sorted(torch.cat([x for x, _, _ in shares]).tolist()) == list(range(12))
+    assert all(torch.equal(c["encoder_hidden_states"], 2 * x) and len(x) == 4 for x, _, c in shares)
     assert shares[0][0].tolist() == [0, 3, 6, 9], "spread: each share has small and large timesteps"
     with pytest.raises(
         ValueError,
-        match="12 rows cannot be shared among 5 processes or micro-batches: choose batch sizes that are multiples",
+        match="12 rows do not divide into 5 equal shards: choose batch sizes that are multiples",
     ):
-        share(part, 0, 5)
+        shard(part, 0, 5)
 
 
 def test_predictions_in_micro_batches_are_in_order(sets, noise_scheduler):
     unet = tiny.make_unet()
     parts = [
-        denoising(draw_minibatch(s, noise_scheduler, n, torch.Generator().manual_seed(n)))
-        for s, n in zip(sets, (4, 6), strict=False)
+        draw_minibatch(s, noise_scheduler, n, torch.Generator().manual_seed(n)).inputs
+        for s, n in zip(sets[:2], (4, 6), strict=True)
     ]
     for whole, parted in zip(
-        predictions(unet, *parts), predictions(unet, *parts, accumulation=2), strict=False
+        predictions(unet, parts), predictions(unet, parts, accumulation=2), strict=True
     ):
         torch.testing.assert_close(whole, parted, rtol=0, atol=1e-5)
 
@@ -153,7 +158,7 @@ def test_checkpointing_keeps_less(sets, noise_scheduler):
             ),
             lambda t: t,
         ):
-            squared_errors(unet, part)
+            squared_errors(unet, [part])
         return sum(sizes.values())
 
     assert kept(True) < 0.8 * kept(False)
@@ -166,13 +171,13 @@ def test_the_snapshot_lies_where_it_is_asked_for(sets, monkeypatch):
         torch.Tensor, "to", lambda self, *a, **k: seen.append(a) or real(self, *a, **k)
     )
     p = torch.nn.Parameter(torch.ones(3))
-    mu.meta.meta_gradient(
+    meta_gradient(
         [p],
         [lambda: (p**2).sum()],
         lambda: (p**2).sum(),
-        mu.meta.make_inner_optimizer("sgd", [p]),
+        make_optimizer("sgd", [p], lr=0.0),
         0.1,
-        snapshot="cpu",
+        runtime=Runtime(snapshot="cpu"),
     )
     assert ("cpu",) in seen and p.tolist() == [1, 1, 1]
 
@@ -194,7 +199,9 @@ def test_lora_trains_adapters_alone_and_its_reference_is_itself_switched_off(set
     batch = draw_minibatch(sets[0], tiny.make_scheduler(), 4, torch.Generator().manual_seed(0))
 
     def look(net):
-        return predict_noise(net, batch.noisy_latents, batch.timesteps, batch.conditioning).detach()
+        return predict_noise(
+            net, batch.inputs.latents, batch.inputs.timesteps, batch.inputs.conditioning
+        ).detach()
 
     assert moved.norm() > 0 and all(
         torch.equal(p, base[name]) for name, p in unet.named_parameters() if name in base
@@ -223,8 +230,10 @@ def test_adapters_are_drawn_from_the_seed(sets):
     one, same, other = (
         State(tiny.make_unet(), "lora", seed=seed, rank=2).parameters for seed in (1, 1, 2)
     )
+    unet = tiny.make_unet(seed=0)
     before = torch.random.get_rng_state()
-    State(tiny.make_unet(seed=0), "lora", seed=9)
+    State(unet, "lora", seed=9)
+    assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(p, q) for p, q in zip(one, same, strict=False)) and any(
         not torch.equal(p, q) for p, q in zip(one, other, strict=False)
     )
@@ -241,12 +250,12 @@ def test_half_precision_weights_are_for_adapters_only(sd_folder):
     assert unet.dtype == torch.bfloat16
     with pytest.raises(
         ValueError,
-        match="subset 'f' would train weights in torch.bfloat16: load the model in float32, or train subset 'lora'",
+        match="subset 'f' would train weights in torch.bfloat16: load them in float32",
     ):
         trainable(unet, "f")
     assert {p.dtype for p in trainable(unet, "lora", 2).values()} == {torch.float32}
     for how, error, words in (
-        (dict(dtype="quarter"), ValueError, "'quarter': allowed are full"),
+        (dict(dtype="quarter"), ValueError, "'quarter': choose full"),
         (dict(precision="fp16"), ValueError, "'fp16' needs a GPU.*no, bf16"),
         (dict(family="sdxl"), ValueError, "for a model of the family 'sdxl'.*is of 'sd'"),
     ):
@@ -255,9 +264,9 @@ def test_half_precision_weights_are_for_adapters_only(sd_folder):
 
 
 def test_without_a_reference_it_stops(sets):
-    with pytest.raises(ValueError, match="unet_frozen=None goes with subset='lora' only"):
+    with pytest.raises(ValueError, match="unet_frozen=None needs adapters: train subset 'lora'"):
         train(sets, frozen="none")
-    with pytest.raises(ValueError, match="'some': allowed are same, half, none"):
+    with pytest.raises(ValueError, match="'some': choose same, half, or none"):
         frozen_copy(tiny.make_unet(), "some")
 
 
@@ -314,9 +323,18 @@ def test_an_overflow_of_half_precision_says_what_to_do(sets, noise_scheduler):
     start = tiny.weights(state.unet)
     with pytest.raises(
         FloatingPointError,
-        match=r"gradient norm is \w+ at step 1.*float16.*lower loss_scale \(1e\+39\), or choose precision bf16 or no",
+        match=r"gradient norm is \w+ in step 1.*lower .* loss_scale \(1e\+39\), or choose precision bf16 or no",
     ):
-        list(finetune(state, noise_scheduler, sets[0], steps=1, batch_size=2, loss_scale=1e39))
+        list(
+            finetune(
+                state,
+                noise_scheduler,
+                sets[0],
+                steps=1,
+                batch_size=2,
+                runtime=Runtime(loss_scale=1e39),
+            )
+        )
     assert torch.equal(tiny.weights(state.unet), start) and state.step == 0
 
 
@@ -357,8 +375,8 @@ def test_what_it_is_computed_by_may_change_in_a_run(tmp_path):
     folder = open_run(tmp_path / "run", {"lr": 1.0}, {"accumulation": 1})
     assert open_run(folder, {"lr": 1.0}, {"accumulation": 4}) == folder and read_json(
         folder / "params.json"
-    ) == {"lr": 1.0, "how": {"accumulation": 4}}
-    with pytest.raises(ValueError, match="lr=1.0, asked for is 2.0"):
+    ) == {"lr": 1.0, "runtime": {"accumulation": 4}}
+    with pytest.raises(ValueError, match="lr=1.0, not the requested 2.0"):
         open_run(folder, {"lr": 2.0}, {"accumulation": 4})
 
 
@@ -434,9 +452,9 @@ def test_sdd_is_a_plain_loop(sets):
 
 
 def test_sdd_wants_its_average_and_methods_are_named(sets):
-    with pytest.raises(ValueError, match="ema=0.999"):
+    with pytest.raises(ValueError, match="set ema, e.g. 0.999"):
         train(sets, method="sdd")
-    with pytest.raises(ValueError, match="'uce' of the loop: allowed are esd, sdd"):
+    with pytest.raises(ValueError, match="unknown loss 'uce': choose esd, sdd"):
         train(sets, method="uce")
 
 

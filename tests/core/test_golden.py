@@ -1,22 +1,18 @@
 """The loop against the loop before the restructuring: equal weights and records, bit for bit."""
 
-import math
-
+import flat
 import legacy_unlearn as legacy
 import pytest
 import tiny
 import torch
 
-from mu.attackers import Inner
-from mu.controls import Controls
-from mu.draws import Data
-from mu.objective import ESD, SDD, Objective, Weights
 from mu.parallel import Runtime
-from mu.sampling import Trajectory
 from mu.state import State
-from mu.train import finetune, unlearn
+from mu.train import finetune
 
-META = dict(retain=1.0, relearn=0.3, self_destruct=4.0, clean=1.0, ascent=0.5, inner_lr=(1e-4, 4e-4))
+META = dict(
+    retain=1.0, relearn=0.3, self_destruct=4.0, clean=1.0, ascent=0.5, inner_lr=(1e-4, 4e-4)
+)
 CASES = {
     "esd": dict(eta=1.5, guidance=2.0),
     "sdd": dict(method="sdd"),
@@ -25,42 +21,13 @@ CASES = {
     "sdd, full": META | dict(method="sdd", inner_optimizer="adam", replace=True),
     "second order": META | dict(order="second", inner_steps=2),
     "bound and clip": META | dict(bound=0.5, clip=0.1, clean_every=2),
-    "meta alone": META | dict(unlearn=0.0, keep=["related", "any"], timestep=300),
+    "meta alone": META | dict(unlearn=0.0, drift_terms=["related", "any"], timestep=300),
     "ascent alone": dict(unlearn=0.0, ascent=1.0),
     "controls": dict(gradient_norm=0.5, alignment=0.3, inner_batch_size=3),
     "lora": META | dict(subset="lora", frozen=False),
     "accumulation": META | dict(accumulation=2, snapshot="cpu", trajectory_reuse=2),
     "float16's scale": META | dict(loss_scale=256.0),
 }
-
-
-def make_objective(o):
-    """Return the objective of the old loop's keywords."""
-    trajectory = Trajectory(
-        o.get("guidance", 3.0), o.get("trajectory_steps", 50), o.get("trajectory_reuse", 1)
-    )
-    inner = Inner(
-        steps=o.get("inner_steps", 1),
-        lr=o.get("inner_lr", 1e-5),
-        optimizer=tuple(x) if isinstance(x := o.get("inner_optimizer", "sgd"), list) else x,
-        batch_size=o.get("inner_batch_size", 8),
-        order=o.get("order", "first"),
-        bound=o.get("bound", math.inf),
-    )
-    names = ("unlearn", "retain", "ascent", "relearn", "self_destruct", "clean")
-    sdd = o.get("method") == "sdd"
-    return Objective(
-        Weights(**{name: o[name] for name in names if name in o}),
-        SDD(4, trajectory) if sdd else ESD(o.get("eta", 1.0), 4, trajectory),
-        inner,
-        o.get("clean_every", 3),
-        tuple(o.get("keep", ("related", "unrelated", "empty", "any"))),
-        timestep=o.get("timestep"),
-        clip=o.get("clip", 1.0),
-        controls=Controls(
-            o.get("gradient_norm", 0.0), o.get("alignment", 0.0), o.get("angle_every", 0)
-        ),
-    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,6 +37,7 @@ def test_six_steps_equal_the_old_loop(sets, case):
     words = torch.randn(5, tiny.LENGTH, 16, generator=torch.Generator().manual_seed(3))
     words = {"encoder_hidden_states": words}
     replace = {k: v[:1] for k, v in words.items()} if options.pop("replace", False) else None
+    old = {"keep" if name == "drift_terms" else name: value for name, value in options.items()}
     kind = dict(lr=1e-3, seed=3, rank=2, ema=0.9 if options.get("method") == "sdd" else 0.0)
     unets, records, states = [], [], []
     for make in (legacy.State, State):
@@ -77,22 +45,12 @@ def test_six_steps_equal_the_old_loop(sets, case):
         reference = tiny.frozen(unet) if frozen else None
         state = make(unet, subset, **kind)
         if make is State:
-            loop = unlearn(
-                state,
-                reference,
-                tiny.make_scheduler(),
-                Data(*sets, retain_prompts=words, replace=replace),
-                make_objective(options),
-                steps=6,
-                runtime=Runtime(
-                    options.get("accumulation", 1),
-                    options.get("snapshot"),
-                    options.get("loss_scale", 1.0),
-                ),
+            loop = flat.unlearn(
+                state, reference, tiny.make_scheduler(), *sets, words, replace, steps=6, **options
             )
         else:
             loop = legacy.unlearn(
-                state, reference, tiny.make_scheduler(), *sets, words, replace, steps=6, **options
+                state, reference, tiny.make_scheduler(), *sets, words, replace, steps=6, **old
             )
         records.append([(r.step, r.losses, r.passes) for r in loop])
         unets.append(tiny.weights(unet))

@@ -7,15 +7,10 @@ import tiny
 import torch
 from diffusers.models.attention_processor import Attention
 
+from mu.losses import Inputs, Term, denoising, draw_minibatch, predictions, squared_errors
 from mu.models import predict_noise, select, stack, trainable
-from mu.objectives import (
-    denoising,
-    draw_minibatch,
-    esd,
-    predictions,
-    sample_trajectory,
-    squared_errors,
-)
+from mu.objective import ESD
+from mu.sampling import Trajectory, sample_trajectory
 
 
 def generator(seed=0):
@@ -25,9 +20,9 @@ def generator(seed=0):
 def test_minibatch_is_scaled_noise_on_drawn_images(sets, noise_scheduler):
     forget = sets[0]
     batch = draw_minibatch(forget, noise_scheduler, 500, generator())
-    alpha = noise_scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    latents = (batch.noisy_latents - (1 - alpha).sqrt() * batch.noise) / alpha.sqrt()
-    early = batch.timesteps < 500  # where the latents can be told from the noise
+    alpha = noise_scheduler.alphas_cumprod[batch.inputs.timesteps].view(-1, 1, 1, 1)
+    latents = (batch.inputs.latents - (1 - alpha).sqrt() * batch.noise) / alpha.sqrt()
+    early = batch.inputs.timesteps < 500  # where the latents can be told from the noise
     jitter = (latents[:, None] - forget.mean[None])[early] / 0.1
     size, image = jitter.pow(2).mean((2, 3, 4)).min(1)
     assert (
@@ -37,41 +32,43 @@ def test_minibatch_is_scaled_noise_on_drawn_images(sets, noise_scheduler):
     for row in torch.nonzero(early)[:20, 0]:  # and with the prompt of that image
         nearest = (latents[row] - forget.mean).pow(2).mean((1, 2, 3)).argmin()
         assert torch.equal(
-            batch.conditioning["encoder_hidden_states"][row],
+            batch.inputs.conditioning["encoder_hidden_states"][row],
             forget.conditioning["encoder_hidden_states"][forget.prompt[nearest]],
         )
     assert (
-        abs(batch.timesteps.float().mean() - 499.5) < 40
-        and batch.timesteps.min() < 30
-        and 970 < batch.timesteps.max() < 1000
+        abs(batch.inputs.timesteps.float().mean() - 499.5) < 40
+        and batch.inputs.timesteps.min() < 30
+        and 970 < batch.inputs.timesteps.max() < 1000
     )
     assert (
-        draw_minibatch(forget, noise_scheduler, 8, generator()).timesteps // 125
+        draw_minibatch(forget, noise_scheduler, 8, generator()).inputs.timesteps // 125
     ).tolist() == list(range(8))  # one of each stratum
     again = draw_minibatch(forget, noise_scheduler, 500, generator())
-    assert torch.equal(again.noisy_latents, batch.noisy_latents) and torch.equal(
-        again.timesteps, batch.timesteps
+    assert torch.equal(again.inputs.latents, batch.inputs.latents) and torch.equal(
+        again.inputs.timesteps, batch.inputs.timesteps
     )
 
 
 def test_denoising_loss_is_the_one_of_a_plain_diffusers_loop(unet, sets, noise_scheduler):
     batch = draw_minibatch(sets[0], noise_scheduler, 8, generator(1))
-    alpha = noise_scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    latents = (batch.noisy_latents - (1 - alpha).sqrt() * batch.noise) / alpha.sqrt()
-    noisy = noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)
+    alpha = noise_scheduler.alphas_cumprod[batch.inputs.timesteps].view(-1, 1, 1, 1)
+    latents = (batch.inputs.latents - (1 - alpha).sqrt() * batch.noise) / alpha.sqrt()
+    noisy = noise_scheduler.add_noise(latents, batch.noise, batch.inputs.timesteps)
     expected = torch.nn.functional.mse_loss(
         unet(
             noisy,
-            batch.timesteps,
-            encoder_hidden_states=batch.conditioning["encoder_hidden_states"],
+            batch.inputs.timesteps,
+            encoder_hidden_states=batch.inputs.conditioning["encoder_hidden_states"],
         ).sample,
         batch.noise,
     )
-    (found,) = squared_errors(unet, denoising(batch))
+    (found,) = squared_errors(unet, [denoising(batch)])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     exact = torch.nn.functional.mse_loss(
         unet(
-            batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]
+            batch.inputs.latents,
+            batch.inputs.timesteps,
+            batch.inputs.conditioning["encoder_hidden_states"],
         ).sample,
         batch.noise,
     )
@@ -85,9 +82,9 @@ def test_parts_in_one_pass_are_the_losses_of_separate_passes(unet, sets, noise_s
     ]
     passes = []
     unet.register_forward_hook(lambda *_: passes.append(1))
-    together = squared_errors(unet, *parts)
+    together = squared_errors(unet, parts)
     assert len(passes) == 1 and len(together) == 3
-    apart = [squared_errors(unet, part)[0] for part in parts]
+    apart = [squared_errors(unet, [part])[0] for part in parts]
     torch.testing.assert_close(torch.stack(together), torch.stack(apart), rtol=1e-5, atol=0)
     assert len({round(x.item(), 4) for x in apart}) == 3  # in this order and no other
 
@@ -96,20 +93,19 @@ def test_parts_in_one_pass_are_the_losses_of_separate_passes(unet, sets, noise_s
 def test_esd_target_is_the_equation(unet, unet_frozen, sets, noise_scheduler, eta):
     forget, unconditional = sets[0], sets[3]
     batch = draw_minibatch(forget, noise_scheduler, 4, generator())
-    z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning
+    z, t, c = batch.inputs.latents, batch.inputs.timesteps, batch.inputs.conditioning
     nothing = select(unconditional, torch.zeros(4, dtype=torch.long))
-    target = esd(
-        *predictions(unet_frozen, (z, t, nothing), (z, t, c, "a target, not looked at")), eta
-    )
+    asked = {"no concept": Inputs(z, t, nothing), "concept": Inputs(z, t, c)}
+    frozen = dict(zip(asked, predictions(unet_frozen, list(asked.values())), strict=True))
+    target = ESD(eta).target(frozen, unet, None, None)
     with torch.no_grad():
         conditional = unet_frozen(z, t, c["encoder_hidden_states"]).sample
         empty = unet_frozen(z, t, unconditional["encoder_hidden_states"].expand(4, -1, -1)).sample
     expected = empty - eta * (conditional - empty)
     torch.testing.assert_close(target, expected, rtol=0, atol=1e-6)
     assert (conditional - empty).abs().max() > 1e-3 and not target.requires_grad
-    loss, to_zero = squared_errors(
-        unet, (z, t, c, target, torch.zeros_like(z))
-    )  # two targets of one pass
+    both = (Term("target", 1.0, batch.inputs, target), Term("0", 1.0, batch.inputs, 0 * z))
+    loss, to_zero = squared_errors(unet, both)
     assert to_zero.item() == pytest.approx(
         unet(z, t, c["encoder_hidden_states"]).sample.pow(2).mean().item(), rel=1e-4
     )
@@ -134,9 +130,8 @@ def test_each_row_of_a_trajectory_is_a_guided_ddim_loop_stopped_there(
         conditioning,
         unconditional,
         generator(seed),
-        guidance=3.0,
-        shape=(4, 8, 8),
-        points=points,
+        Trajectory(3.0, 50, points),
+        (4, 8, 8),
     )
     assert z.shape == (3 * points, 4, 8, 8) and t.shape == (3 * points,) and not z.requires_grad
 
@@ -179,8 +174,8 @@ def test_timesteps_lie_in_the_bin_of_the_noise_level_that_the_latents_have(noise
         conditioning,
         select(conditioning, slice(1)),
         generator(seed),
-        shape=(1, 2, 2),
-        points=points,
+        Trajectory(3.0, 50, points),
+        (1, 2, 2),
     )
     start = generator(seed)
     torch.randint(50, (points, n), generator=start)

@@ -4,8 +4,10 @@ import pytest
 import tiny
 import torch
 
-from mu.meta import angle, expansion, inner_step, make_inner_optimizer, meta_gradient
+from mu.controls import Controls, angle, expansion
+from mu.meta import inner_step, meta_gradient
 from mu.models import predict_noise, trainable
+from mu.optimizers import make_optimizer
 
 
 def quadratics(steps, n=6, seed=0):
@@ -31,7 +33,7 @@ def test_quadratic_has_the_closed_form(steps, order):
     theta, matrices, losses = quadratics(steps)
     tau, start = 0.05, theta.detach().clone()
     value, (gradient,) = meta_gradient(
-        [theta], losses[:-1], losses[-1], make_inner_optimizer("sgd", [theta]), tau, order
+        [theta], losses[:-1], losses[-1], make_optimizer("sgd", [theta], lr=0.0), tau, order
     )
 
     fine_tuned, jacobian = start.clone(), torch.eye(6, dtype=torch.float64)
@@ -52,7 +54,7 @@ def test_the_expansion_and_the_angle_have_their_closed_forms():
     """For quadratics: the gradient is A(θ − a); that of ‖A(θ − a)‖² is 2A²(θ − a), and of ⟨A(θ − a), B(θ − b)⟩ it is A B(θ − b) + B A(θ − a)."""
     theta, ((A, a), (B, b)), (forget, related) = quadratics(1)
     one, other = A @ (theta.detach() - a), B @ (theta.detach() - b)
-    value, (gradient,) = expansion([theta], forget, related, 0.7, -0.3)
+    value, (gradient,) = expansion([theta], forget, related, Controls(0.7, -0.3))
     assert value == pytest.approx((0.7 * one @ one - 0.3 * one @ other).item(), rel=1e-12)
     torch.testing.assert_close(
         gradient, 1.4 * A @ one - 0.3 * (A @ other + B @ one), rtol=1e-12, atol=1e-12
@@ -100,7 +102,7 @@ def flat(tensors):
 def test_second_order_equals_finite_differences_on_a_unet(unet64, subset):
     parameters, tau = list(trainable(unet64, subset).values()), 0.3
     *inner, outer = unet_losses(unet64, 4)
-    optimizer = make_inner_optimizer("sgd", parameters)
+    optimizer = make_optimizer("sgd", parameters, lr=0.0)
     _, second = meta_gradient(parameters, inner, outer, optimizer, tau, "second")
     _, first = meta_gradient(parameters, inner, outer, optimizer, tau, "first")
 
@@ -133,7 +135,7 @@ def test_second_order_equals_finite_differences_on_a_unet(unet64, subset):
 def test_first_order_is_second_order_without_the_hessian_term(unet64):
     parameters, tau = list(trainable(unet64, "f").values()), 0.3
     inner, outer = unet_losses(unet64, 2)
-    optimizer = make_inner_optimizer("sgd", parameters)
+    optimizer = make_optimizer("sgd", parameters, lr=0.0)
     _, second = meta_gradient(parameters, [inner], outer, optimizer, tau, "second")
     _, first = meta_gradient(parameters, [inner], outer, optimizer, tau, "first")
 
@@ -160,7 +162,7 @@ def test_first_order_is_the_gradient_after_plain_adam(unet64):
     """Two simulated attacks in a row: each starts with fresh moments, as a new torch.optim.Adam does."""
     inner, inner2, outer = unet_losses(unet64, 3)
     parameters = list(trainable(unet64, "f").values())
-    optimizer = make_inner_optimizer("adam", parameters)
+    optimizer = make_optimizer("adam", parameters, lr=0.0)
     inner_step(
         parameters, inner2(), optimizer
     )  # at learning rate 0: leaves moments behind, and nothing else
@@ -188,7 +190,9 @@ def test_inner_step_is_a_plain_step_and_returns_the_loss_before_it(name, referen
     for plain in (True, False):
         theta, _, losses = quadratics(3)
         optimizer = (
-            reference([theta], lr=0.1, fused=True) if plain else make_inner_optimizer(name, [theta])
+            reference([theta], lr=0.1, fused=True)
+            if plain
+            else make_optimizer(name, [theta], lr=0.0)
         )
         optimizer.param_groups[0]["lr"] = 0.1
         seen = []
@@ -217,7 +221,7 @@ def test_the_weights_are_untouched(unet64, order, optimizer):
         parameters,
         inner,
         lambda: moved.append((tiny.weights(unet64) - before).norm()) or outer(),
-        make_inner_optimizer(optimizer, parameters),
+        make_optimizer(optimizer, parameters, lr=0.0),
         0.1,
         order,
     )
@@ -242,7 +246,7 @@ def test_the_weights_are_untouched_when_a_loss_raises(order, call):
         return evaluate
 
     *inner, outer = map(failing, losses)
-    optimizer = make_inner_optimizer("sgd", [theta])
+    optimizer = make_optimizer("sgd", [theta], lr=0.0)
     total = (
         4 if order == "first" else 4 + 3 + 3
     )  # attack and outer loss; products; replays of 2, 1 and 0 steps
@@ -278,7 +282,7 @@ def test_memory_of_the_exact_order_does_not_depend_on_the_number_of_steps():
                 [theta],
                 losses[:-1],
                 losses[-1],
-                make_inner_optimizer("sgd", [theta]),
+                make_optimizer("sgd", [theta], lr=0.0),
                 0.01,
                 "second",
             )
@@ -289,13 +293,13 @@ def test_memory_of_the_exact_order_does_not_depend_on_the_number_of_steps():
 
 def test_what_is_refused():
     theta, _, losses = quadratics(1)
-    with pytest.raises(ValueError, match="'third'.*first, second"):
+    with pytest.raises(ValueError, match="'third': choose first or second"):
         meta_gradient(
-            [theta], losses[:1], losses[1], make_inner_optimizer("sgd", [theta]), 0.1, "third"
+            [theta], losses[:1], losses[1], make_optimizer("sgd", [theta], lr=0.0), 0.1, "third"
         )
-    with pytest.raises(ValueError, match="second.*SGD.*inner_optimizer='sgd'"):
+    with pytest.raises(ValueError, match="second.*SGD.*inner_optimizer sgd"):
         meta_gradient(
-            [theta], losses[:1], losses[1], make_inner_optimizer("adam", [theta]), 0.1, "second"
+            [theta], losses[:1], losses[1], make_optimizer("adam", [theta], lr=0.0), 0.1, "second"
         )
-    with pytest.raises(ValueError, match="'rmsprop'.*sgd, adam"):
-        make_inner_optimizer("rmsprop", [theta])
+    with pytest.raises(ValueError, match="'rmsprop': choose adamw, adam, sgd"):
+        make_optimizer("rmsprop", [theta], lr=0.0)

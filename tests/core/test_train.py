@@ -9,12 +9,17 @@ import pytest
 import tiny
 import torch
 from diffusers import UNet2DConditionModel
+from flat import unlearn
 from safetensors.torch import load, save
 
+import mu.attackers
+import mu.draws
 import mu.train
+from mu.attackers import draw_choice
+from mu.losses import draw_minibatch
 from mu.models import trainable
-from mu.objectives import draw_minibatch
-from mu.train import Record, State, _draw, finetune, unlearn
+from mu.state import State
+from mu.train import Record, finetune
 
 FULL = dict(
     retain=1.0,
@@ -178,7 +183,7 @@ def by_hand(
     order,
     trajectory,
     retain_prompts=None,
-    keep=("related", "unrelated", "empty", "any"),
+    drift_terms=("related", "unrelated", "empty", "any"),
     timestep=None,
     gradient_norm=0.0,
     alignment=0.0,
@@ -193,7 +198,11 @@ def by_hand(
         return draw_minibatch(concepts, scheduler, 5, g, timestep)
 
     def loss(batch, weights):  # L(weights; batch)
-        z, t, c = batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]
+        z, t, c = (
+            batch.inputs.latents,
+            batch.inputs.timesteps,
+            batch.inputs.conditioning["encoder_hidden_states"],
+        )
         return (
             (torch.func.functional_call(unet, weights, (z, t, c)).sample - batch.noise)
             .pow(2)
@@ -219,9 +228,9 @@ def by_hand(
 
     def inputs(batch):
         return (
-            batch.noisy_latents,
-            batch.timesteps,
-            batch.conditioning["encoder_hidden_states"],
+            batch.inputs.latents,
+            batch.inputs.timesteps,
+            batch.inputs.conditioning["encoder_hidden_states"],
         )
 
     z, t, _ = inputs(b_unrelated)
@@ -232,7 +241,7 @@ def by_hand(
         "empty": (z[::2], t[::2], nothing),
     }
     total = total + retain / 3 * sum(
-        drift(*parts) for name, parts in drifts.items() if name in keep
+        drift(*parts) for name, parts in drifts.items() if name in drift_terms
     )
     if retain_prompts:
         some = retain_prompts["encoder_hidden_states"][torch.randint(4, (3,), generator=g_retain)]
@@ -291,8 +300,8 @@ def by_hand(
         (2, dict(clean=1.5)),
         (1, dict(clean=1.5)),
         (2, dict(clean=0.0)),
-        (0, dict(keep=("related",), timestep=400)),
-        (0, dict(keep=("empty", "unrelated"))),
+        (0, dict(drift_terms=("related",), timestep=400)),
+        (0, dict(drift_terms=("empty", "unrelated"))),
         (0, dict(gradient_norm=3.0, alignment=0.0)),
         (0, dict(gradient_norm=0.0, alignment=20.0)),
         (
@@ -329,7 +338,7 @@ def test_one_step_is_the_gradient_of_the_documented_objective(sets, order, step,
     if step == 0:  # here the loop draws anew, and draws this
         drawn = state.trajectory[:2]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mu.train, "sample_trajectory", lambda *_, **__: drawn)
+            patch.setattr(mu.draws, "sample_trajectory", lambda *_, **__: drawn)
             (record,) = run(
                 state,
                 sets,
@@ -391,7 +400,8 @@ def test_a_bracket_pushes_nothing_where_the_attack_changes_nothing(sets, bracket
 
 def test_bracket_without_weight_decay_leaves_adamw_in_place(sets):
     """To the extent of the learning rate times rounding over epsilon: with a sizeable epsilon, nothing."""
-    state = State(tiny.make_unet(), "f", lr=1e-3, weight_decay=0.0, seed=1)
+    state = State(tiny.make_unet(), "f", lr=1e-3, seed=1)
+    state.optimizer.param_groups[0]["weight_decay"] = 0.0
     state.optimizer.param_groups[0]["eps"] = 1.0
     start = tiny.weights(state.unet)
     run(state, sets, 3, unlearn=0.0, self_destruct=1.0, inner_lr=0.0)
@@ -429,7 +439,9 @@ def test_looking_at_the_gradients_changes_nothing_but_the_record(sets):
                 for x in torch.autograd.grad(
                     (
                         unet(
-                            b.noisy_latents, b.timesteps, b.conditioning["encoder_hidden_states"]
+                            b.inputs.latents,
+                            b.inputs.timesteps,
+                            b.inputs.conditioning["encoder_hidden_states"],
                         ).sample
                         - b.noise
                     )
@@ -452,8 +464,8 @@ def test_looking_at_the_gradients_changes_nothing_but_the_record(sets):
 
 def test_controls_that_cannot_be_computed_are_refused(sets):
     for options, words in (
-        (dict(keep=("relatives",)), "no drift on 'relatives'.*allowed are related"),
-        (dict(alignment=1.0, loss_scale=1024.0), "without float16"),
+        (dict(drift_terms=("relatives",)), "unknown drift term 'relatives': choose related"),
+        (dict(alignment=1.0, loss_scale=1024.0), "no float16"),
     ):
         with pytest.raises(ValueError, match=words):
             run(State(tiny.make_unet(), "u"), sets, 1, **options)
@@ -503,7 +515,8 @@ def test_the_control_is_ascent_without_an_inner_loop(sets):
 def test_only_the_subset_moves_and_nothing_frozen_gets_a_gradient(sets, subset):
     unet, unet_frozen = tiny.make_unet(), tiny.frozen(tiny.make_unet())
     start = copy.deepcopy(unet.state_dict())
-    state = State(unet, subset, lr=1e-2, weight_decay=0.1)
+    state = State(unet, subset, lr=1e-2)
+    state.optimizer.param_groups[0]["weight_decay"] = 0.1
     chosen = set(state.named)
     for _ in unlearn(state, unet_frozen, tiny.make_scheduler(), *sets, steps=3, **FULL):
         assert all(p.grad is None for p in [*unet.parameters(), *unet_frozen.parameters()])
@@ -541,7 +554,9 @@ def test_losses_are_those_before_the_update(sets, noise_scheduler):
     expected = (
         (
             state.unet(
-                batch.noisy_latents, batch.timesteps, batch.conditioning["encoder_hidden_states"]
+                batch.inputs.latents,
+                batch.inputs.timesteps,
+                batch.inputs.conditioning["encoder_hidden_states"],
             ).sample
             - batch.noise
         )
@@ -596,7 +611,7 @@ def test_memory_is_flat_and_the_unet_is_never_copied(sets, monkeypatch):
     unet = tiny.make_unet()
     unet_frozen, state = tiny.frozen(unet), State(unet, "f", lr=1e-4)
     made, steppers = [], []
-    real_unet, real_inner = UNet2DConditionModel.__init__, mu.train.make_inner_optimizer
+    real_unet, real_inner = UNet2DConditionModel.__init__, mu.attackers.make_optimizer
     monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("something was deep-copied"))
     monkeypatch.setattr(
         UNet2DConditionModel,
@@ -604,7 +619,7 @@ def test_memory_is_flat_and_the_unet_is_never_copied(sets, monkeypatch):
         lambda self, *a, **k: made.append(1) or real_unet(self, *a, **k),
     )
     monkeypatch.setattr(
-        mu.train, "make_inner_optimizer", lambda *a: steppers.append(1) or real_inner(*a)
+        mu.attackers, "make_optimizer", lambda *a, **k: steppers.append(1) or real_inner(*a, **k)
     )
     sizes = []
     gc.collect()
@@ -639,13 +654,17 @@ def test_memory_is_flat_and_the_unet_is_never_copied(sets, monkeypatch):
 
 def test_numbers_pairs_and_lists():
     g = torch.Generator().manual_seed(0)
-    assert _draw(3, g) == 3 and _draw(1e-5, g, log=True) == 1e-5 and _draw(0.0, g, log=True) == 0.0
-    steps = [_draw((2, 5), g) for _ in range(400)]
+    assert (
+        draw_choice(3, g) == 3
+        and draw_choice(1e-5, g, log=True) == 1e-5
+        and draw_choice(0.0, g, log=True) == 0.0
+    )
+    steps = [draw_choice((2, 5), g) for _ in range(400)]
     assert set(steps) == {2, 3, 4, 5} and all(60 < steps.count(k) < 140 for k in (2, 3, 4, 5))
-    rates = torch.tensor([_draw((1e-6, 1e-4), g, log=True) for _ in range(2000)])
+    rates = torch.tensor([draw_choice((1e-6, 1e-4), g, log=True) for _ in range(2000)])
     assert rates.min() >= 1e-6 and rates.max() <= 1e-4
     assert abs(rates.log10().mean() + 5) < 0.05 and abs((rates < 1e-5).float().mean() - 0.5) < 0.05
-    assert {_draw(["sgd", "adam"], g) for _ in range(50)} == {"sgd", "adam"}
+    assert {draw_choice(["sgd", "adam"], g) for _ in range(50)} == {"sgd", "adam"}
 
 
 def test_unknown_optimisers_and_orders_are_refused(sets):
@@ -658,8 +677,8 @@ def test_unknown_optimisers_and_orders_are_refused(sets):
     for options, message in [
         (dict(inner_optimizer="lion"), "'lion'.*sgd, adam"),
         (dict(inner_optimizer=["sgd", "lion"]), "'lion'.*sgd, adam"),
-        (dict(order="third"), "'third'.*first, second"),
-        (dict(order="second", inner_optimizer="adam"), "inner_optimizer='sgd'"),
+        (dict(order="third"), "'third': choose first or second"),
+        (dict(order="second", inner_optimizer="adam"), "choose inner_optimizer sgd"),
     ]:
         with pytest.raises(ValueError, match=message):
             for seed in range(8):
@@ -674,7 +693,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(sets, n
     state = State(tiny.make_unet(), "f", lr=1e25, optimizer="sgd")
     kept = []
     with pytest.raises(
-        FloatingPointError, match=r"finetune is \w+ at step 2: the weights of step 1 are kept"
+        FloatingPointError, match=r"finetune is \w+ in step 2; the weights of step 1 are kept"
     ):
         for _ in finetune(state, noise_scheduler, sets[0], steps=5):
             kept.append(tiny.weights(state.unet))

@@ -1,0 +1,141 @@
+"""Parameters of a training: the flat names of notebooks, and the dataclasses behind them.
+
+Every default has its home in a dataclass: `Training` here, the others in `mu.objective`,
+`mu.attackers`, `mu.controls` and `mu.sampling`.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from mu.attackers import Inner
+from mu.controls import Controls
+from mu.objective import ESD, META, SDD, Objective, Weights
+from mu.parallel import Runtime
+from mu.sampling import Trajectory
+
+# method → loss of the loop (None: a closed form comes first, then the meta terms alone), subset
+METHODS = {
+    "esd-x": ("esd", "x"),
+    "esd-u": ("esd", "u"),
+    "esd-f": ("esd", "f"),
+    "sdd": ("sdd", "x"),
+    "uce": (None, "f"),
+    "rece": (None, "f"),
+}
+# flat name → (dataclass, field)
+FLAT = {
+    **{field.name: (Weights, field.name) for field in fields(Weights)},
+    "eta": (ESD, "eta"),
+    "batch_size": (ESD, "batch_size"),
+    "guidance": (Trajectory, "guidance"),
+    "trajectory_steps": (Trajectory, "steps"),
+    "trajectory_reuse": (Trajectory, "reuse"),
+    "inner_steps": (Inner, "steps"),
+    "inner_lr": (Inner, "lr"),
+    "inner_optimizer": (Inner, "optimizer"),
+    "inner_batch_size": (Inner, "batch_size"),
+    "order": (Inner, "order"),
+    "bound": (Inner, "bound"),
+    **{field.name: (Controls, field.name) for field in fields(Controls)},
+    "clean_every": (Objective, "clean_every"),
+    "drift_terms": (Objective, "drift_terms"),
+    "retain_batch_size": (Objective, "retain_batch_size"),
+    "timestep": (Objective, "timestep"),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as its `params.json` describes it."""
+
+    model: str
+    sets: str  # concept folder
+    method: str = "esd-f"
+    start: str = ""  # run folder or weights file; empty: the original model
+    subset: str = ""  # empty: the method's
+    rank: int = 16  # of LoRA
+    replace: str = ""  # the concept is drawn as this text; empty: the empty prompt
+    retain_prompts: int = 0  # random prompts of the drift term "any"
+    forget_images: int = 0  # images of the forget set that are used; 0: all
+    lr: float = 5e-5
+    optimizer: str = "adamw"
+    ema: float = 0.999  # decay of SDD's running average
+    weights_dtype: str = "full"
+    precision: str = "auto"
+    seed: int = 0
+    loop: dict | None = None  # steps, and flat parameters of the objective; None: closed form only
+    closed_form: dict | None = None  # keywords of `mu.runs.train.edit`; None: no closed form
+    runtime: dict | None = None  # frozen_dtype, gradient_checkpointing, offload, and of `Runtime`
+
+
+def check_method(method):
+    """Return loss and subset of a method. Raises ValueError for an unknown one."""
+    if method not in METHODS:
+        raise ValueError(
+            f"unknown method {method!r}: choose {', '.join(METHODS)} (the figure of a name such as "
+            "ESD-u-3 is the parameter eta = 3.0)"
+        )
+    return METHODS[method]
+
+
+def make_objective(flat, loss="esd"):
+    """Return the `Objective` of flat parameters; those that are missing keep their defaults.
+
+    loss: esd, sdd, or None for the meta terms alone, after a closed form. Raises ValueError for an
+    unknown parameter or loss.
+    """
+    if loss not in ("esd", "sdd", None):
+        raise ValueError(f"unknown loss {loss!r}: choose esd, sdd, or None after a closed form")
+    if unknown := sorted(set(flat) - set(FLAT)):
+        raise ValueError(f"unknown parameter {unknown[0]!r}: choose {', '.join(FLAT)}")
+    values = {name: _value(name, value) for name, value in flat.items()}
+
+    def of(kind):
+        names = {name: field for name, (owner, field) in FLAT.items() if owner is kind}
+        return {field: values[name] for name, field in names.items() if name in values}
+
+    weights, trajectory = Weights(**of(Weights)), Trajectory(**of(Trajectory))
+    if loss is None:
+        weights = replace(weights, unlearn=0.0)
+    method = ESD(**of(ESD), trajectory=trajectory)
+    if loss == "sdd":
+        method = SDD(method.batch_size, trajectory)
+    return Objective(
+        weights, method, Inner(**of(Inner)), controls=Controls(**of(Controls)), **of(Objective)
+    )
+
+
+def flatten(objective):
+    """Return the flat parameters of an objective, as notebooks write them."""
+    parts = {
+        Weights: objective.weights,
+        ESD: objective.method,
+        Trajectory: objective.method.trajectory,
+        Inner: objective.inner,
+        Controls: objective.controls,
+        Objective: objective,
+    }
+    found = {name: getattr(parts[kind], field, None) for name, (kind, field) in FLAT.items()}
+    found["inner_steps"], found["inner_lr"] = list(found["inner_steps"]), list(found["inner_lr"])
+    found["inner_optimizer"] = ",".join(found["inner_optimizer"])
+    found["drift_terms"] = ",".join(found["drift_terms"])
+    found["timestep"] = -1 if found["timestep"] is None else found["timestep"]
+    return found
+
+
+def defaults(objective=META):
+    """Return every flat default of a training: of the objective, the run and the runtime."""
+    run = {f.name: f.default for f in fields(Training) if f.default is not None}
+    run = {name: run[name] for name in list(run)[2:]}  # all but model and sets
+    runtime = asdict(Runtime()) | {"snapshot": ""}
+    return run | flatten(objective) | {name: runtime[name] for name in ("accumulation", "snapshot")}
+
+
+def _value(name, value):
+    """Return a parameter as the dataclass has it: papermill and JSON know no tuples and no None."""
+    if name in ("inner_optimizer", "drift_terms") and isinstance(value, str):
+        return tuple(value.split(","))
+    if name == "timestep" and value is not None and value < 0:
+        return None
+    if name == "bound" and not value:
+        return float("inf")
+    return tuple(value) if isinstance(value, list) else value
