@@ -142,7 +142,7 @@ def test_the_report_is_whole(experiment):
         "before",
         "attacks",
         "revival",
-        "marks",
+        "targets",
         "concept",
         "concept-as-published",
         "quality",

@@ -88,12 +88,12 @@ def test_the_table_of_notebooks_is_theirs():
 
 def test_the_figures_of_the_readme_are_those_of_the_committed_report():
     report, text = ROOT / "reports" / "pocket", (ROOT / "README.md").read_text()
-    figures, marks = (
+    figures, targets = (
         text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
-        for name in ("pocket", "pocket-marks")
+        for name in ("pocket", "pocket-targets")
     )
     assert (
-        marks == (report / "tables" / "marks.md").read_text()
+        targets == (report / "tables" / "targets.md").read_text()
         and (report / "figures" / "headline.png").is_file()
     )
     table = pd.read_csv(report / "tables" / "attacks.csv").query(
@@ -203,7 +203,7 @@ def test_every_interval_of_the_committed_tables_holds_its_number(table):
     assert names or table.stem in (
         "concept-as-published",
         "quality",
-        "marks",
+        "targets",
         "revival",
         "panels",
         "trainings",

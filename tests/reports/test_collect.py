@@ -390,7 +390,7 @@ def test_related_concepts_under_the_attack_and_under_clean_stand_side_by_side(ga
         figures.destruction_panel(attack, replace(clean, steps=[0, 51, 101]))
 
 
-def test_marks_of_one_method(gathered):
+def test_targets_of_one_method(gathered):
     rows = read_results(gathered / "raw").rows
     mine = rows[(rows.panel == "") & rows.method.isin(["uce", ""])]
     table = targets_table(
@@ -398,11 +398,11 @@ def test_marks_of_one_method(gathered):
         mine[mine.attack == "HRM-m"],
         mine[mine.attack == "CLEAN"],
         6e-5,
-    ).set_index("asked")
-    assert table.measured[
+    ).set_index("target")
+    assert table.result[
         "concept after 100 steps, meta-unlearned ÷ unlearned, at most 0.50"
     ] == pytest.approx(0.2 / 0.85)
-    assert table.measured[
+    assert table.result[
         "related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.15"
     ] == pytest.approx(0.5)
     assert (
@@ -424,9 +424,9 @@ def test_marks_of_one_method(gathered):
         mine[mine.attack == "HRM-m"],
         mine[mine.attack == "CLEAN"],
         6e-5,
-    ).set_index("asked")
+    ).set_index("target")
     assert (
-        twice.measured.equals(table.measured)
+        twice.result.equals(table.result)
         and twice["met by single trainings"]["original: concept recognised, at least 0.95"]
         == "2 of 2"
     )
@@ -445,14 +445,14 @@ def test_marks_of_one_method(gathered):
         ends[ends.attack == "HRM-m"],
         ends[ends.attack == "CLEAN"],
         6e-5,
-    ).set_index("asked")
-    asked = "related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.15"
-    assert one.met[asked] == "✓" and one["met by single trainings"][asked] == "1 of 2", (
+    ).set_index("target")
+    target = "related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.15"
+    assert one.met[target] == "✓" and one["met by single trainings"][target] == "1 of 2", (
         "a mean that one training carries is said to be so"
     )
 
 
-def test_a_mark_of_revival_says_when_nobody_saw_it_come_back(gathered):
+def test_a_censored_relearning_step_gives_a_lower_bound(gathered):
     rows = read_results(gathered / "raw").rows
     mine = rows[
         (rows.panel == "")
@@ -466,9 +466,9 @@ def test_a_mark_of_revival_says_when_nobody_saw_it_come_back(gathered):
         )
     )
     late = pd.concat([soon, soon[soon.step == 100].assign(step=200)])
-    table = targets_table(rows[rows.attack == "none"], late, late[:0], 6e-5).set_index("asked")
-    asked = "steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"
-    assert table.measured[asked] == "4 at least: not back in 200" and table.met[asked] == "✓"
+    table = targets_table(rows[rows.attack == "none"], late, late[:0], 6e-5).set_index("target")
+    target = "steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"
+    assert table.result[target] == "4 at least: not back in 200" and table.met[target] == "✓"
 
 
 def test_a_model_that_trainings_share_counts_once(gathered):
