@@ -1,43 +1,52 @@
-"""Unlearning without training: UCE and RECE move the cross-attention keys and values of a concept onto those of another text.
+"""Unlearning without training: UCE and RECE edit cross-attention keys and values in closed form.
 
-Only `attn2.to_k` and `attn2.to_v` of the UNet change. All act on the same states of the text encoder(s) (`mu.models.encode_prompts`), so
-that one right factor serves them all, for SD and SDXL alike. What SDXL's pooled text embedding says of a concept is not edited."""
+Only `attn2.to_k` and `attn2.to_v` of the UNet change. All of them act on the same text-encoder
+states (`mu.models.encode_prompts`), so one right factor edits them all, for SD and SDXL alike.
+SDXL's pooled text embedding is not edited.
+"""
 
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 
 from mu.models import encode_prompts
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
+class EditConfig:
+    """Weights and tokens of a closed-form edit; the defaults are UCE's."""
+
+    ridge: float = 0.5  # λ of `edit_matrices`
+    erase: float = 1.0  # e, of each vector to erase
+    keep: float | None = None  # p, of each preserved vector; None: max(0.1, 1 / preserved texts)
+    tokens: str = "rest"  # see `concept_vectors`
+    adversarial_ridge: float = 0.1  # λ of `adversarial_vectors`, RECE only
+
+
+RECE = EditConfig(ridge=0.1, keep=0.1, tokens="all")
+
+
+@dataclasses.dataclass(frozen=True)
 class Epoch:
-    epoch: int  # epochs done, this one included
-    adversarial: (
-        float  # ‖c'‖ / ‖c‖, of the vectors that still reached the concepts before this epoch's edit
-    )
-    recovered: (
-        float  # share of the concepts' original keys and values that they brought back, 1 = all
-    )
-    changes: dict  # name → ‖W − W₀‖ / ‖W₀‖ of this epoch's edit
+    """Record of one RECE epoch."""
+
+    epoch: int  # from 1
+    adversarial: float  # ‖c'‖ / ‖c‖, of the vectors that reached the concepts before this edit
+    recovered: float  # share of the original keys and values that c' brought back; 1: all
+    changes: dict  # name → ‖W − W₀‖ / ‖W₀‖ of this edit
 
 
 def key_values(unet):
-    """Name → every cross-attention key and value matrix (out, width). Raises ValueError if there are none."""
-    found = {
-        name: p
-        for name, p in unet.named_parameters()
-        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-    }
-    if not found:
-        raise ValueError(
-            "this UNet has no attn2.to_k and attn2.to_v to edit: give one with cross attention, and merge a LoRA into it first"
-        )
-    return found
+    """Return name → cross-attention key or value matrix (out, width). ValueError if none."""
+    endings = ("attn2.to_k.weight", "attn2.to_v.weight")
+    matrices = {name: p for name, p in unet.named_parameters() if name.endswith(endings)}
+    if not matrices:
+        raise ValueError("the UNet has no attn2.to_k: needs cross attention, and a LoRA merged")
+    return matrices
 
 
 def _exact(x):
-    """float64: the states of padding tokens are nearly equal, which makes sums of c cᵀ too ill-conditioned for less. Not every device has it."""
+    # nearly equal states of padding tokens need float64, which MPS lacks
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
@@ -47,171 +56,127 @@ def _list(texts):
 
 @torch.no_grad()
 def concept_vectors(pipe, texts, tokens="rest"):
-    """The states of the text encoder(s) by which each text is edited: list of (positions, width), float64.
+    """Return the text-encoder states that edit each text: list of (positions, width), float64.
 
-    tokens="rest": from the last token before end-of-text to the end of the padded sequence (UCE's first code). "last": that token alone
-    (UCE's newer code). "all": every position (RECE's code, and what UCE's first code preserves). An empty or blank text has no token: its
-    last one is start-of-text, as in the official code. Both are encoded as " ", since an SDXL that has zeros for "" would give an all-zero
-    target: no keys and values, rather than those of a text that says nothing. Raises ValueError for other `tokens` and for too long a text."""
+    tokens: "last" is the last token before end-of-text (UCE's newer code), "rest" all positions
+    from there (UCE's first code), "all" every position (RECE's code). The last token of an empty
+    text is start-of-text, as in the official code. An empty text is encoded as " ": some SDXL
+    models encode "" as zeros, which would set keys and values to zero.
+    Raises ValueError for other `tokens` and for texts that are too long.
+    """
     if tokens not in ("last", "rest", "all"):
-        raise ValueError(f"unknown tokens {tokens!r}: allowed are last, rest, all")
+        raise ValueError(f"unknown tokens {tokens!r}: choose last, rest, all")
     vectors = []
-    for text in texts:  # one by one: a text's vectors do not depend on the others then, nor the memory on their number
+    for text in texts:  # one by one, so that vectors do not depend on the batch
         states = encode_prompts(pipe, [text or " "])["encoder_hidden_states"][0]
-        last = len(pipe.tokenizer(text).input_ids) - 2  # without padding, which is end-of-text too
-        vectors.append(
-            _exact(
-                states[
-                    {"last": slice(last, last + 1), "rest": slice(last, None), "all": slice(None)}[
-                        tokens
-                    ]
-                ].clone()
-            )
-        )
+        last = len(pipe.tokenizer(text).input_ids) - 2  # unpadded: start, …, last, end
+        ranges = {"last": slice(last, last + 1), "rest": slice(last, None), "all": slice(None)}
+        vectors.append(_exact(states[ranges[tokens]].clone()))
     return vectors
 
 
-def _vectors(pipe, forget, replace, preserve, tokens):
-    """c, c* (n, width each; the positions of a text and of its replacement aligned at the first) and the preserved vectors (m, width)."""
+def _vectors(pipe, forget, replace, preserve, config):
+    """Return c, c* (n, width; aligned at their first positions), k (m, width), config with p."""
     forget, preserve = _list(forget), _list(preserve)
     replace = [replace] * len(forget) if isinstance(replace, str) else list(replace)
     if not forget or not all(text.strip() for text in forget):
-        raise ValueError(
-            f"nothing to forget in {forget!r}: name at least one concept, and none that is blank"
-        )
+        raise ValueError(f"nothing to forget in {forget!r}: name at least one concept, none blank")
     if len(replace) != len(forget):
-        raise ValueError(
-            f"{len(replace)} texts replace {len(forget)} concepts: give one for all, or one for each"
-        )
-
-    def folded(texts):
-        return [text.strip().lower() for text in texts]
-
-    clash = sorted(
-        {
-            f
-            for f, r in zip(folded(forget), folded(replace), strict=False)
-            if f == r or f in folded(preserve)
-        }
-    )
+        raise ValueError(f"{len(replace)} texts replace {len(forget)} concepts: give one for each")
+    old, new, kept = ([x.strip().lower() for x in texts] for texts in (forget, replace, preserve))
+    clash = {a for a, b in zip(old, new, strict=True) if a == b or a in kept}
     if clash:
-        raise ValueError(
-            f"to forget, and to preserve or to become the same: {', '.join(clash)}; take it out of one of the lists"
-        )
-    pairs = zip(
-        *(concept_vectors(pipe, texts, tokens) for texts in (forget, replace)), strict=False
-    )
-    c, targets = (
-        torch.cat(x) for x in zip(*((a[: len(b)], b[: len(a)]) for a, b in pairs), strict=False)
-    )
-    return (
-        c,
-        targets,
-        torch.cat([c[:0], *concept_vectors(pipe, preserve, "last" if tokens == "last" else "all")]),
-    )
+        raise ValueError(f"forgotten and kept: {', '.join(sorted(clash))}; remove from one list")
+    originals = concept_vectors(pipe, forget, config.tokens)
+    targets = concept_vectors(pipe, replace, config.tokens)
+    pairs = list(zip(originals, targets, strict=True))
+    c = torch.cat([a[: len(b)] for a, b in pairs])
+    targets = torch.cat([b[: len(a)] for a, b in pairs])
+    kept = concept_vectors(pipe, preserve, "last" if config.tokens == "last" else "all")
+    if config.keep is None:
+        config = dataclasses.replace(config, keep=max(0.1, 1 / max(1, len(preserve))))
+    return c, targets, torch.cat([c[:0], *kept]), config
 
 
-def _edit(matrices, c, targets, kept, *, ridge, erase, keep):
-    """Puts into each of `matrices` (out, width) the minimiser of e Σ ‖W c − W₀ c*‖² + p Σ ‖W k − W₀ k‖² + λ ‖W − W₀‖² (UCE, eq. 7):
+def edit_matrices(matrices, c, targets, kept, config):
+    """Set each matrix W, in place, to the minimiser of UCE's objective (eq. 7).
 
-        W = (λ W₀ + e Σ W₀ c* cᵀ + p Σ W₀ k kᵀ) A⁻¹ = W₀ [I + e Σ (c* − c) cᵀ A⁻¹],   A = λ I + e Σ c cᵀ + p Σ k kᵀ.
+    The objective is e Σ ‖W c − W₀ c*‖² + p Σ ‖W k − W₀ k‖² + λ ‖W − W₀‖². Its minimiser is
+    W = (λ W₀ + e Σ W₀ c* cᵀ + p Σ W₀ k kᵀ) A⁻¹ = W₀ [I + e Σ (c* − c) cᵀ A⁻¹], where
+    A = λ I + e Σ c cᵀ + p Σ k kᵀ.
 
-    c, targets (the c*): (n, width), kept (the k): (m, width), m may be 0. Returns name → ‖W − W₀‖ / ‖W₀‖.
-    Raises ValueError for weights without a unique minimum and for a result that is not finite; nothing is edited then."""
+    matrices: name → W₀ (out, width). c, targets (c*): (n, width). kept (k): (m, width), m may be 0.
+    Returns name → ‖W − W₀‖ / ‖W₀‖. Raises ValueError for weights without a unique minimum and for
+    a result that is not finite, before any matrix changes.
+    """
+    ridge, erase, keep = config.ridge, config.erase, config.keep
     if not (ridge > 0 and erase > 0 and keep >= 0):
-        raise ValueError(
-            f"ridge and erase must be positive, keep not negative: got ridge={ridge}, erase={erase}, keep={keep}"
-        )
-    system = (
-        ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
-        + erase * c.T @ c
-        + keep * kept.T @ kept
-    )
+        raise ValueError(f"needs ridge, erase > 0 and keep >= 0, got {ridge=}, {erase=}, {keep=}")
+    identity = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+    system = ridge * identity + erase * c.T @ c + keep * kept.T @ kept
     factor = erase * (targets - c).T @ torch.linalg.solve(system, c.T).T
     edited, changes = {}, {}
     for name, w in matrices.items():
         change = _exact(w) @ factor
-        edited[name], changes[name] = (
-            (_exact(w) + change).to(w),
-            (change.norm() / _exact(w).norm()).item(),
-        )
+        edited[name] = (_exact(w) + change).to(w)
+        changes[name] = (change.norm() / _exact(w).norm()).item()
         if not torch.isfinite(edited[name]).all():
-            raise ValueError(
-                f"{name} would hold NaN or infinite values: it or the text's states do already, or {w.dtype} overflows (raise ridge)"
-            )
+            raise ValueError(f"{name} would hold NaN or infinity in {w.dtype}: raise ridge")
     for name, w in matrices.items():
         w.copy_(edited[name])
     return changes
 
 
 @torch.no_grad()
-def uce(pipe, forget, replace=" ", preserve=(), *, ridge=0.5, erase=1.0, keep=None, tokens="rest"):
-    """Unified Concept Editing (Gandikota et al., WACV 2024) of pipe.unet, in place; the objective is in `_edit`.
+def uce(pipe, forget, replace=" ", preserve=(), config=EditConfig()):
+    """Edit pipe.unet by Unified Concept Editing (Gandikota et al., WACV 2024), in place.
 
-    forget: a concept, or several at once. replace: what they become, one text for all or one each. preserve: texts whose keys and values
-    stay. ridge: λ. erase: e. keep: p of each preserved vector, by default max(0.1, 1/number of preserved texts). tokens: see
-    `concept_vectors`; of preserved texts "last" takes the last token, else all positions count (UCE's first code preserves "" if nothing else).
-    Returns name of each matrix → its relative change. Raises ValueError for nothing to forget, lists that do not fit, a text on both sides,
-    a UNet without cross attention and a result that is not finite; the UNet is as before then."""
-    matrices, preserve = key_values(pipe.unet), _list(preserve)
-    keep = max(0.1, 1 / max(1, len(preserve))) if keep is None else keep
-    return _edit(
-        matrices,
-        *_vectors(pipe, forget, replace, preserve, tokens),
-        ridge=ridge,
-        erase=erase,
-        keep=keep,
-    )
+    forget: one concept or several. replace: what they become, one text for all or one each.
+    preserve: texts whose keys and values stay; with tokens "last" their last token counts, else
+    all positions (UCE's first code preserves "" by default). Returns name → relative change.
+    Raises ValueError, before anything changes, for nothing to forget, lists of different lengths,
+    a text on both sides, a UNet without cross attention and a result that is not finite.
+    """
+    matrices = key_values(pipe.unet)
+    return edit_matrices(matrices, *_vectors(pipe, forget, replace, preserve, config))
 
 
 @torch.no_grad()
 def adversarial_vectors(unet, unet_frozen, c, ridge=0.1):
-    """c' = (λ I + Σ WᵢᵀWᵢ)⁻¹ (Σ WᵢᵀWᵢ⁰) c: what the edited `unet` takes for what `unet_frozen` took c for (RECE, Gong et al., ECCV 2024).
+    """Return c' that `unet` takes for what `unet_frozen` took c for, and the share recovered.
 
-    The minimiser of Σ ‖Wᵢ c' − Wᵢ⁰ c‖² + λ ‖c'‖² over all key and value matrices i. c: (n, width), float64. Returns c' (n, width) and the
-    share recovered, 1 − Σ ‖Wᵢ c' − Wᵢ⁰ c‖² / Σ ‖Wᵢ⁰ c‖². Raises ValueError for UNets that do not fit each other."""
+    c' = (λ I + Σ WᵢᵀWᵢ)⁻¹ (Σ WᵢᵀWᵢ⁰) c minimises Σ ‖Wᵢ c' − Wᵢ⁰ c‖² + λ ‖c'‖² over all key and
+    value matrices i (RECE, Gong et al., ECCV 2024). c, c': (n, width), float64. The share is
+    1 − Σ ‖Wᵢ c' − Wᵢ⁰ c‖² / Σ ‖Wᵢ⁰ c‖². Raises ValueError if the UNets differ in their matrices.
+    """
     edited, original = key_values(unet), key_values(unet_frozen)
-    if {name: w.shape for name, w in edited.items()} != {
-        name: w.shape for name, w in original.items()
-    }:
-        raise ValueError(
-            "unet_frozen has other keys and values than unet: give a copy of the UNet from before the edit"
-        )
+    shapes, frozen_shapes = ({n: w.shape for n, w in x.items()} for x in (edited, original))
+    if shapes != frozen_shapes:
+        raise ValueError("unet_frozen must be a copy of the UNet from before the edit")
     system, right, total = ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device), 0, 0
     for name, w in edited.items():
-        w, sought = _exact(w), _exact(original[name]) @ c.T
-        system, right, total = system + w.T @ w, right + w.T @ sought, total + sought.square().sum()
+        w, output = _exact(w), _exact(original[name]) @ c.T
+        system = system + w.T @ w
+        right = right + w.T @ output
+        total = total + output.square().sum()
     found = torch.linalg.solve(system, right)
-    return found.T, (
-        ((right * found).sum() + ridge * found.square().sum()) / total
-    ).item()  # the sums of squares, multiplied out
+    explained = (right * found).sum() + ridge * found.square().sum()  # the squares, multiplied out
+    return found.T, (explained / total).item()
 
 
 @torch.no_grad()
-def rece(
-    pipe,
-    unet_frozen,
-    forget,
-    replace=" ",
-    preserve=(),
-    *,
-    epochs=3,
-    adversarial_ridge=0.1,
-    ridge=0.1,
-    erase=1.0,
-    keep=0.1,
-    tokens="all",
-):
-    """RECE (Gong et al., ECCV 2024) from the UCE result in pipe.unet, in place: a generator that yields an `Epoch` after each edit.
+def rece(pipe, unet_frozen, forget, replace=" ", preserve=(), epochs=3, config=RECE):
+    """Edit pipe.unet by RECE (Gong et al., ECCV 2024) after `uce`, in place; yields `Epoch`s.
 
-    An epoch finds what the UNet still takes for the concepts (`adversarial_vectors`) and edits that, as `uce` does, to what it takes for
-    `replace`; W₀ of this edit are the present weights. unet_frozen: a copy from before UCE. Official values are the defaults; for styles
-    epochs=1, adversarial_ridge=1e-3. The official code keeps the epoch with the lowest NudeNet rate on validation prompts; here all epochs are
-    done and none is selected. "last" lets the concept itself come back, for only c' is edited then. Raises ValueError as `uce` does."""
-    c, targets, kept = _vectors(pipe, forget, replace, preserve, tokens)
+    Each epoch finds what the UNet still takes for the concepts (`adversarial_vectors`) and maps
+    it to `replace`, as `uce` does; W₀ are the present weights. unet_frozen: a copy from before UCE.
+    Defaults are the official ones; styles use epochs=1 and adversarial_ridge=1e-3. The official
+    code selects the epoch with the lowest NudeNet rate; this one runs all and selects none.
+    With tokens "last" the concept itself can return, since only c' is edited.
+    Raises ValueError as `uce` does.
+    """
+    c, targets, kept, config = _vectors(pipe, forget, replace, preserve, config)
     for epoch in range(1, epochs + 1):
-        adversarial, recovered = adversarial_vectors(pipe.unet, unet_frozen, c, adversarial_ridge)
-        changes = _edit(
-            key_values(pipe.unet), adversarial, targets, kept, ridge=ridge, erase=erase, keep=keep
-        )
-        yield Epoch(epoch, (adversarial.norm() / c.norm()).item(), recovered, changes)
+        found, recovered = adversarial_vectors(pipe.unet, unet_frozen, c, config.adversarial_ridge)
+        changes = edit_matrices(key_values(pipe.unet), found, targets, kept, config)
+        yield Epoch(epoch, (found.norm() / c.norm()).item(), recovered, changes)

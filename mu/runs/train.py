@@ -19,7 +19,7 @@ from mu.concepts.sets import load_sets, random_prompts, take_images
 from mu.draws import Data
 from mu.files import read_json, save_json
 from mu.losses import loss_scale
-from mu.methods.closed_form import rece, uce
+from mu.methods.closed_form import EditConfig, rece, uce
 from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
 from mu.objective import Objective
 from mu.parallel import Runtime
@@ -56,7 +56,8 @@ def edit(pipe, method, forget, preserve=(), replace=" ", tokens="rest", ridge=0.
 
     began = time.perf_counter()
     original = frozen_copy(pipe.unet) if method == "rece" else None
-    losses = [{"change": mean(uce(pipe, forget, replace, preserve, tokens=tokens, ridge=ridge))}]
+    config = EditConfig(tokens=tokens, ridge=ridge)
+    losses = [{"change": mean(uce(pipe, forget, replace, preserve, config))}]
     if method == "rece":
         for found in rece(pipe, original, forget, replace, preserve, epochs=rounds):
             losses.append({"change": mean(found.changes), "adversarial": found.adversarial})
