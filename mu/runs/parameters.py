@@ -10,6 +10,7 @@ from mu.attackers import Inner
 from mu.controls import Controls
 from mu.objective import ESD, META, SDD, Objective, Weights
 from mu.parallel import Runtime
+from mu.runs.folder import identity
 from mu.sampling import Trajectory
 
 # method → loss of the loop (None: a closed form comes first, then the meta terms alone), subset
@@ -41,6 +42,8 @@ FLAT = {
     "retain_batch_size": (Objective, "retain_batch_size"),
     "timestep": (Objective, "timestep"),
 }
+META_TERMS = ("relearn", "self_destruct", "clean", "ascent", "gradient_norm", "alignment")
+RUNTIME = ("frozen_dtype", "gradient_checkpointing", "accumulation", "snapshot", "offload")
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,26 @@ def flatten(objective):
     found["drift_terms"] = ",".join(found["drift_terms"])
     found["timestep"] = -1 if found["timestep"] is None else found["timestep"]
     return found
+
+
+def describe(parameters, closed_form=None):
+    """Return the params.json of a training, and its runtime, from a notebook's parameters.
+
+    parameters: name → value; other names are ignored, so a notebook passes `globals()`.
+    closed_form: keywords of `mu.runs.train.edit`, for UCE and RECE.
+    """
+    loss, _ = check_method(parameters["method"])
+    run = {f.name: parameters[f.name] for f in fields(Training) if f.name in parameters}
+    loop = {name: parameters[name] for name in FLAT if name in parameters}
+    if loss or any(loop.get(name) for name in META_TERMS):
+        run["loop"] = loop | {"steps": parameters["steps"]}
+    else:
+        run["loop"] = None
+    run["closed_form"] = None if loss else closed_form
+    run["files"] = identity(**{name: run.get(name, "") for name in ("model", "sets", "start")})
+    runtime = {name: parameters[name] for name in RUNTIME if name in parameters}
+    run.pop("runtime", None)
+    return run, runtime
 
 
 def defaults(objective=META):

@@ -17,7 +17,7 @@ from mu.measures.evaluate import evaluate, load_judge
 from mu.measures.statistics import revival, scores
 from mu.models import encode_prompts, load_pipeline
 from mu.notebooks.run import execute, read_parameters
-from mu.runs.folder import identity, run_to_end
+from mu.runs.folder import with_digests, run_to_end
 from mu.sampling import draw_images
 from mu.train import State
 
@@ -253,7 +253,7 @@ def test_start_here_tells_the_story_alone(experiment):
 def test_a_run_is_known_by_its_files_and_nothing_else(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "anything").write_text("1")
-    assert identity(start="", judge="") == {"start": "", "judge": ""}, (
+    assert with_digests(start="", judge="") == {"start": "", "judge": ""}, (
         "no path is not the working directory"
     )
     for part in ("unet", "metrics.json", "params.json"):
@@ -261,11 +261,11 @@ def test_a_run_is_known_by_its_files_and_nothing_else(experiment, tmp_path, monk
         (shutil.copytree if place.is_dir() else shutil.copy)(
             place, tmp_path / "run" / part if place.is_dir() else tmp_path / "run"
         )
-    before = identity(start=str(tmp_path / "run"))
+    before = with_digests(start=str(tmp_path / "run"))
     (tmp_path / "run" / "metrics.json").write_text("measured again")
-    assert identity(start=str(tmp_path / "run")) == before and "(" in before["start"]
+    assert with_digests(start=str(tmp_path / "run")) == before and "(" in before["start"]
     (tmp_path / "run" / "unet" / "config.json").write_text("{}")
-    assert identity(start=str(tmp_path / "run")) != before
+    assert with_digests(start=str(tmp_path / "run")) != before
 
 
 def test_another_call_with_the_same_parameters_only_reads(experiment):
@@ -291,7 +291,7 @@ def test_methods_are_compared(experiment):
             name=f"{method}-meta",
             method=method,
             start=f"{out}/{method}",
-            beside="",
+            baseline="",
             **TRAINING,
             **META,
         )

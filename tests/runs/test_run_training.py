@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from mu.files import read_json
 from mu.models import load_pipeline
 from mu.params import open_run
-from mu.runs.train import METHODS, check_method, launch, train_run
+from mu.runs.parameters import METHODS, check_method
+from mu.runs.train import launch, train_run
 
 ROOT = Path(__file__).parents[2]
 LOOP = dict(
@@ -49,7 +50,7 @@ def folders(tmp_path_factory):
     return base
 
 
-def describe(folder, model, sets, how=None, **changes):
+def describe(folder, model, sets, runtime=None, **changes):
     """A run folder with its params.json."""
     params = dict(
         model=str(model),
@@ -57,7 +58,7 @@ def describe(folder, model, sets, how=None, **changes):
         method="esd-f",
         subset="",
         rank=2,
-        weights="full",
+        weights_dtype="full",
         precision="no",
         start="",
         replace="",
@@ -75,7 +76,7 @@ def describe(folder, model, sets, how=None, **changes):
         folder,
         params
         | {"closed_form": changes.get("closed_form", params["closed_form"] if closed else None)},
-        how,
+        runtime,
     )
 
 
@@ -197,7 +198,7 @@ def test_a_lora_run_leaves_its_adapters_and_a_plain_unet(sd_folder, folders, tmp
         sd_folder,
         folders,
         {
-            "frozen": "none",
+            "frozen_dtype": "none",
             "accumulation": 2,
             "snapshot": "cpu",
             "gradient_checkpointing": True,
@@ -205,7 +206,7 @@ def test_a_lora_run_leaves_its_adapters_and_a_plain_unet(sd_folder, folders, tmp
         },
         method="esd-x",
         subset="lora",
-        weights="half",
+        weights_dtype="half",
     )
     train_run(folder)
     plain = load_pipeline(str(sd_folder))
@@ -248,20 +249,22 @@ def test_the_reference_is_the_original_or_the_run_is_refused(sd_folder, folders,
         tmp_path / "run",
         sd_folder,
         folders,
-        {"frozen": "none"},
+        {"frozen_dtype": "none"},
         subset="lora",
         start=str(tmp_path / "other"),
         closed_form=None,
     )
     with pytest.raises(
-        ValueError, match="does not start from the original: choose frozen 'half' or 'same'"
+        ValueError, match="needs a start from the original model.*choose frozen_dtype half or same"
     ):
         train_run(folder)
 
 
-@pytest.mark.parametrize("changes, how", [({}, {}), (dict(subset="lora"), {"frozen": "none"})])
+@pytest.mark.parametrize(
+    "changes, runtime", [({}, {}), (dict(subset="lora"), {"frozen_dtype": "none"})]
+)
 def test_after_a_closed_form_retention_holds_the_edit_otherwise_the_original(
-    changes, how, sd_folder, folders, tmp_path
+    changes, runtime, sd_folder, folders, tmp_path
 ):
     """The drift of the first step, before anything has moved: none from the edited model, some from the original."""
     loop, drift = LOOP | {"steps": 1}, {}
@@ -274,7 +277,7 @@ def test_after_a_closed_form_retention_holds_the_edit_otherwise_the_original(
         ),
     }.items():
         drift[name] = train_run(
-            describe(tmp_path / name, sd_folder, folders, how, **more | changes)
+            describe(tmp_path / name, sd_folder, folders, runtime, **more | changes)
         )["related drift"].iloc[0]
     drift["esd"] = train_run(
         describe(tmp_path / "esd", sd_folder, folders, start=str(edited), loop=loop)
@@ -296,10 +299,10 @@ def test_what_a_run_leaves_out_has_a_default(sd_folder, folders, tmp_path):
 
 def test_unknown_methods_and_missing_runs_are_named(tmp_path):
     with pytest.raises(
-        ValueError, match="'esd-u-3': allowed are esd-x, esd-u, esd-f, sdd, uce, rece .*eta = 3.0"
+        ValueError, match="'esd-u-3': choose esd-x, esd-u, esd-f, sdd, uce, rece .*eta = 3.0"
     ):
         check_method("esd-u-3")
-    with pytest.raises(FileNotFoundError, match="nothing has no params.json: a notebook"):
+    with pytest.raises(FileNotFoundError, match="nothing has no params.json: run 20_unlearn"):
         train_run(tmp_path / "nothing")
 
 
