@@ -1,4 +1,4 @@
-"""Run folders: parameters, checkpoints, metrics with their protocol. Files are complete or absent, never half written."""
+"""Run folders: checkpoints, results and records. Files are complete or absent."""
 
 import shutil
 import sys
@@ -13,26 +13,31 @@ from tqdm import tqdm
 
 from mu.files import digest, read_json, save_json, save_tensors
 from mu.models import MODELS, without_lora
-from mu.publish.weights import load_weights, save_model
+from mu.publish.export import save_lora, save_model
+from mu.publish.weights import load_weights
 
 LESS_MEMORY = (
-    "gradient_checkpointing = True, accumulation = 2, 4, …, frozen = 'half', snapshot = 'cpu', and this run goes on; as a run of another name, smaller "
-    "batch sizes, optimizer = 'adamw8bit', subset = 'lora'. 15_preflight says what each spares"
+    "set gradient_checkpointing = True, accumulation = 2, 4, …, frozen_dtype = 'half' or snapshot "
+    "= 'cpu' and run again to resume; or start a run of another name with smaller batch sizes, "
+    "optimizer = 'adamw8bit' or subset = 'lora'. 15_preflight shows what each saves"
 )
 
 
 def run_loop(folder, state, records, checkpoint_every=25):
-    """Pass a loop's records on; every `checkpoint_every` steps, at the end, and when it stops with an error (the last good step),
-    save the records so far and the state in `folder`. Of several processes one writes.
+    """Yield a loop's records and save them with the state in `folder`.
 
-    Raises FloatingPointError as the loop does; MemoryError with what to change where memory runs out: run again, changed, it goes on."""
+    Saves every `checkpoint_every` steps, at the end, and at the last good step before an error. Of
+    several processes, the main one writes. Raises FloatingPointError as the loop does, and
+    MemoryError that names settings which need less memory.
+    """
     folder = Path(folder)
+    saved = folder / "checkpoint.safetensors"
     history = [r for r in read_json(folder / "records.json", []) if r["step"] <= state.step]
 
     def checkpoint():
         if PartialState().is_main_process:
             save_json(history, folder / "records.json")
-            save_tensors(state.tensors(), folder / "checkpoint.safetensors")
+            save_tensors(state.tensors(), saved)
 
     try:
         for record in records:
@@ -42,24 +47,21 @@ def run_loop(folder, state, records, checkpoint_every=25):
             yield record
     except FloatingPointError as error:
         checkpoint()
-        raise FloatingPointError(
-            f"{error}; the last good state is {folder / 'checkpoint.safetensors'}"
-        ) from error
-    except RuntimeError as error:  # of which CUDA's own is a subclass
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):
+        raise FloatingPointError(f"{error}; the last good state is {saved}") from error
+    except RuntimeError as error:  # CUDA's own is a subclass
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):
             raise
         checkpoint()
         raise MemoryError(
-            f"out of memory in step {state.step + 1}; its {state.step} predecessors are kept in {folder / 'checkpoint.safetensors'}. "
-            f"To make it fit: {LESS_MEMORY} ({str(error).splitlines()[0]})"
+            f"out of memory in step {state.step + 1}; the state after step {state.step} is saved "
+            f"in {saved}. To need less, {LESS_MEMORY} ({str(error).splitlines()[0]})"
         ) from error
     checkpoint()
 
 
 def resume(folder, state):
-    """Continue from the folder's checkpoint, if there is one. Returns `state`."""
+    """Load the folder's checkpoint into the state, if there is one; returns the state."""
     file = Path(folder) / "checkpoint.safetensors"
     if file.exists():
         state.load(load_file(file))
@@ -67,97 +69,95 @@ def resume(folder, state):
 
 
 def finish(folder, unet):
-    """Save the result as a diffusers UNet in `folder`/unet, a LoRA fused into it and also alone in `folder`/lora; drop the checkpoint, which is
-    six times as large. Of several processes one writes, and the others wait."""
-    folder = Path(folder)
-    from mu.formats import save_lora  # which needs this module
+    """Save the result as a diffusers UNet in `folder`/unet, with LoRA fused, and drop the rest.
 
+    A LoRA is also saved alone, in `folder`/lora. The checkpoint, six times as large, is deleted,
+    and so are temporary files of killed processes. Of several processes, the main one writes and
+    the others wait.
+    """
+    folder = Path(folder)
     main = PartialState().is_main_process
     if main and hasattr(unet, "peft_config"):
         save_lora(unet, folder / "lora")
     without_lora(unet, fuse=True)
     if main:
         save_model(unet, folder / "unet")
-        for file in [
-            folder / "checkpoint.safetensors",
-            *folder.glob(".tmp*"),
-            *folder.glob(".*.tmp"),
-        ]:  # and what a kill has left of a file that was being written (safetensors has a name of its own for it)
-            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        for pattern in (".tmp*", ".*.tmp", ".*.old"):  # the first is safetensors' own
+            for leftover in folder.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
     PartialState().wait_for_everyone()
 
 
-def identity(**paths):
-    """Name → "path (digest)", the digest where the path is on this disk: a run that was made from other files is not taken for this one.
+def with_digests(**paths):
+    """Return name → "path (digest)", so that a run made from other files counts as another run.
 
-    Of a run's folder the digest is that of its UNet; an empty path stays empty."""
+    The digest of a run folder is that of its UNet. Paths that are not on disk stay as they are.
+    """
 
-    def place(path):
-        folder = Path(MODELS.get(path, path))
-        return (
-            folder / "unet"
-            if (folder / "params.json").exists() and (folder / "unet").is_dir()
-            else folder
-        )
+    def label(path):
+        place = Path(MODELS.get(path, path))
+        if (place / "params.json").exists() and (place / "unet").is_dir():
+            place = place / "unet"
+        return f"{path} ({digest(place)})" if place.exists() else path
 
-    return {
-        name: f"{path} ({digest(place(path))})" if path and place(path).exists() else path
-        for name, path in paths.items()
-    }
+    return {name: label(path) if path else path for name, path in paths.items()}
+
+
+def prompt_facts(concept_prompts):
+    """Return a prompt list's path with its digest as a fact; {} if the sets' prompts are used."""
+    return with_digests(concept_prompts=concept_prompts) if concept_prompts else {}
 
 
 def table(folder):
-    """The records of a run: index step, columns losses, passes, seconds."""
-    return pd.DataFrame(
-        [record | record.pop("losses") for record in read_json(Path(folder) / "records.json")]
-    ).set_index("step")
+    """Return the records of a run as a table: index step; columns losses, passes, seconds."""
+    records = read_json(Path(folder) / "records.json")
+    return pd.DataFrame([r | r.pop("losses") for r in records]).set_index("step")
 
 
 def run_to_end(folder, state, records, steps, checkpoint_every=25):
-    """Run a loop to its end, from its checkpoint if it was stopped; a finished run is only read. `state.unet` then holds the result.
+    """Run a loop to its end, from its checkpoint if it was stopped; only read a finished run.
 
-    Returns the `table` of the records."""
-    if (Path(folder) / "unet").is_dir():
-        load_weights(without_lora(state.unet), Path(folder) / "unet")
-    else:
-        loop = run_loop(folder, resume(folder, state), records, checkpoint_every)
-        for _ in tqdm(
-            loop,
-            folder.name,
-            steps,
-            initial=state.step,
-            file=sys.stdout,
-            mininterval=5,
-            disable=not PartialState().is_main_process,
-        ):
-            pass
-        finish(folder, state.release())
+    `state.unet` holds the result afterwards. Returns the `table` of the records.
+    """
+    folder = Path(folder)
+    if (folder / "unet").is_dir():
+        load_weights(without_lora(state.unet), folder / "unet")
+        return table(folder)
+    loop = run_loop(folder, resume(folder, state), records, checkpoint_every)
+    silent = not PartialState().is_main_process
+    bar = dict(initial=state.step, file=sys.stdout, mininterval=5, disable=silent)
+    for _ in tqdm(loop, folder.name, steps, **bar):
+        pass
+    finish(folder, state.release())
     return table(folder)
 
 
-def listed(concept_prompts):
-    """The fact that pictures are of listed prompts, with the file's digest where it is one, for cards and parameters; nothing where they are the sets' own."""
-    return identity(concept_prompts=concept_prompts) if concept_prompts else {}
+def finished_runs(out, runs):
+    """Return the comma-separated names of `runs`: finished runs below `out`, or "original".
 
-
-def finished(out, runs):
-    """The names in `runs` (with commas), each a finished run below `out`, or "original". Raises FileNotFoundError that lists those which are there."""
+    Raises FileNotFoundError that lists the finished runs.
+    """
     names = [name.strip() for name in runs.split(",")]
-    absent = [
-        name for name in names if name != "original" and not (Path(out) / name / "unet").is_dir()
-    ]
+    absent = [name for name in names if not (Path(out) / name / "unet").is_dir()]
+    absent = [name for name in absent if name != "original"]
     if absent:
-        there = (
-            ", ".join(sorted(folder.parent.name for folder in Path(out).glob("*/unet"))) or "none"
-        )
+        found = sorted(folder.parent.name for folder in Path(out).glob("*/unet"))
         raise FileNotFoundError(
-            f"{', '.join(absent)}: no finished run below {out}; there are: {there}. Make it by 20_unlearn or 21_meta_unlearn, or name another `out`"
+            f"{', '.join(absent)}: no finished run below {out}; there are: "
+            f"{', '.join(found) or 'none'}. Run 20_unlearn or 21_meta_unlearn, or set another `out`"
         )
     return names
 
 
 def load_run(pipe, original, out, name):
-    """Give the pipeline's UNet the weights of a run below `out`, or those of `original` (a state dict) for the name "original". Returns where they come from."""
+    """Load the UNet of a run below `out`; of "original", the state dict `original`.
+
+    Returns the folder of the weights, "" for the original.
+    """
     pipe.unet.load_state_dict(original)
     if name == "original":
         return ""

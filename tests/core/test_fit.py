@@ -356,7 +356,8 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_run_resumable(tmp_path
 
     with pytest.raises(
         MemoryError,
-        match="out of memory in step 3; its 2 predecessors are kept in .*gradient_checkpointing = True.*snapshot = 'cpu', and this run goes on",
+        match="out of memory in step 3; the state after step 2 is saved in .*"
+        "gradient_checkpointing = True.*snapshot = 'cpu' and run again",
     ):
         list(run_loop(tmp_path, state, loop()))
     again = State(tiny.make_unet(), "f")

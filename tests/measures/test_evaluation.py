@@ -11,18 +11,18 @@ import torch
 from mu.measures.card import note
 from mu.measures.gallery_sources import real_drawings, staying
 from mu.measures.statistics import differences
-from mu.publish.weights import save_model
+from mu.publish.export import save_model
 from mu.reports.plots import confusion
-from mu.runs.folder import finished, load_run
+from mu.runs.folder import finished_runs, load_run
 
 
 def test_runs_that_are_not_there_are_named_with_those_that_are(pipe, tmp_path):
     save_model(pipe.unet, tmp_path / "meta" / "unet")
-    assert finished(tmp_path, "original, meta") == ["original", "meta"]
+    assert finished_runs(tmp_path, "original, meta") == ["original", "meta"]
     with pytest.raises(
         FileNotFoundError, match="first, second: no finished run below .*; there are: meta"
     ):
-        finished(tmp_path, "original,first,meta,second")
+        finished_runs(tmp_path, "original,first,meta,second")
 
 
 def test_a_pipeline_wears_a_run_and_takes_it_off(pipe, tmp_path):

@@ -17,7 +17,7 @@ from mu.measures.evaluate import evaluate, load_judge
 from mu.measures.statistics import revival, scores
 from mu.models import encode_prompts, load_pipeline
 from mu.notebooks.run import execute, read_parameters
-from mu.runs.folder import with_digests, run_to_end
+from mu.runs.folder import run_to_end, with_digests
 from mu.sampling import draw_images
 from mu.train import State
 
