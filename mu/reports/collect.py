@@ -1,4 +1,7 @@
-"""What an experiment has left, in few small files: all that tables and figures are made from, so that they can be made again without a model, a GPU or the experiment itself."""
+"""Collect an experiment's results in a few small files.
+
+All tables and figures are rebuilt from these files: without a model, a GPU or the experiment.
+"""
 
 import gzip
 import re
@@ -13,333 +16,282 @@ from mu.measures.comparison import SAME
 from mu.params import ASIDE
 from mu.reports.explorer import read_course, save_sheet
 from mu.reports.plots import label
+from mu.reports.tables import VARIANTS
 
-ROWS = [
-    "panel",
-    "method",
-    "model",
-    "run",
-    "training",
-    "attack",
-    "name",
-    "lr",
-    "attack_seed",
-    "step",
-    "group",
-    "asked",
-    "prompt",
-    "seed",
-    "expected",
-    "seen",
-    "hit",
+COLUMNS = [
+    *("panel", "method", "model", "run", "training", "attack", "name", "lr", "attack_seed"),
+    *("step", "group", "asked", "prompt", "seed", "expected", "seen", "hit"),
 ]
-TEXT = (
-    "panel",
-    "method",
-    "model",
-    "run",
-    "training",
-    "attack",
-    "name",
-    "group",
-    "asked",
-    "prompt",
-    "expected",
-    "seen",
-)
-SETS = (
-    "HRM-m",
-    "HRM-s",
-    "CLEAN",
-)  # the paper's sets, on which an attacker fine-tunes all weights with Adam
-SHOWN = {
-    "forget": (2, 6),
-    "related": (9, 1),
-    "unrelated": (4, 1),
-}  # prompts of each group that sheets of pictures keep, and seeds of each
-TRAINED = (
-    "kind",
-    "lr",
-    "optimizer",
-    "subset",
-    "batch_size",
-    "prompts",
-)  # facts in which two attacks of one name have to agree, beside `SAME`
+NUMBERS = ("lr", "attack_seed", "step", "seed", "hit")
+TEXT_COLUMNS = [column for column in COLUMNS if column not in NUMBERS]
+# Attacks of the paper: fine-tuning of all weights with Adam on one of its image sets.
+PAPER_ATTACKS = ("HRM-m", "HRM-s", "CLEAN")
+# Facts of an attack that adds data, steps or a merge to fine-tuning; older cards have other names.
+EXTRA_DATA = ("mixed_set", "warmup_set", "merge_share", "drawn_images", "others", "first", "merge")
+# Group → (prompts, seeds) kept in sprite sheets.
+SHEET_IMAGES = {"forget": (2, 6), "related": (9, 1), "unrelated": (4, 1)}
+# Facts, besides `SAME`, that two attacks of one name share.
+ATTACK_FACTS = ("kind", "lr", "optimizer", "subset", "batch_size", "prompts")
 
 
 def method_of(params):
-    """The method of a run's params.json as the paper writes it in small letters: "esd-u-3" is ESD-u with η = 3; "uce" has no such figure."""
+    """Return the paper's name of a method in lower case, such as "esd-u-3" for ESD-u with η = 3.
+
+    params: of params.json. Methods other than ESD have no η: "uce".
+    """
     method, loop = params.get("method", ""), params.get("loop") or {}
     return f"{method}-{loop.get('eta', 1.0):g}" if method.startswith("esd") else method
 
 
 def variant(run, method):
-    """What a run of a method is called in tables: unlearned, meta-unlearned, or, of a control, its own label. "meta", "meta-0", "uce-meta" are meta-unlearned; "unlearned-1", "uce" are not."""
-    base = re.sub(r"-\d+$", "", run) if run != method else run
+    """Return "unlearned" or "meta-unlearned", or the label of a control.
+
+    Runs "meta", "meta-0" and "uce-meta" are meta-unlearned, "unlearned-1" and "uce" unlearned.
+    """
+    base = run if run == method else re.sub(r"-\d+$", "", run)
     if base == "meta" or base.endswith("-meta"):
         return "meta-unlearned"
     return "unlearned" if base in (method, "unlearned") else label(run)
 
 
 def attack_name(card, name):
-    """The paper's words for an attack's set, from its protocol card: HRM-s (one prompt), HRM-m (several), CLEAN, where all weights are fine-tuned with Adam; any other attack keeps its own name."""
-    extra = (
-        any(card.get(fact) for fact in ("others", "first", "merge", "drawn_images"))
-        or card.get("kind", "") != "fine-tuning"
-        or card.get("subset") != "f"
-        or card.get("optimizer") != "adam"
-    )
-    return (
-        name
-        if extra
-        else "CLEAN"
-        if card["attack"] == "clean"
-        else "HRM-s"
-        if card.get("prompts") == 1
-        else "HRM-m"
-    )
+    """Return the paper's name of an attack from its protocol card, else the attack's own name.
+
+    HRM-s uses one prompt, HRM-m several, CLEAN harmless images.
+    """
+    facts = (card.get("kind"), card.get("subset"), card.get("optimizer"))
+    if facts != ("fine-tuning", "f", "adam") or any(card.get(fact) for fact in EXTRA_DATA):
+        return name
+    if card["attack"] == "clean":
+        return "CLEAN"
+    return "HRM-s" if card.get("prompts") == 1 else "HRM-m"
 
 
-def _one_experiment(out, panel, training):
-    """Rows, records of the gradients, and cards of one folder of runs and attacks."""
-    runs = {f.parent.name: read_json(f) for f in sorted(Path(out).glob("*/metrics.json"))}
-    method = {run: method_of(made["protocol"].get("run") or {}) for run, made in runs.items()}
-    whose = {
-        run: {
-            "panel": panel,
-            "method": method[run],
-            "model": variant(run, method[run]),
-            "run": run,
-            "training": training or (re.findall(r"-(\d+)$", run) or ["0"])[0],
-        }
-        for run in runs
+def read_experiment(folder, panel="", training=""):
+    """Return rows, training records and protocol cards of one folder of runs and attacks."""
+    files = sorted(Path(folder).glob("*/metrics.json"))
+    runs = {file.parent.name: read_json(file) for file in files}
+    facts = {name: _run_facts(name, run, panel, training) for name, run in runs.items()}
+    before = {"attack": "none", "name": "before", "attack_seed": 0, "step": 0}
+    rows, records, cards = [], [], {}
+    for name, run in runs.items():
+        rows += [facts[name] | before | row for row in run["rows"]]
+        cards[f"{panel}/{name}"] = run["protocol"]
+        for record in read_json(Path(folder) / name / "records.json", []):
+            cost = {fact: record[fact] for fact in ("step", "passes", "seconds")}
+            records.append(facts[name] | cost | record["losses"])
+    for file in sorted((Path(folder) / "attack").glob("*.json")):
+        attack = read_json(file)
+        cards[f"{panel}/attack/{file.stem}"] = attack["protocol"]
+        for row in attack["rows"]:
+            unknown = {"panel": panel, "run": row["run"], "training": training}
+            searched = row["attack"] == "prompt"
+            name = row["name"] if searched else attack_name(attack["protocol"], row["name"])
+            own = {"attack": name, "name": file.stem}
+            rows.append(row | facts.get(row["run"], unknown) | own)
+    return _complete(pd.DataFrame(rows)), pd.DataFrame(records), cards
+
+
+def _run_facts(name, run, panel, training):
+    """Return the columns that all rows and records of a run share."""
+    method = method_of(run["protocol"].get("run") or {})
+    number = re.search(r"-(\d+)$", name)
+    return {
+        "panel": panel,
+        "method": method,
+        "model": variant(name, method),
+        "run": name,
+        "training": training or (number[1] if number else "0"),
     }
-    rows, cards, records = [], {}, []
-    for run, made in runs.items():
-        rows += [
-            whose[run] | {"attack": "none", "name": "before", "attack_seed": 0, "step": 0} | row
-            for row in made["rows"]
-        ]
-        cards[f"{panel}/{run}"] = made["protocol"]
-        for record in read_json(Path(out) / run / "records.json", []):
-            records.append(
-                whose[run]
-                | {fact: record[fact] for fact in ("step", "passes", "seconds")}
-                | record["losses"]
-            )
-    for file in sorted((Path(out) / "attack").glob("*.json")):
-        made = read_json(file)
-        for row in made["rows"]:
-            called = (
-                row["name"]
-                if row["attack"] == "prompt"
-                else attack_name(made["protocol"], row["name"])
-            )
-            rows.append(
-                row
-                | whose.get(row["run"], {"panel": panel, "run": row["run"], "training": training})
-                | {"attack": called, "name": file.stem}
-            )
-        cards[f"{panel}/attack/{file.stem}"] = made["protocol"]
-    table = pd.DataFrame(rows)
-    if (
-        "lr" in table
-    ):  # one set, met twice: the first file counts, or its pictures would count twice
-        first = table.groupby(["run", "attack", "lr", "attack_seed"], dropna=False)[
-            "name"
-        ].transform("min")
-        table["attack"] = table["attack"].where(
-            (table["name"] == first) | ~table["attack"].isin(SETS), table["name"]
+
+
+def _complete(rows):
+    """Return rows with the evaluation prompt in "asked" and each attack of the paper once.
+
+    If a run met an attack twice, only the first file keeps its name, so that no image counts twice.
+    """
+    if rows.empty:
+        return rows
+    if "lr" in rows:
+        attack = rows.groupby(["run", "attack", "lr", "attack_seed"], dropna=False)
+        repeated = rows.attack.isin(PAPER_ATTACKS) & (
+            rows["name"] != attack["name"].transform("min")
         )
-    return (
-        table.assign(asked=table.get("asked", table.prompt).fillna(table.prompt))
-        if len(table)
-        else table,
-        pd.DataFrame(records),
-        cards,
-    )
+        rows = rows.assign(attack=rows.attack.mask(repeated, rows["name"]))
+    return rows.assign(asked=rows.get("asked", rows.prompt).fillna(rows.prompt))
 
 
 def collect(out, folder, training="", pictures=True, show_unblurred=False, main=""):
-    """Gather one training of an experiment, `out`, in `folder`: rows.csv.gz (a row for every judged picture, before and under all attacks), records.csv.gz (losses and the angle of the
-    gradients, by step), cards.json (protocols), numbers.json (of 50_evaluate) and, with `pictures`, sheets of what was drawn (courses.json).
+    """Collect the experiment `out` (one training seed) in `folder`; return `folder`.
 
-    A folder below `out` that is a small experiment of its own is a panel. training: what this training is called; empty: the number at the end of each run's name.
-    main: the method of which pictures under all sets are kept, while of the others those under HRM-m are; one that is not there: the first; empty: all of them. show_unblurred: keep the pictures of a harmful concept as they were saved. Raises FileNotFoundError where nothing was judged."""
+    Writes rows.csv.gz (one row per judged image, before and under all attacks), records.csv.gz
+    (losses and gradient angle by step), cards.json (protocols), numbers.json (of 50_evaluate) and,
+    with `pictures`, courses.json with sprite sheets of the images. A folder below `out` with runs
+    of its own is a panel.
+
+    training: name of the training; empty: the number at the end of each run's name. show_unblurred:
+    keep images of a harmful concept as saved. main: method whose images are kept under all attacks
+    of the paper, while other methods keep those under HRM-m; unknown: the first method; empty: all.
+    Raises FileNotFoundError if `out` has no evaluated run.
+    """
     out, folder = Path(out), Path(folder)
-    experiments = (
-        {"": out}
-        | {
-            p.name: p
-            for p in sorted(out.iterdir())
-            if p.name != ASIDE and p.is_dir() and list(p.glob("*/metrics.json"))
-        }
-        if out.is_dir()
-        else {}
-    )
-    rows, records, cards, courses = [], [], {}, []
-    for panel, place in experiments.items():
-        found = _one_experiment(place, panel, training)
-        rows, records, cards = [*rows, found[0]], [*records, found[1]], cards | found[2]
-    rows, records = (
-        pd.concat(rows) if rows else pd.DataFrame(),
-        pd.concat(records) if records else pd.DataFrame(),
-    )
-    if rows.empty:
+    panels = _panels(out)
+    found = [read_experiment(place, panel, training) for panel, place in panels.items()]
+    if all(rows.empty for rows, _, _ in found):
         raise FileNotFoundError(
-            f"nothing was judged below {out}: run 20_unlearn, 21_meta_unlearn, 30_attack_finetune there first (make demo, or make paper)"
+            f"no evaluated run in {out}: run 20_unlearn, 21_meta_unlearn and 30_attack_finetune "
+            "there (make demo or make paper)"
         )
-    trained = rows[rows.attack.isin(SETS) & rows.model.isin(["unlearned", "meta-unlearned"])]
-    methods = list(dict.fromkeys(trained[trained.model == "meta-unlearned"].method))
-    trained = trained[
-        trained.attack.eq("HRM-m")
-        | trained.method.isin([main] if main in methods else methods[:1] if main else methods)
-    ]
-    for (panel, name), part in trained.groupby(["panel", "name"], sort=False) if pictures else ():
-        attacked = list(
-            dict.fromkeys(
-                run for run in part.sort_values("model", ascending=False).run if run != "original"
-            )
-        )
-        first = {
-            part[part.run == run].model.iloc[0]: run for run in reversed(attacked)
-        }  # of several trainings the first
-        card = cards[f"{panel}/attack/{name}"]
-        called = [m for m in ("unlearned", "meta-unlearned") if m in first]
-        course = read_course(
-            experiments[panel],
-            name,
-            [first[m] for m in called],
-            keep=SHOWN,
-            blurred=not show_unblurred and bool(card.get("harmful")),
-        )
-        course = replace(
-            course, models=[*course.models[: len(course.models) - len(called)], *called]
-        )
-        facts = {
-            "panel": panel,
-            "attack": part.attack.iloc[0],
-            "method": part.method.iloc[0],
-            "lr": float(part.lr.iloc[0]),
-            "training": str(part.training.iloc[0]),
-        }
-        courses.append(
-            save_sheet(course, folder.parent.parent, "-".join(filter(None, (panel, name)))) | facts
-        )
-    numbers = {
-        file.parent.name: read_json(file)
-        for file in sorted(out.glob("evaluate/**/evaluation.json"))
-    }
+    rows = pd.concat([rows for rows, _, _ in found])
+    cards = {name: card for _, _, part in found for name, card in part.items()}
+    sheets = _save_sheets(rows, cards, panels, folder, main, show_unblurred) if pictures else []
+    evaluations = sorted(out.glob("evaluate/**/evaluation.json"))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in (("rows", rows.reindex(columns=ROWS)), ("records", records)):
-        with atomic(folder / f"{name}.csv.gz") as temporary:
-            temporary.write_bytes(
-                gzip.compress(table.to_csv(index=False, float_format="%.6g").encode(), mtime=0)
-            )  # pandas would put the temporary name into it
+    _save_table(rows.reindex(columns=COLUMNS), folder / "rows.csv.gz")
+    _save_table(pd.concat([records for _, records, _ in found]), folder / "records.csv.gz")
     save_json(cards, folder / "cards.json")
-    save_json(numbers, folder / "numbers.json")
-    if pictures:  # the sheets of one training take the place of another's
+    save_json({file.parent.name: read_json(file) for file in evaluations}, folder / "numbers.json")
+    if pictures:
+        # The report keeps the sheets of one training only.
         for other in folder.parent.glob("*/courses.json"):
             other.unlink()
-        save_json(courses, folder / "courses.json")
+        save_json(sheets, folder / "courses.json")
     return folder
 
 
-def deduplicate(results):
-    """Rows in which a model that several trainings share counts once: the original, which nobody trains, and what a closed form makes, which has no seed. The rows of the first of these trainings
-    stay. By the digests of the weights in the cards; of models whose cards say none, all rows stay."""
-    made, rows = {}, results.rows
-    for folder, cards in results.cards.items():
-        for name, card in cards.items():
-            panel = name.split("/")[0]
-            made[folder, panel, "original"] = card["model"]
-            if isinstance(card.get("weights"), dict):  # of an attack: run → folder (digest)
-                made |= {
-                    (folder, panel, run): place.split()[-1]
-                    for run, place in card["weights"].items()
-                }
-    which = [
-        made.get((folder, panel, run), f"{folder}/{run}")
-        for folder, panel, run in zip(rows.folder, rows.panel, rows.run, strict=False)
-    ]
-    first = (
-        rows.assign(which=which)
-        .groupby(
-            ["panel", "method", "model", "which", "attack", "name", "lr", "attack_seed"],
-            dropna=False,
+def _panels(out):
+    """Return panel → folder: the experiment itself ("") and its subfolders with evaluated runs."""
+    if not out.is_dir():
+        return {}
+    folders = sorted(path for path in out.iterdir() if path.is_dir() and path.name != ASIDE)
+    return {"": out} | {path.name: path for path in folders if any(path.glob("*/metrics.json"))}
+
+
+def _save_table(table, file):
+    """Save a table as compressed CSV; equal tables give equal bytes."""
+    text = table.to_csv(index=False, float_format="%.6g")
+    # pandas would write the temporary file's name into the archive.
+    with atomic(file) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def _save_sheets(rows, cards, panels, folder, main, show_unblurred):
+    """Save a sprite sheet for each attack of the paper (see `main` of `collect`); return facts."""
+    rows = rows[rows.attack.isin(PAPER_ATTACKS) & rows.model.isin(VARIANTS)]
+    methods = list(dict.fromkeys(rows[rows.model == "meta-unlearned"].method))
+    if main:
+        methods = [main] if main in methods else methods[:1]
+    rows = rows[rows.attack.eq("HRM-m") | rows.method.isin(methods)]
+    sheets = []
+    for (panel, name), part in rows.groupby(["panel", "name"], sort=False):
+        first_run = part.drop_duplicates("model").set_index("model").run
+        models = [model for model in VARIANTS if model in first_run]
+        harmful = bool(cards[f"{panel}/attack/{name}"].get("harmful"))
+        course = read_course(
+            panels[panel],
+            name,
+            [first_run[model] for model in models],
+            keep=SHEET_IMAGES,
+            blurred=harmful and not show_unblurred,
         )
-        .folder.transform("min")
-    )
-    return rows[rows.folder == first]
-
-
-def _table(file):
-    """One of the tables of `collect`, with text where there is text: an empty cell is no name, and a number that is not there is NaN."""
-    table = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str))
-    return table.assign(**{name: table[name].fillna("") for name in TEXT if name in table})
+        course = replace(course, models=[*course.models[: -len(models)], *models])
+        sheet = save_sheet(course, folder.parent.parent, "-".join(filter(None, (panel, name))))
+        row = part.iloc[0]
+        facts = {"panel": panel, "attack": row.attack, "method": row.method}
+        sheets.append(sheet | facts | {"lr": float(row.lr), "training": str(row.training)})
+    return sheets
 
 
 @dataclass(frozen=True)
 class Results:
-    rows: pd.DataFrame  # columns ROWS and folder, what stands in its name; text is "" where there is none, a number NaN
-    records: pd.DataFrame  # the same names, step, and the losses of that step
+    """Collected results of one or several trainings."""
+
+    rows: pd.DataFrame  # COLUMNS and folder, the training's; missing text is "", a number NaN
+    records: pd.DataFrame  # the same facts of a run, step, and the losses of that step
     cards: dict  # folder → {"<panel>/<run>" or "<panel>/attack/<name>": protocol}
-    numbers: dict  # the same → {place: {"numbers", "protocol"}} of 50_evaluate
-    courses: list  # what `mu.reports.explorer.save_sheet` returned, of the first training that has pictures
+    numbers: dict  # folder → {place: {"numbers", "protocol"}} of 50_evaluate
+    courses: list  # of `mu.reports.explorer.save_sheet`, of the first training with images
 
 
 def read_results(folder, trainings=()):
-    """The `Results` of what `collect` has left in the folders below `folder`, of these trainings (names of the folders) or of all.
+    """Return the `Results` of the trainings (subfolders of `folder`), by default of all.
 
-    Raises FileNotFoundError for a training that is not there, and ValueError where two were judged, or attacked under one name, by different protocols."""
-    there = sorted(p.parent.name for p in Path(folder).glob("*/rows.csv.gz"))
-    wanted = [str(name) for name in trainings] or there
-    if absent := [name for name in wanted if name not in there] or ([] if wanted else ["at all"]):
+    Raises FileNotFoundError for a missing training, and ValueError if two evaluations, or two
+    attacks of one name, differ in their protocols.
+    """
+    folder = Path(folder)
+    available = sorted(path.parent.name for path in folder.glob("*/rows.csv.gz"))
+    wanted = [str(name) for name in trainings] or available
+    missing = [name for name in wanted if name not in available]
+    if missing or not wanted:
         raise FileNotFoundError(
-            f"{folder} has no results {', '.join(absent)}; there are: {', '.join(there) or 'none'}: run the experiment with these seeds, or name others"
+            f"no results of training {', '.join(missing) or '(any)'} in {folder}; available: "
+            f"{', '.join(available) or 'none'}. Run these seeds or select others."
         )
 
-    def read(name):
-        return pd.concat(
-            [_table(Path(folder) / t / f"{name}.csv.gz").assign(folder=t) for t in wanted],
-            ignore_index=True,
-        )
+    def read_tables(name):
+        tables = [
+            _read_table(folder / training / name).assign(folder=training) for training in wanted
+        ]
+        return pd.concat(tables, ignore_index=True)
 
-    def each(name):
-        return {t: read_json(Path(folder) / t / f"{name}.json", {}) for t in wanted}
+    def read_facts(name):
+        return {training: read_json(folder / training / name, {}) for training in wanted}
 
-    rows, cards = read("rows"), each("cards")
-    of_panel = {
-        panel: {
-            f"{t}:{name}": card
-            for t, found in cards.items()
-            for name, card in found.items()
+    rows, cards = read_tables("rows.csv.gz"), read_facts("cards.json")
+    _check_protocols(rows, cards)
+    courses = next(filter(None, read_facts("courses.json").values()), [])
+    return Results(rows, read_tables("records.csv.gz"), cards, read_facts("numbers.json"), courses)
+
+
+def _read_table(file):
+    """Read a table of `collect`: empty text is "", a missing number NaN."""
+    table = pd.read_csv(file, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+    return table.fillna({name: "" for name in TEXT_COLUMNS if name in table})
+
+
+def _check_protocols(rows, cards):
+    """Raise ValueError if a panel's evaluations, or its attacks of one name, are not comparable."""
+    for panel, part in rows.groupby("panel", sort=False):
+        found = {
+            f"{training}:{name}": card
+            for training, of_training in cards.items()
+            for name, card in of_training.items()
             if name.split("/")[0] == panel
         }
-        for panel in rows.panel.unique()
-    }
-    for panel, found in of_panel.items():
-        same_protocol(
-            {name: {fact: card.get(fact) for fact in SAME} for name, card in found.items()},
-            may_differ=(),
-        )
-        for _, part in rows[(rows.panel == panel) & ~rows.attack.eq("none")].groupby(
-            ["attack", "lr"], dropna=False
-        ):
-            alike = {
-                f"{t}:{name}": found[f"{t}:{panel}/attack/{name}"]
-                for t, name in part[["folder", "name"]].drop_duplicates().itertuples(index=False)
-                if f"{t}:{panel}/attack/{name}" in found
-            }
-            if alike:
-                same_protocol(
-                    {
-                        name: {fact: card.get(fact) for fact in TRAINED}
-                        for name, card in alike.items()
-                    },
-                    may_differ=(),
-                )
-    courses = next(
-        (found for t in wanted if (found := read_json(Path(folder) / t / "courses.json"))), []
-    )
-    return Results(rows, read("records"), cards, each("numbers"), courses)
+        _require_equal(found, SAME)
+        attacked = part[part.attack != "none"]
+        for _, attack in attacked.groupby(["attack", "lr"], dropna=False):
+            names = dict.fromkeys(attack.folder + f":{panel}/attack/" + attack["name"])
+            attacks = {name: found[name] for name in names if name in found}
+            if attacks:
+                _require_equal(attacks, ATTACK_FACTS)
+
+
+def _require_equal(cards, facts):
+    """Raise ValueError if the cards differ in one of these facts."""
+    chosen = {name: {fact: card.get(fact) for fact in facts} for name, card in cards.items()}
+    same_protocol(chosen, may_differ=())
+
+
+def deduplicate(results):
+    """Return rows in which a model that several trainings share counts once.
+
+    The original and the unseeded results of a closed form are the same in each training; the rows
+    of the first one stay. Models are compared by the weight digests of the cards; a model without a
+    digest counts once per training.
+    """
+    digests, rows = {}, results.rows
+    for training, cards in results.cards.items():
+        for name, card in cards.items():
+            panel = name.split("/")[0]
+            digests[training, panel, "original"] = card["model"]
+            # An attack's card has "weights": run → "folder (digest)".
+            if isinstance(card.get("weights"), dict):
+                for run, place in card["weights"].items():
+                    digests[training, panel, run] = place.split()[-1]
+    runs = zip(rows.folder, rows.panel, rows.run, strict=True)
+    digest = [digests.get((t, panel, run), f"{t}/{run}") for t, panel, run in runs]
+    key = ["panel", "method", "model", "digest", "attack", "name", "lr", "attack_seed"]
+    shared = rows.assign(digest=digest).groupby(key, dropna=False)
+    return rows[rows.folder == shared.folder.transform("min")]
