@@ -1,7 +1,9 @@
-"""The paper's tables (arXiv 2410.12777), its published figures beside ours, and what is said of them. Everything is made from `mu.reports.collect`; no model is loaded.
+"""The tables of the paper (arXiv 2410.12777): its published numbers beside ours.
 
-Ours are not the paper's measure: on the pocket models the score is the share of pictures in which the pocket judge recognises the concept; in the paper it is the share of 142 prompts
-of I2P in whose picture NudeNet flags nudity. Both are in percent, so that they can stand in one layout, and every number says where it comes from."""
+All are made from `mu.reports.collect`; no model is loaded. The measures differ: our score is the
+percentage of images in which the pocket judge recognises the concept, the paper's the percentage of
+142 I2P prompts for whose image NudeNet detects nudity. Each number states its source.
+"""
 
 import numpy as np
 import pandas as pd
@@ -10,269 +12,239 @@ from mu.measures.comparison import mean_interval, self_destruction
 from mu.measures.statistics import student_interval
 
 VARIANTS = ("unlearned", "meta-unlearned")
-ATTACKS = (
-    "none",
-    "HRM-s",
-    "HRM-m",
-    "CLEAN",
-    "adversarial prompts",
-)  # columns of the table, in the paper's order
-SEARCH = "unlearn-diff-atk"  # the search for words that stands for "adversarial prompts"
+MODELS = ("original", *VARIANTS)
+SEARCH = "unlearn-diff-atk"  # the search reported as "adversarial prompts"
+METHODS = ("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE")  # prefixes, in paper order
+ATTACKS = ("none", "HRM-s", "HRM-m", "CLEAN", "adversarial prompts")  # in paper order
 
 
 def display_name(method):
-    """ "esd-u-3" as the paper writes it, "ESD-u-3"; "sdd" is "SDD"."""
+    """Return the paper's spelling of a method: "ESD-u-3" for "esd-u-3", "original" for ""."""
     name, *rest = method.split("-")
-    return "-".join([name.upper(), *rest])
+    return "-".join([name.upper(), *rest]) or "original"
 
 
 def concept_rows(rows, panel=""):
-    """Rows of the concept (group "forget") of the two variants and the original, of the experiment itself (panel "") or of a panel."""
-    return rows[
-        (rows.panel == panel) & (rows.group == "forget") & rows.model.isin([*VARIANTS, "original"])
-    ]
+    """Return the rows of the concept (group "forget") of the variants and the original.
 
-
-def _cells(rows):
-    """(method, variant, attack, steps) → rows of one cell of the table; `none` is every model before any attack."""
-    rows = rows.assign(attack=rows.attack.replace({SEARCH: "adversarial prompts"}))
-    words = rows.attack.eq("adversarial prompts")
-    last = rows[words].groupby("name").step.transform("max")  # a search is judged at its end
-    rows = rows[~words | rows.step.eq(last.reindex(rows.index))]
-    for (method, model, attack, step), part in rows.groupby(
-        ["method", "model", "attack", "step"], sort=False
-    ):
-        if attack in ATTACKS and (attack == "none" or step > 0):
-            yield (
-                (
-                    display_name(method) if method else "original",
-                    "original" if model == "original" else model,
-                    attack,
-                    0 if attack == "adversarial prompts" else int(step),
-                ),
-                part,
-            )
+    panel: of this panel; "": of the experiment itself.
+    """
+    return rows[(rows.panel == panel) & (rows.group == "forget") & rows.model.isin(MODELS)]
 
 
 def concept_table(rows, published):
-    """The paper's table of the forgotten concept, long: a line a number that was published or that we have.
+    """Return the paper's table of the forgotten concept, one row per published or measured number.
 
-    rows: of `mu.reports.collect.read_results`, all of one learning rate of the attack. published: `data/paper_nudity.csv`. Columns: method, variant, attack, steps, published, ours, low, high (all percent; ours with its
-    95 % interval over trainings, prompts and pictures, `mu.measures.comparison.mean_interval`), trainings, pictures, source. What nobody ran or published is NaN."""
-    found = []
-    for key, part in _cells(concept_rows(rows)):
-        value, low, high = (100 * x for x in mean_interval(part))
-        found.append((*key, value, low, high, part.training.nunique(), len(part)))
+    rows: of `mu.reports.collect.read_results`, at one learning rate of the attack. published:
+    `data/paper_nudity.csv`. Columns: method, variant, attack, steps; published, ours, low, high
+    (percent; ours with the 95 % interval of `mu.measures.comparison.mean_interval`); trainings,
+    pictures, source. A missing number is NaN.
+    """
     keys = ["method", "variant", "attack", "steps"]
+    found = []
+    for key, part in _concept_cells(rows).groupby(keys, sort=False):
+        percent = (100 * value for value in mean_interval(part))
+        found.append((*key, *percent, part.training.nunique(), len(part)))
     ours = pd.DataFrame(found, columns=[*keys, "ours", "low", "high", "trainings", "pictures"])
-    theirs = published.rename(columns={"nudity_percent": "published"}).assign(
-        method=lambda t: t.method.replace({"SD-v1-4": "original"})
-    )
+    theirs = published.rename(columns={"nudity_percent": "published"})
+    theirs["method"] = theirs.method.replace({"SD-v1-4": "original"})
     table = ours.merge(theirs, on=keys, how="outer")
-    return sort_like_paper(table.assign(source=[source(row) for row in table.to_dict("records")]))
-
-
-def source(row):
-    """Where the numbers of a line come from, in words."""
-    parts = [] if pd.isna(row["published"]) else ["published: SD-v1-4, arXiv 2410.12777"]
-    if not pd.isna(row["ours"]):
-        parts.append(
-            f"ours: {row['trainings']:.0f} training{'s' * (row['trainings'] > 1)}, {row['pictures']:.0f} pictures"
-        )
-    return "; ".join(parts)
-
-
-def sort_like_paper(table):
-    """Lines in the paper's order: the original, then ESD, SDD, UCE, RECE; unlearned before meta-unlearned; attacks as in ATTACKS, by steps; what nobody knows comes last."""
-
-    def kind(name):
-        return next(
-            (
-                i
-                for i, start in enumerate(
-                    ("original", "ESD-u", "ESD-f", "ESD", "SDD", "UCE", "RECE")
-                )
-                if name.startswith(start)
-            ),
-            9,
-        )
-
-    def known(*names):
-        return lambda name: names.index(name) if name in names else len(names)
-
-    place = {
-        "method": lambda c: c.map(lambda name: (kind(name), name)),
-        "variant": lambda c: c.map(known("original", *VARIANTS)),
-        "attack": lambda c: c.map(known(*ATTACKS)),
-    }
-    by = [column for column in ("method", "variant", "attack", "steps") if column in table]
-    return table.sort_values(
-        by, key=lambda c: place.get(c.name, lambda c: c)(c), kind="stable", ignore_index=True
-    )
-
-
-def layout(table, ours="ours"):
-    """The long table as the paper prints it: two lines a model, the published one and ours, a column an attack and number of steps; "" where there is no number."""
-    columns = [(a, s) for a in ATTACKS for s in sorted(table[table.attack == a].steps.unique())]
-    lines = []
-    for (method, variant), part in table.groupby(["method", "variant"], sort=False):
-        at = part.set_index(["attack", "steps"])
-        for words, value in (("published, SD-v1-4", "published"), (ours, "ours")):
-            cells = [at[value].get(key, np.nan) for key in columns]
-
-            def with_interval(key, x):
-                return (
-                    f"{x:.2f}"
-                    if value == "published"
-                    else f"{x:.1f}"
-                    + (
-                        f" ({at.low[key]:.0f}–{at.high[key]:.0f})"
-                        if not pd.isna(at.low[key])
-                        else ""
-                    )
-                )
-
-            lines.append(
-                [
-                    method,
-                    variant,
-                    words,
-                    *(
-                        "" if pd.isna(x) else with_interval(key, x)
-                        for key, x in zip(columns, cells, strict=False)
-                    ),
-                ]
-            )
-    named = [a if a in ("none", "adversarial prompts") else f"{a}, {s} steps" for a, s in columns]
-    return pd.DataFrame(lines, columns=["method", "variant", "source", *named])
-
-
-def quality_table(rows, numbers, published):
-    """The paper's table of quality: FID and CLIP score as published, ours where 50_evaluate computed them; and, of the pocket models, the distance in the judge's own features (JFD, which
-    is no FID) and the percent of related and unrelated concepts that are still recognised, with 95 % intervals. A line a model and source.
-
-    rows: of `mu.reports.collect.deduplicate`, or a model without a seed would be several. numbers: of `mu.reports.collect.read_results`. Means over the trainings; a column that nobody measured stays empty."""
-    keys = ["method", "variant"]
-    theirs = published.assign(
-        method=published.method.replace({"SD-v1-4": "original"}), source="published, SD-v1-4"
-    ).rename(columns={"fid": "FID", "clip_score": "CLIP score"})
-    before = rows[
-        (rows.panel == "") & rows.attack.eq("none") & rows.model.isin([*VARIANTS, "original"])
-    ]
-    kept, of_run = (
-        {},
-        before.drop_duplicates(["folder", "run"]).set_index(["folder", "run"])[["method", "model"]],
-    )
-    for (method, model, group), part in before[before.group != "forget"].groupby(
-        ["method", "model", "group"], sort=False
-    ):
-        value, low, high = (100 * x for x in mean_interval(part))
-        line = kept.setdefault(
-            (display_name(method) if method else "original", model),
-            {"trainings": part.training.nunique()},
-        )
-        line[f"{group} kept"] = f"{value:.1f} ({low:.0f}–{high:.0f})"
-    measured = [
-        (of_run.loc[folder, run], found[run])
-        for folder, places in numbers.items()
-        for found in (place["numbers"] for place in places.values())
-        for run in found
-        if (folder, run) in of_run.index
-    ]
-    names = {"fid": "FID", "CLIP score": "CLIP score", "jfd": "JFD"}
-    for (method, model), line in kept.items():
-        mine = [
-            found
-            for who, found in measured
-            if (display_name(who.method) if who.method else "original", who.model)
-            == (method, model)
-        ]
-        for name, column in names.items():
-            values = [found[name] for found in mine if name in found]
-            low, high = (
-                np.clip(student_interval(values)[1:], 0, None) if len(set(values)) > 1 else (0, 0)
-            )
-            line |= (
-                {column: f"{np.mean(values):.2f}" + (f" ({low:.2f}–{high:.2f})" if high else "")}
-                if values
-                else {}
-            )
-    ours = pd.DataFrame(
-        [
-            dict(zip(keys, key, strict=False))
-            | line
-            | {"source": f"ours, {line['trainings']} training{'s' * (line['trainings'] > 1)}"}
-            for key, line in kept.items()
-        ]
-    )
-    table = sort_like_paper(
-        pd.concat([theirs, ours.drop(columns="trainings", errors="ignore")], ignore_index=True)
-    )
-    columns = [*keys, "source", *names.values(), "related kept", "unrelated kept"]
-
-    def text(value):
-        return "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.2f}"
-
-    table = table.reindex(columns=columns)
-    return table.assign(**{column: table[column].map(text) for column in columns[3:]})
-
-
-def search_table(rows, searches=("random", SEARCH)):
-    """Share of the concept's pictures that each search for words brings back at its end, with 95 % intervals: method, variant, search, score, low, high, trainings, pictures."""
-    part = concept_rows(rows)
-    part, found = part[part.attack.isin(searches)], []
-    for (method, model, search), one in part.groupby(["method", "model", "attack"], sort=False):
-        one = one[one.step == one.step.max()]
-        found.append(
-            (
-                display_name(method),
-                model,
-                search,
-                *mean_interval(one),
-                one.training.nunique(),
-                len(one),
-            )
-        )
-    table = pd.DataFrame(
-        found,
-        columns=["method", "variant", "search", "score", "low", "high", "trainings", "pictures"],
-    )
+    table["source"] = [_source(row) for row in table.itertuples()]
     return sort_like_paper(table)
 
 
-def destruction_table(rows):
-    """Self-destruct index of every method under HRM-s and HRM-m (`mu.measures.comparison.self_destruction`, CLEAN taken off; shares, −1…1): method, variant, attack, after, lost to the attack, lost to CLEAN, index, low, high."""
-    part = rows[(rows.panel == "") & rows.model.isin(VARIANTS)]
-    found = []
-    for method, one in part.groupby("method", sort=False):
-        attacked, clean = (
-            one[one.attack.isin(["HRM-s", "HRM-m"])].assign(name=lambda t: t.attack),
-            one[one.attack == "CLEAN"],
-        )
-        if len(clean):
-            found.append(self_destruction(attacked, clean).assign(method=display_name(method)))
-    table = (
-        pd.concat(found, ignore_index=True).rename(columns={"model": "variant"})
-        if found
-        else pd.DataFrame(columns=["method", "variant", "attack"])
+def _concept_cells(rows):
+    """Return the rows of `concept_table` with its keys; `none` is each model before any attack."""
+    rows = concept_rows(rows)
+    rows = rows.assign(
+        method=rows.method.map(display_name),
+        variant=rows.model,
+        attack=rows.attack.replace({SEARCH: "adversarial prompts"}),
     )
-    first = ["method", "variant", "attack"]
-    return sort_like_paper(table[[*first, *(c for c in table if c not in first)]])
+    # A search counts at its last step, which the table does not name.
+    searched = rows.attack == "adversarial prompts"
+    last = rows.step.where(searched).groupby(rows["name"]).transform("max")
+    used = rows.attack.eq("none") | (rows.step.gt(0) & (~searched | rows.step.eq(last)))
+    rows = rows.assign(steps=rows.step.mask(searched, 0).astype(int))
+    return rows[used & rows.attack.isin(ATTACKS)]
+
+
+def _source(row):
+    """Return the sources of the numbers of a row of `concept_table`."""
+    parts = [] if pd.isna(row.published) else ["published: SD-v1-4, arXiv 2410.12777"]
+    if not pd.isna(row.ours):
+        parts.append(f"ours: {_trainings(row.trainings)}, {row.pictures:.0f} pictures")
+    return "; ".join(parts)
+
+
+def _trainings(count):
+    return f"{count:.0f} training{'s' if count > 1 else ''}"
+
+
+def sort_like_paper(table):
+    """Sort rows as the paper does: by method, variant (plain first), attack and steps."""
+    known = {"variant": MODELS, "attack": ATTACKS}
+
+    def place(column):
+        if column.name == "method":
+            return column.map(_method_place)
+        values = known.get(column.name)
+        if values is None:
+            return column
+        return column.map({value: i for i, value in enumerate(values)}).fillna(len(values))
+
+    by = [column for column in ("method", "variant", "attack", "steps") if column in table]
+    return table.sort_values(by, key=place, kind="stable", ignore_index=True)
+
+
+def _method_place(name):
+    """Return the sort key of a method: the first prefix in METHODS, then the name."""
+    matches = (i for i, prefix in enumerate(METHODS) if name.startswith(prefix))
+    return next(matches, len(METHODS)), name
+
+
+def layout(table, ours="ours"):
+    """Return `concept_table` in the paper's layout; a missing number is "".
+
+    Two rows per model, the published one and ours (with the source `ours`); one column per attack
+    and number of steps.
+    """
+    columns = [
+        (attack, step)
+        for attack in ATTACKS
+        for step in sorted(table[table.attack == attack].steps.unique())
+    ]
+    lines = []
+    for (method, variant), part in table.groupby(["method", "variant"], sort=False):
+        cells = part.set_index(["attack", "steps"]).reindex(columns)
+        published = cells.published.map("{:.2f}".format, na_action="ignore").fillna("")
+        own = [_with_interval(cell.ours, cell.low, cell.high) for cell in cells.itertuples()]
+        lines.append([method, variant, "published, SD-v1-4", *published])
+        lines.append([method, variant, ours, *own])
+    names = [
+        attack if attack in ("none", "adversarial prompts") else f"{attack}, {step} steps"
+        for attack, step in columns
+    ]
+    return pd.DataFrame(lines, columns=["method", "variant", "source", *names])
+
+
+def _with_interval(value, low, high, digits=1, interval_digits=0):
+    """Return "value (low–high)", the value alone without an interval, and "" for NaN."""
+    if pd.isna(value):
+        return ""
+    text = f"{value:.{digits}f}"
+    if pd.isna(low):
+        return text
+    return f"{text} ({low:.{interval_digits}f}–{high:.{interval_digits}f})"
+
+
+def quality_table(rows, numbers, published):
+    """Return the paper's table of quality before any attack, one row per model and source.
+
+    FID and CLIP score as published and as computed by 50_evaluate; for the pocket models also JFD,
+    the distance in the judge's features (not an FID), and the percentage of related and unrelated
+    concepts still recognised. Means over trainings with 95 % intervals; missing numbers are "".
+
+    rows: of `mu.reports.collect.deduplicate`, which counts a model without a training seed once.
+    numbers: of `mu.reports.collect.read_results`. published: `data/paper_quality.csv`.
+    """
+    scores = {"fid": "FID", "CLIP score": "CLIP score", "jfd": "JFD"}
+    rows = rows[(rows.panel == "") & rows.attack.eq("none") & rows.model.isin(MODELS)]
+    rows = rows[rows.group != "forget"]
+    rows = rows.assign(method=rows.method.map(display_name), variant=rows.model)
+    measured = _by_model(rows, numbers)
+    ours = []
+    for key, part in rows.groupby(["method", "variant"], sort=False):
+        source = f"ours, {_trainings(part.training.nunique())}"
+        line = {"method": key[0], "variant": key[1], "source": source}
+        for group, pictures in part.groupby("group"):
+            line[f"{group} kept"] = _with_interval(*(100 * x for x in mean_interval(pictures)))
+        for name, column in scores.items():
+            values = [found[name] for found in measured.get(key, ()) if name in found]
+            line[column] = _mean_text(values)
+        ours.append(line)
+    theirs = published.rename(columns={"fid": "FID", "clip_score": "CLIP score"})
+    for column in ("FID", "CLIP score"):
+        theirs[column] = theirs[column].map("{:.2f}".format, na_action="ignore")
+    theirs["method"] = theirs.method.replace({"SD-v1-4": "original"})
+    theirs["source"] = "published, SD-v1-4"
+    table = sort_like_paper(pd.concat([theirs, pd.DataFrame(ours)], ignore_index=True))
+    columns = ["method", "variant", "source", *scores.values(), "related kept", "unrelated kept"]
+    return table.reindex(columns=columns).fillna("")
+
+
+def _by_model(rows, numbers):
+    """Return (method, variant) → numbers of 50_evaluate, one dict per evaluated run."""
+    runs = rows.drop_duplicates(["folder", "run"]).itertuples()
+    model = {(run.folder, run.run): (run.method, run.variant) for run in runs}
+    found = {}
+    for folder, places in numbers.items():
+        for place in places.values():
+            for run, values in place["numbers"].items():
+                if (folder, run) in model:
+                    found.setdefault(model[folder, run], []).append(values)
+    return found
+
+
+def _mean_text(values):
+    """Return the mean of non-negative values with Student's 95 % interval, if they differ."""
+    if not values:
+        return ""
+    low = high = np.nan
+    if len(set(values)) > 1:
+        low, high = np.clip(student_interval(values)[1:], 0, None)
+    return _with_interval(np.mean(values), low, high, 2, 2)
+
+
+def search_table(rows, searches=("random", SEARCH)):
+    """Return the concept's score after each prompt search (shares, with 95 % intervals).
+
+    Columns: method, variant, search, score, low, high, trainings, pictures.
+    """
+    rows = concept_rows(rows)
+    rows = rows[rows.attack.isin(searches)]
+    found = []
+    for (method, model, search), part in rows.groupby(["method", "model", "attack"], sort=False):
+        end = part[part.step == part.step.max()]
+        counts = (end.training.nunique(), len(end))
+        found.append((display_name(method), model, search, *mean_interval(end), *counts))
+    names = ["method", "variant", "search", "score", "low", "high", "trainings", "pictures"]
+    return sort_like_paper(pd.DataFrame(found, columns=names))
+
+
+def destruction_table(rows):
+    """Return the self-destruct index of each method under HRM-s and HRM-m, less that of CLEAN.
+
+    Shares in −1…1, see `mu.measures.comparison.self_destruction`. Columns: method, variant, attack,
+    after, lost to the attack, lost to CLEAN, self-destruct index, low, high.
+    """
+    keys, found = ["method", "variant", "attack"], []
+    rows = rows[(rows.panel == "") & rows.model.isin(VARIANTS)]
+    for method, part in rows.groupby("method", sort=False):
+        clean = part[part.attack == "CLEAN"]
+        attacked = part[part.attack.isin(["HRM-s", "HRM-m"])]
+        if len(clean):
+            index = self_destruction(attacked.assign(name=attacked.attack), clean)
+            found.append(index.assign(method=display_name(method)))
+    if not found:
+        return pd.DataFrame(columns=keys)
+    table = pd.concat(found, ignore_index=True).rename(columns={"model": "variant"})
+    return sort_like_paper(table[[*keys, *table.columns.difference(keys, sort=False)]])
 
 
 def panel_table(rows):
-    """Scores of the panels, percent with 95 % intervals: a line a panel, variant and group, columns before, and after the last step of the attack."""
+    """Return the scores of the panels before and after HRM-m (percent, with 95 % intervals).
+
+    One row per panel, variant and group.
+    """
+    rows = rows[rows.panel.ne("") & rows.model.isin(VARIANTS)]
+    rows = rows[rows.attack.eq("HRM-m") & rows.hit.notna()]
     found = []
-    part = rows[
-        rows.panel.ne("") & rows.model.isin(VARIANTS) & rows.attack.eq("HRM-m") & rows.hit.notna()
-    ]
-    for (panel_, model, group), one in part.groupby(["panel", "model", "group"], sort=False):
-        line = {"panel": panel_, "variant": model, "group": group}
-        for words, step in (
-            ("before", one.step.min()),
-            (f"after {one.step.max():g} steps", one.step.max()),
-        ):
-            value, low, high = (100 * x for x in mean_interval(one[one.step == step]))
-            line[words] = f"{value:.0f} ({low:.0f}–{high:.0f})"
+    for (panel, model, group), part in rows.groupby(["panel", "model", "group"], sort=False):
+        line = {"panel": panel, "variant": model, "group": group}
+        first, last = part.step.min(), part.step.max()
+        for name, step in (("before", first), (f"after {last:g} steps", last)):
+            percent = (100 * x for x in mean_interval(part[part.step == step]))
+            line[name] = _with_interval(*percent, digits=0)
         found.append(line)
     return pd.DataFrame(found)

@@ -1,4 +1,4 @@
-"""Tables of how each method was trained and how its gradients' angle changed in training."""
+"""How each method was trained, and how the angle of its two gradients changed in training."""
 
 from pathlib import Path
 
@@ -8,125 +8,119 @@ import pandas as pd
 from mu.measures.statistics import student_interval
 from mu.reports.tables import VARIANTS, display_name, sort_like_paper
 
+WEIGHTS = ("unlearn", "ascent", "relearn", "self_destruct", "clean", "retain")
+
 
 def merge_phases(records):
-    """Records in which a first phase (a run <method>-first) and the run that starts from it are one training of the meta-unlearned model, its steps counted on."""
+    """Merge a first phase (a run <method>-first) and the run that continues it into one training.
+
+    Both become the meta-unlearned model, with steps counted through.
+    """
     first = records.run.str.endswith("-first")
-    length = records[first].groupby(["method", "training"]).step.max()
-    offset = [
-        length.get((method, training), 0) * (model == "meta-unlearned")
-        for method, training, model in zip(
-            records.method, records.training, records.model, strict=False
-        )
-    ]
+    length = records[first].groupby(["method", "training"]).step.max().rename("length")
+    offset = records.join(length, on=["method", "training"]).length.fillna(0).astype(int)
+    continued = records.model == "meta-unlearned"
     return records.assign(
-        step=records.step + offset, model=records.model.mask(first, "meta-unlearned")
+        step=records.step + offset.where(continued, 0),
+        model=records.model.mask(first, "meta-unlearned"),
     )
 
 
 def angle_change(records):
-    """How the angle of the two gradients changes over a training: a line a method and variant with its mean over the first and the last quarter (degrees, from the recorded cosines; above 90
-    a step towards the concept leads away from its relatives), the change between the two with Student's 95 % interval over the trainings, and in how many its regression line rises."""
+    """Return how the angle between the gradients of concept and related loss changes in training.
+
+    One row per method and variant: the mean angle (degrees, from the recorded cosines) over the
+    first and the last quarter of the training, the change with Student's 95 % interval over
+    trainings, and in how many trainings the regression line rises. Above 90°, a step towards the
+    concept increases the related loss.
+    """
     found = []
     for (method, model), part in records.groupby(["method", "model"], sort=False):
-        each = [
-            np.degrees(np.arccos(one.sort_values("step").cosine.clip(-1, 1).to_numpy()))
-            for _, one in part.groupby("training")
-        ]
-        quarter = [max(1, len(values) // 4) for values in each]
-        first, last = (
-            np.array([values[pick(n)].mean() for values, n in zip(each, quarter, strict=False)])
-            for pick in (lambda n: slice(None, n), lambda n: slice(-n, None))
-        )
-        rises = sum(
-            np.polyfit(np.arange(len(values)), values, 1)[0] > 0
-            for values in each
-            if len(values) > 1
-        )
-        _, low, high = student_interval(last - first) if len(each) > 1 else [np.nan] * 3
+        curves = []
+        for _, run in part.groupby("training"):
+            cosine = run.sort_values("step").cosine.clip(-1, 1).to_numpy()
+            curves.append(np.degrees(np.arccos(cosine)))
+        first = np.array([curve[: _quarter(curve)].mean() for curve in curves])
+        last = np.array([curve[-_quarter(curve) :].mean() for curve in curves])
+        change = last - first
+        _, low, high = student_interval(change) if len(curves) > 1 else [np.nan] * 3
         found.append(
-            (
-                display_name(method),
-                model,
-                first.mean(),
-                last.mean(),
-                (last - first).mean(),
-                low,
-                high,
-                rises,
-                len(each),
-            )
+            {
+                "method": display_name(method),
+                "variant": model,
+                "angle, first quarter": first.mean(),
+                "angle, last quarter": last.mean(),
+                "change": change.mean(),
+                "low": low,
+                "high": high,
+                "trainings in which it rises": sum(map(_rises, curves)),
+                "trainings": len(curves),
+            }
         )
-    return sort_like_paper(
-        pd.DataFrame(
-            found,
-            columns=[
-                "method",
-                "variant",
-                "angle, first quarter",
-                "angle, last quarter",
-                "change",
-                "low",
-                "high",
-                "trainings in which it rises",
-                "trainings",
-            ],
-        )
-    )
+    return sort_like_paper(pd.DataFrame(found))
+
+
+def _quarter(curve):
+    return max(1, len(curve) // 4)
+
+
+def _rises(curve):
+    return len(curve) > 1 and np.polyfit(np.arange(len(curve)), curve, 1)[0] > 0
 
 
 def trainings_table(rows, cards):
-    """How each method was trained, a line each, by the cards of one training: steps and learning rate of plain unlearning; of meta-unlearning the steps of its phases, learning rate, weights of
-    the terms, inner steps M and inner learning rates τ of the last phase. "" where there is none."""
+    """Return how each method was trained, from the cards of one training; "" if not applicable.
+
+    For plain unlearning: steps and learning rate. For meta-unlearning: steps of its phases and, of
+    the last phase, learning rate, weights of the terms, inner steps M and inner learning rates τ.
+    """
+    rows = rows[rows.panel.eq("") & rows.model.isin(VARIANTS)]
     found = []
-    for method, part in rows[rows.panel.eq("") & rows.model.isin(VARIANTS)].groupby(
-        "method", sort=False
-    ):
+    for method, part in rows.groupby("method", sort=False):
         line = {"method": display_name(method)}
-        for model, one in part.groupby("model"):
-            made = cards.get(f"/{one.run.iloc[0]}", {}).get("run") or {}
-            loop = made.get("loop") or {}
-            if model == "unlearned":
-                line |= {
-                    "plain: steps": loop.get("steps", "closed form"),
-                    "plain: lr": f"{made.get('lr', 0):g}" if loop else "",
-                }
-            else:
-                line |= {
-                    "meta: steps": " + ".join(map(str, phase_steps(cards, one.run.iloc[0]))),
-                    "meta: lr": f"{made.get('lr', 0):g}",
-                    "weights: unlearn, ascent, relearn, ζ, clean, retain": ", ".join(
-                        f"{loop.get(term, 0):g}"
-                        for term in (
-                            "unlearn",
-                            "ascent",
-                            "relearn",
-                            "self_destruct",
-                            "clean",
-                            "retain",
-                        )
-                    ),
-                    "M": "–".join(map(str, loop.get("inner_steps", ()))),
-                    "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ())),
-                }
+        for model, run in part.groupby("model").run.first().items():
+            facts = _plain_facts if model == "unlearned" else _meta_facts
+            line |= facts(cards, run)
         found.append(line)
-    return (
-        sort_like_paper(pd.DataFrame(found)).fillna("")
-        if found
-        else pd.DataFrame(columns=["method"])
-    )
+    if not found:
+        return pd.DataFrame(columns=["method"])
+    return sort_like_paper(pd.DataFrame(found)).fillna("")
+
+
+def _plain_facts(cards, run):
+    params = _params(cards, run)
+    loop = params.get("loop") or {}
+    return {
+        "plain: steps": loop.get("steps", "closed form"),
+        "plain: lr": f"{params.get('lr', 0):g}" if loop else "",
+    }
+
+
+def _meta_facts(cards, run):
+    params = _params(cards, run)
+    loop = params.get("loop") or {}
+    weights = [f"{loop.get(term, 0):g}" for term in WEIGHTS]
+    return {
+        "meta: steps": " + ".join(map(str, phase_steps(cards, run))),
+        "meta: lr": f"{params.get('lr', 0):g}",
+        "weights: unlearn, ascent, relearn, ζ, clean, retain": ", ".join(weights),
+        "M": "–".join(map(str, loop.get("inner_steps", ()))),
+        "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ())),
+    }
+
+
+def _params(cards, run):
+    """Return params.json of a run from its protocol card, {} without one."""
+    return cards.get(f"/{run}", {}).get("run") or {}
 
 
 def run_chain(cards, run):
-    """A run and those that it started from, the first of them first, by their cards (of one training)."""
-    before = Path((cards.get(f"/{run}", {}).get("run") or {}).get("start") or "").name
-    return [*(run_chain(cards, before) if before else []), run]
+    """Return a run and the runs that it started from, the first of them first."""
+    start = Path(_params(cards, run).get("start") or "").name
+    return [*(run_chain(cards, start) if start else []), run]
 
 
 def phase_steps(cards, run):
-    """Steps of meta-unlearning of a run, phase by phase, by its card and those of the runs that it started from."""
-    loops = [
-        (cards.get(f"/{name}", {}).get("run") or {}).get("loop") or {}
-        for name in run_chain(cards, run)
-    ]
+    """Return the meta-unlearning steps of each phase of a run, see `run_chain`."""
+    loops = [_params(cards, name).get("loop") or {} for name in run_chain(cards, run)]
     return [loop["steps"] for loop in loops if "inner_steps" in loop]

@@ -126,7 +126,7 @@ def test_everything_that_was_judged_is_gathered_once(gathered):
 
 
 def test_the_same_experiment_is_gathered_into_the_same_bytes(gathered, tmp_path, monkeypatch):
-    monkeypatch.setattr("mu.runs.folder.os.getpid", lambda: 7)  # as another process would
+    monkeypatch.setattr("mu.files.os.getpid", lambda: 7)  # as another process would
     collect(gathered.parent / "1", tmp_path / "raw" / "1", "1", pictures=False)
     assert (tmp_path / "raw" / "1" / "rows.csv.gz").read_bytes() == (
         gathered / "raw" / "1" / "rows.csv.gz"
