@@ -9,7 +9,7 @@ import pandas as pd
 from mu.files import read_json
 from mu.measures.card import same_protocol
 from mu.measures.statistics import (
-    FEW,
+    FEW_TRAININGS,
     interval,
     median_relearning_step,
     paired_interval,
@@ -157,7 +157,7 @@ def _over(part):
 
 def _wider(found, means):
     """An interval, widened to Student's over a few trainings."""
-    if not 1 < len(means) < FEW:
+    if not 1 < len(means) < FEW_TRAININGS:
         return found
     return found[0], *(
         pick(one, other)

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from mu.measures.statistics import revival
+from mu.measures.statistics import relearning_steps
 from mu.reports.plots import COLORS, LABELS, OTHER
 from mu.reports.tables import VARIANTS
 
@@ -245,7 +245,8 @@ def relearning_table(attacked, threshold=0.5):
     evaluated step; "steps to revival", the median as text.
     """
     runs = attacked.run + "/" + attacked.training.astype(str)
-    by_model = revival(attacked.assign(run=runs), threshold).groupby(["model", "lr"], sort=False)
+    steps = relearning_steps(attacked.assign(run=runs), threshold)
+    by_model = steps.groupby(["model", "lr"], sort=False)
     table = by_model.agg(
         revived=("revived", "median"),
         attacks=("revived", "size"),

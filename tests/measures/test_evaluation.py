@@ -10,7 +10,7 @@ import torch
 
 from mu.measures.card import note
 from mu.measures.gallery_sources import real_drawings, staying
-from mu.measures.statistics import differences
+from mu.measures.statistics import paired_differences
 from mu.publish.export import save_model
 from mu.reports.plots import confusion
 from mu.runs.folder import finished_runs, load_run
@@ -59,7 +59,7 @@ def test_models_are_compared_picture_by_picture():
         for s in range(4)
     ]
     table = pd.DataFrame(rows)
-    found = differences(table, ["original", "meta"]).set_index("group")
+    found = paired_differences(table, ["original", "meta"]).set_index("group")
     mean = table.groupby(["run", "group"]).hit.mean()
     assert (
         found.loc["forget", "minus original"] == -1
@@ -71,7 +71,7 @@ def test_models_are_compared_picture_by_picture():
         == pytest.approx(mean["meta", "related"] - mean["original", "related"])
         and found.low["related"] < found["minus original"]["related"] < found.high["related"]
     )
-    one = differences(table[(table.seed == 0) & (table.group == "forget")], ["original", "meta"])
+    one = paired_differences(table[(table.seed == 0) & (table.group == "forget")], ["original", "meta"])
     assert one.over[0] == "one picture" and np.isnan(one.low[0])
 
 

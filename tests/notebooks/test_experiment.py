@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mu.concepts.probe import load_probe
 from mu.measures.evaluate import evaluate, load_judge
-from mu.measures.statistics import revival, scores
+from mu.measures.statistics import relearning_steps, scores
 from mu.models import encode_prompts, load_pipeline
 from mu.notebooks.run import execute, read_parameters
 from mu.runs.folder import run_to_end, with_digests
@@ -583,7 +583,7 @@ def test_without_a_judge_pictures_are_drawn_and_not_scored(experiment):
 def test_an_unknown_concept_is_named_with_the_known_ones(pipe, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "probe.json").write_text(json.dumps(PROBE))
-    with pytest.raises(FileNotFoundError, match="dog is not a concept's folder.*there are: .*cat"):
+    with pytest.raises(FileNotFoundError, match="dog is not a concept folder .*choose .*cat"):
         load_probe(pipe, tmp_path / "dog", "1,1,1")
     for seeds in ("8", "8,2,0", "8,2,one"):
         with pytest.raises(
@@ -616,6 +616,6 @@ def test_scores_have_no_interval_from_one_seed_and_revival_is_censored():
     )
     assert scores(table[table.attack_seed == 0], ["step"], over="attack_seed")["low"].isna().all()
     assert (
-        revival(table).revived.tolist() == [50, float("inf")]
-        and (revival(table)["last"] == 50).all()
+        relearning_steps(table).revived.tolist() == [50, float("inf")]
+        and (relearning_steps(table)["last"] == 50).all()
     )
