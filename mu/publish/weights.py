@@ -133,7 +133,8 @@ def _read(file):
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
-                return {name: f.get_tensor(name) for name in f}, f.metadata() or {}
+                names = f.keys()  # `f` itself is not iterable
+                return {name: f.get_tensor(name) for name in names}, f.metadata() or {}
         saved = torch.load(file, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
