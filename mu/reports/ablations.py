@@ -1,6 +1,7 @@
-"""What each part of the method does: runs that differ from a base in one thing, or attacks that do, beside each other, with a sentence of answer."""
+"""Ablations: runs, or attacks, that differ from a base in one respect, compared in one table."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.ticker import MultipleLocator
 
@@ -9,215 +10,225 @@ from mu.reports.figures import legend_below
 from mu.reports.plots import COLORS
 
 PAIRED = ["training", "asked", "seed"]
+ENDS = ("", ", low", ", high")  # of a column: the value and its 95 % interval
+MEASURES = ("concept under attack", "related lost")
+UNCLEAR = "not clearly different with"
+# How `answer` introduces the differences of each measure.
+RUN_WORDS = {
+    "concept under attack": "of the concept, {} % comes back with “{}” (mean over the attack)",
+    "related lost": "of the related concepts, {} % are lost to it",
+}
+ATTACK_WORDS = {
+    "concept under attack": (
+        "of the concept, against what comes back to the plainly unlearned model "
+        "under the same attack (means over it)"
+    ),
+    "related lost": "of the related concepts, against what that model loses",
+}
 
 
 def under_attack(rows, run, name):
-    """Per picture of one run under the attack `name`: the height of its relearning curve ("area", group forget), and what the last step cost the related concepts ("lost"). Two tables.
+    """Return measure → table with the "value" of each image of a run under the attack `name`.
 
-    Raises ValueError where that run was not attacked so."""
+    "concept under attack": mean height of the relearning curve. "related lost": related concepts
+    recognised before the attack, less those at its last step. Raises ValueError if the run did not
+    meet the attack.
+    """
     part = rows[(rows.run == run) & (rows.name == name) & rows.hit.notna()]
     if part.empty:
-        raise ValueError(
-            f"{run} was not attacked as {name}; there are: {', '.join(sorted(set(rows[rows.run == run].name)))}"
-        )
-    forget, related = part[part.group == "forget"], part[part.group == "related"]
-
-    def at(step):
-        return related[related.step == step].groupby(PAIRED).hit.mean()
-
-    return picture_areas(forget)[[*PAIRED, "area"]], (
-        at(part.step.min()) - at(part.step.max())
-    ).rename("lost").reset_index()
+        known = sorted(set(rows[rows.run == run].name))
+        raise ValueError(f"{run} has no attack {name}; available: {', '.join(known)}")
+    areas = picture_areas(part[part.group == "forget"]).rename(columns={"area": "value"})
+    hits = part[part.group == "related"].groupby([*PAIRED, "step"]).hit.mean().unstack("step")
+    lost = hits[part.step.min()] - hits[part.step.max()]
+    tables = (areas[[*PAIRED, "value"]], lost.rename("value").reset_index())
+    return dict(zip(MEASURES, tables, strict=True))
 
 
 def attacked_runs(entry):
-    """Choice → (run, attack) of a question: runs under the attack that has their name, or the run `base` under several attacks."""
+    """Return choice → (run, attack) of a question.
+
+    Either runs under the attack of the same name, or the run `base` under several attacks.
+    """
     if "attacks" in entry:
         return {choice: ("base", attack) for choice, attack in entry["attacks"].items()}
     return {choice: (run, run) for choice, run in entry["runs"].items()}
 
 
-def base_choice(entry):
-    """The choice that the others are compared with: `base` by name, else the one that stands for the run or attack "base". Raises ValueError where there is none."""
-    choices = entry.get("runs", entry.get("attacks"))
-    found = entry.get("base") or next(
-        (choice for choice, name in choices.items() if name == "base"), None
-    )
-    if found not in choices:
-        raise ValueError(
-            f"{entry.get('question', 'a question')}: there is no choice {found!r} to compare with; there are: {', '.join(choices)}: name one of them as `base`"
-            if found
-            else f"{entry.get('question', 'a question')}: none of {', '.join(choices)} is the run base: name one of them as `base`"
-        )
-    return found
-
-
 def plain_runs(entry):
-    """Choice → (run, attack) of the plainly unlearned model: under the same attack where a question is about attacks, else under the usual one, which is named after that run."""
-    return {
-        choice: ("plain", attack if "attacks" in entry and attack != "base" else "plain")
-        for choice, (_, attack) in attacked_runs(entry).items()
-    }
+    """Return choice → (run, attack) of the plainly unlearned model.
+
+    Under the same attack if the question compares attacks, else under its default attack "plain".
+    """
+    if "attacks" not in entry:
+        return dict.fromkeys(entry["runs"], ("plain", "plain"))
+    attacks = entry["attacks"].items()
+    return {choice: ("plain", "plain" if name == "base" else name) for choice, name in attacks}
+
+
+def base_choice(entry):
+    """Return the choice to compare with: the entry's `base`, else the run or attack "base".
+
+    Raises ValueError if there is none.
+    """
+    choices = entry.get("runs", entry.get("attacks"))
+    named = [choice for choice, name in choices.items() if name == "base"]
+    base = entry.get("base") or next(iter(named), None)
+    if base not in choices:
+        problem = f"unknown base {base!r}" if base else "no base"
+        raise ValueError(
+            f"{entry.get('question', 'question')}: {problem}; choices: {', '.join(choices)}. "
+            "Name one of them as `base`."
+        )
+    return base
 
 
 def choices_table(rows, records, entry):
-    """A line a choice: concept under attack (mean height of its relearning curve), related concepts lost at the last step, both with 95 % intervals and of the plainly unlearned model
-    (`plain_runs`); what was recognised before the attack, by group; UNet passes and seconds a step of training; and differences of the first two, paired by training, prompt and seed: from
-    the base's (`base_choice`), or, where a question is about attacks, from the plainly unlearned model's under the same attack."""
-    found, plainly, first = [], plain_runs(entry), attacked_runs(entry)[base_choice(entry)]
-    for choice, (run, attack) in attacked_runs(entry).items():
+    """Return a table with one row per choice of a question.
+
+    The concept under attack and the related concepts lost (see `under_attack`), with 95 %
+    intervals, the plainly unlearned model's values and differences paired by training, prompt and
+    seed: from the base choice or, if the question compares attacks, from the plainly unlearned
+    model under the same attack. Then the share recognised before the attack by group, UNet passes
+    and seconds per training step, and the number of trainings.
+    """
+    base, plain_keys = attacked_runs(entry)[base_choice(entry)], plain_runs(entry)
+    lines = []
+    for choice, key in attacked_runs(entry).items():
+        reference_key = plain_keys[choice] if "attacks" in entry else base
+        own, plain = under_attack(rows, *key), under_attack(rows, *plain_keys[choice])
+        reference = under_attack(rows, *reference_key)
         line = {"choice": choice}
-        compared = plainly[choice] if "attacks" in entry else first
-        for which, (words, value) in enumerate(
-            (("concept under attack", "area"), ("related lost", "lost"))
-        ):
-            own, plain, reference = (
-                under_attack(rows, *key)[which]
-                for key in ((run, attack), plainly[choice], compared)
-            )
-            both = own.merge(reference, on=PAIRED, suffixes=("", " reference"))
-            both["difference"] = both[value] - both[f"{value} reference"]
-            between = (
-                mean_interval(both, "difference", signed=True)
-                if compared != (run, attack)
-                else (0.0, float("nan"), float("nan"))
-            )  # from itself it differs by nothing
-            line |= dict(
-                zip(
-                    (words, f"{words}, low", f"{words}, high"),
-                    mean_interval(own, value, signed=value == "lost"),
-                    strict=False,
-                )
-            ) | {f"{words}: plain": plain[value].mean()}
-            line |= dict(
-                zip(
-                    (
-                        f"{words}: difference",
-                        f"{words}: difference, low",
-                        f"{words}: difference, high",
-                    ),
-                    between,
-                    strict=False,
-                )
-            )
+        for name in MEASURES:
+            line |= _compare(name, own[name], plain[name])
+            difference = (0.0, np.nan, np.nan)
+            if reference_key != key:
+                difference = _paired_difference(own[name], reference[name])
+            line |= _columns(f"{name}: difference", difference)
+        run, attack = key
         start = rows[(rows.run == run) & (rows.name == attack) & (rows.step == 0)]
         line |= {f"{group} before": part.hit.mean() for group, part in start.groupby("group")}
-        found.append(
-            line
-            | records[records.run == run][["passes", "seconds"]]
-            .mean()
-            .add_suffix(" a step")
-            .to_dict()
-            | {"trainings": start.training.nunique()}
-        )
-    return pd.DataFrame(found)
+        cost = records[records.run == run][["passes", "seconds"]].mean()
+        line |= cost.add_suffix(" a step").to_dict()
+        lines.append(line | {"trainings": start.training.nunique()})
+    return pd.DataFrame(lines)
+
+
+def _compare(name, own, plain):
+    """Return the columns of a measure: its mean with interval, and the plain model's mean."""
+    value = mean_interval(own, "value", signed=name == "related lost")
+    return _columns(name, value) | {f"{name}: plain": plain.value.mean()}
+
+
+def _paired_difference(own, reference):
+    """Return the mean paired difference with its 95 % interval."""
+    both = own.merge(reference, on=PAIRED, suffixes=("", " reference"))
+    both["difference"] = both["value"] - both["value reference"]
+    return mean_interval(both, "difference", signed=True)
+
+
+def _columns(name, value):
+    """Return the columns of a value with its interval."""
+    return {f"{name}{end}": number for end, number in zip(ENDS, value, strict=True)}
 
 
 def answer(table, entry):
-    """The differences of a `choices_table` in words, in points of percent with 95 % intervals: first of how much comes back, then of what is destroyed. Those whose interval excludes 0 are
-    clearly different, and come first; where no difference was seen at all, the sentence says how far the widest interval reaches. And which choices draw, before any attack, more than 3
-    points less of the related or unrelated concepts than the base: their protection is bought."""
-    said, first = [], base_choice(entry)
+    """Return the differences of a `choices_table` in words, in percentage points.
+
+    Differences whose 95 % interval excludes 0 are clear and come first. If no difference was
+    observed, the sentence gives the widest interval. The last part names choices that recognise,
+    before any attack, over 3 points less of the related or unrelated concepts than the base.
+    """
+    first = base_choice(entry)
     base = table.set_index("choice").loc[first]
-    of_runs = {
-        "concept under attack": "of the concept, {} % comes back with “{}” (mean over the attack)",
-        "related lost": "of the related concepts, {} % are lost to it",
-    }
-    of_attacks = {
-        "concept under attack": "of the concept, against what comes back to the plainly unlearned model under the same attack (means over it)",
-        "related lost": "of the related concepts, against what that model loses",
-    }
-    for name, words in (of_attacks if "attacks" in entry else of_runs).items():
-        value, low, high = (f"{name}: difference{end}" for end in ("", ", low", ", high"))
-
-        def points(r):
-            return f"“{r['choice']}” {100 * r[value]:+.0f} ({100 * r[low]:+.0f} to {100 * r[high]:+.0f})"
-
-        others = [r for r in table.to_dict("records") if "attacks" in entry or r["choice"] != first]
-        parts = {
-            "clearly more with": [r for r in others if r[low] > 0],
-            "clearly less with": [r for r in others if r[high] < 0],
-            "not clearly different with": [r for r in others if r[low] <= 0 <= r[high]],
-        }
-        told = {verdict: ", ".join(map(points, found)) for verdict, found in parts.items() if found}
-        if (rest := parts["not clearly different with"]) and all(r[value] == 0 for r in rest):
-            told["not clearly different with"] = (
-                f"{'the others' if len(told) > 1 else 'any'}, 0 (within ±{100 * max(r[high] for r in rest):.0f})"
-            )
-        said.append(
-            words.format(f"{100 * base[name]:.0f}", first)
-            + ": "
-            + "; ".join(f"{verdict} {found}" for verdict, found in told.items())
-        )
-    harmed = [
-        f"{r['choice']} (related {100 * r['related before']:.0f} %, unrelated {100 * r['unrelated before']:.0f} %)"
-        for r in table.to_dict("records")
-        if any(
-            r[f"{group} before"] < base[f"{group} before"] - 0.03
-            for group in ("related", "unrelated")
-        )
-    ]
-    said += [f"of less quality even before the attack: {', '.join(harmed)}"] if harmed else []
-    text = "; ".join(said) + "."
+    choices = table.to_dict("records")
+    compares_attacks = "attacks" in entry
+    others = [c for c in choices if compares_attacks or c["choice"] != first]
+    parts = []
+    for name, template in (ATTACK_WORDS if compares_attacks else RUN_WORDS).items():
+        start = template.format(f"{100 * base[name]:.0f}", first)
+        parts.append(f"{start}: {_differences(name, others)}")
+    lower = [_quality(c) for c in choices if _is_lower(c, base)]
+    if lower:
+        parts.append(f"of less quality even before the attack: {', '.join(lower)}")
+    text = "; ".join(parts) + "."
     return text[0].upper() + text[1:]
 
 
+def _differences(name, choices):
+    """Return the differences of one measure in words, grouped by verdict."""
+    value, low, high = (f"{name}: difference{end}" for end in ENDS)
+    verdicts = {
+        "clearly more with": [c for c in choices if c[low] > 0],
+        "clearly less with": [c for c in choices if c[high] < 0],
+        UNCLEAR: [c for c in choices if c[low] <= 0 <= c[high]],
+    }
+    texts = {}
+    for verdict, found in verdicts.items():
+        points = [(c["choice"], *(100 * c[column] for column in (value, low, high))) for c in found]
+        if points:
+            texts[verdict] = ", ".join(
+                "“{}” {:+.0f} ({:+.0f} to {:+.0f})".format(*p) for p in points
+            )
+    unclear = verdicts[UNCLEAR]
+    if unclear and all(c[value] == 0 for c in unclear):
+        widest = 100 * max(c[high] for c in unclear)
+        texts[UNCLEAR] = f"{'the others' if len(texts) > 1 else 'any'}, 0 (within ±{widest:.0f})"
+    return "; ".join(f"{verdict} {text}" for verdict, text in texts.items())
+
+
+def _is_lower(choice, base):
+    """Return whether a choice has a lower quality than the base before the attack."""
+    groups = ("related before", "unrelated before")
+    return any(choice[group] < base[group] - 0.03 for group in groups)
+
+
+def _quality(choice):
+    related, unrelated = (100 * choice[f"{group} before"] for group in ("related", "unrelated"))
+    return f"{choice['choice']} (related {related:.0f} %, unrelated {unrelated:.0f} %)"
+
+
 def choices_figure(table, factor):
-    """Figure of `choices_table`: concept under attack and related concepts lost, with intervals and the plainly unlearned model beside them, and what was recognised before."""
+    """Draw a `choices_table`, one row per choice; `factor` is the title.
+
+    Left and middle: concept under attack and related concepts lost, with 95 % intervals and the
+    plainly unlearned model. Right: share recognised before the attack.
+    """
+    size = (7.2, 0.27 * len(table) + 1.2)
+    fig, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
     y = range(len(table))[::-1]
-    fig, axes = plt.subplots(
-        1, 3, figsize=(7.2, 0.27 * len(table) + 1.2), sharey=True, layout="constrained"
-    )
-    for ax, name in zip(axes, ("concept under attack", "related lost"), strict=False):
-        ax.hlines(
-            y,
-            table[f"{name}, low"],
-            table[f"{name}, high"],
-            color=COLORS["meta-unlearned"],
-            lw=2,
-            alpha=0.5,
-            label="its 95 % interval",
-        )
-        ax.scatter(
-            table[name], y, color=COLORS["meta-unlearned"], s=22, zorder=3, label="trained as said"
-        )
-        ax.scatter(
-            table[f"{name}: plain"],
-            y,
-            color=COLORS["unlearned"],
-            marker="|",
-            s=110,
-            lw=1.6,
-            zorder=2,
-            label="plainly unlearned",
-        )
-        ax.set(
-            xlim=(table[[f"{name}, low", f"{name}: plain"]].min().clip(upper=0).min() - 0.04, 1.04)
-        )
+    for ax, name in zip(axes, MEASURES, strict=False):
+        _draw_measure(ax, table, name, y)
+    _draw_start(axes[2], table, y)
+    for ax, text in zip(axes, (*MEASURES, "recognised, before the attack"), strict=True):
+        ax.set_xlabel(text, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.xaxis.set_major_locator(MultipleLocator(0.5))
+    axes[0].set(yticks=list(y), yticklabels=table.choice, ylim=(-0.5, len(table) - 0.5))
+    axes[0].set_title(factor, loc="left", fontsize=9)
+    legend_below(fig, *axes)
+    return fig
+
+
+def _draw_measure(ax, table, name, y):
+    """Draw one measure with its intervals beside the plainly unlearned model."""
+    color, plain = COLORS["meta-unlearned"], table[f"{name}: plain"]
+    low, high = table[f"{name}, low"], table[f"{name}, high"]
+    ax.hlines(y, low, high, color=color, lw=2, alpha=0.5, label="its 95 % interval")
+    ax.scatter(table[name], y, color=color, s=22, zorder=3, label="trained as said")
+    style = {"marker": "|", "s": 110, "lw": 1.6, "zorder": 2}
+    ax.scatter(plain, y, color=COLORS["unlearned"], label="plainly unlearned", **style)
+    ax.set_xlim(min(0, low.min(), plain.min()) - 0.04, 1.04)
+
+
+def _draw_start(ax, table, y):
+    """Draw the share recognised before the attack, by group."""
     for shift, group, marker, color in (
         (-0.2, "forget", "x", "#000000"),
         (0.0, "related", "o", "#009e73"),
         (0.2, "unrelated", "s", "#e69f00"),
     ):
         if f"{group} before" in table:
-            axes[2].scatter(
-                table[f"{group} before"],
-                [at + shift for at in y],
-                marker=marker,
-                color=color,
-                s=18,
-                label=group,
-            )
-    for ax, words in zip(
-        axes,
-        ("concept under attack", "related lost", "recognised, before the attack"),
-        strict=False,
-    ):
-        ax.set_xlabel(words, fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.xaxis.set_major_locator(MultipleLocator(0.5))
-    axes[0].set(yticks=list(y), yticklabels=table.choice, ylim=(-0.5, len(table) - 0.5))
-    axes[0].set_title(factor, loc="left", fontsize=9)
-    axes[2].set_xlim(-0.04, 1.04)
-    legend_below(fig, *axes)
-    return fig
+            at = [row + shift for row in y]
+            ax.scatter(table[f"{group} before"], at, marker=marker, color=color, s=18, label=group)
+    ax.set_xlim(-0.04, 1.04)

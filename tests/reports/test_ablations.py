@@ -128,7 +128,7 @@ def test_other_attacks_on_the_base(results):
         "Of the concept, against what comes back to the plainly unlearned model under the same attack (means over it): "
     )
     with pytest.raises(
-        ValueError, match="zeta0 was not attacked as attack-fast; there are: before, zeta0"
+        ValueError, match="zeta0 has no attack attack-fast; available: before, zeta0"
     ):
         under_attack(results.rows, "zeta0", "attack-fast")
 
@@ -292,11 +292,11 @@ def test_what_is_gained_has_its_interval_below_0_and_is_not_cut_off():
     [
         (
             {"question": "Which?", "runs": {"0": "a", "1": "b"}},
-            "Which\\?: none of 0, 1 is the run base",
+            "Which\\?: no base; choices: 0, 1",
         ),
         (
             {"question": "Which?", "base": "2", "runs": {"0": "a"}},
-            "Which\\?: there is no choice '2' to compare with; there are: 0",
+            "Which\\?: unknown base '2'; choices: 0",
         ),
     ],
 )
