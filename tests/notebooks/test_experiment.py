@@ -587,7 +587,7 @@ def test_an_unknown_concept_is_named_with_the_known_ones(pipe, tmp_path):
         load_probe(pipe, tmp_path / "dog", "1,1,1")
     for seeds in ("8", "8,2,0", "8,2,one"):
         with pytest.raises(
-            ValueError, match=f"3 whole numbers from 1.*forget, related, unrelated.*{seeds}"
+            ValueError, match=f"integer for each of forget, related, unrelated.*{seeds}"
         ):
             load_probe(pipe, tmp_path / "cat", seeds)
     assert [item["seed"] for item in load_probe(pipe, tmp_path / "cat", "2,1,1").items] == [
