@@ -10,7 +10,7 @@ from mu.attackers import Inner
 from mu.controls import Controls
 from mu.objective import ESD, META, SDD, Objective, Weights
 from mu.parallel import Runtime
-from mu.runs.folder import identity
+from mu.runs.folder import with_digests
 from mu.sampling import Trajectory
 
 # method → loss of the loop (None: a closed form comes first, then the meta terms alone), subset
@@ -139,7 +139,7 @@ def describe(parameters, closed_form=None):
     else:
         run["loop"] = None
     run["closed_form"] = None if loss else closed_form
-    run["files"] = identity(**{name: run.get(name, "") for name in ("model", "sets", "start")})
+    run["files"] = with_digests(**{name: run.get(name, "") for name in ("model", "sets", "start")})
     runtime = {name: parameters[name] for name in RUNTIME if name in parameters}
     run.pop("runtime", None)
     return run, runtime
