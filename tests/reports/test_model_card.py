@@ -5,42 +5,40 @@ import yaml
 
 from mu.reports.model_card import model_card
 
+FACTS = {
+    "base_model": "owner/base",
+    "license": "creativeml-openrail-m",
+    "method": "meta-unlearning",
+    "concept": 'a cat: "tabby"',
+}
 METRICS = {
     "rows": [
-        {"group": g, "prompt": "p", "seed": s, "hit": int(s < k)}
-        for g, k, n in (("forget", 1, 8), ("related", 6, 7))
-        for s in range(n)
+        {"group": group, "prompt": "p", "seed": seed, "hit": int(seed < hits)}
+        for group, hits, images in (("forget", 1, 8), ("related", 6, 7))
+        for seed in range(images)
     ],
     "protocol": {"judge": "j", "sampling_steps": 23, "run": {"steps": 1}},
 }
+each_kind = pytest.mark.parametrize("kind", ["pipeline", "difference", "lora"])
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "difference", "lora"])
-def test_a_card_tells_what_was_done_and_measured(kind):
-    facts = dict(
-        base_model="owner/base",
-        license="creativeml-openrail-m",
-        method="meta-unlearning",
-        concept='a cat: "tabby"',
-    )
-    text = model_card(
-        kind,
-        params={"steps": 777, "inner_lr": [1e-5, 2e-4], "sets": "a|b"},
-        metrics=METRICS,
-        **facts,
-    )
-    head = yaml.safe_load(text.split("---\n")[1])
-    assert (
-        head["license"] == "creativeml-openrail-m"
-        and head["base_model"] == "owner/base"
-        and head["library_name"] == "diffusers"
-    )
-    assert head["pipeline_tag"] == "text-to-image" and {"unlearning", "meta-unlearning"} <= set(
-        head["tags"]
-    )
-    assert (
-        ("lora" in head["tags"]) == (kind == "lora") == (head["base_model_relation"] == "adapter")
-    )
+@each_kind
+def test_the_header_names_base_model_license_and_kind(kind):
+    text = model_card(kind, params={}, **FACTS)
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license"] == "creativeml-openrail-m"
+    assert header["base_model"] == "owner/base"
+    assert header["library_name"] == "diffusers"
+    assert header["pipeline_tag"] == "text-to-image"
+    assert {"unlearning", "meta-unlearning"} <= set(header["tags"])
+    assert ("lora" in header["tags"]) == (kind == "lora")
+    assert (header["base_model_relation"] == "adapter") == (kind == "lora")
+
+
+@each_kind
+def test_the_card_reports_parameters_scores_and_limits(kind):
+    params = {"steps": 777, "inner_lr": [1e-5, 2e-4], "sets": "a|b"}
+    text = model_card(kind, params=params, metrics=METRICS, **FACTS)
     for line in (
         "| steps | 777 |",
         "| inner_lr | [1e-05, 0.0002] |",
@@ -48,29 +46,42 @@ def test_a_card_tells_what_was_done_and_measured(kind):
         "| forget | 12.5 % | 2.2 % to 47.1 % | 8 |",
         "| related | 85.7 % |",
         '"sampling_steps": 23',
+        'a cat: "tabby"',
+        "An attacker",
     ):
         assert line in text
-    assert (
-        'a cat: "tabby"' in text
-        and "An attacker" in text.replace("an attacker", "An attacker")
-        and '"run"' not in text
-    )
-    assert ("has the base model, concept and all" in text) == (kind != "pipeline")
+    assert '"run"' not in text
+    assert ("the base model still has the concept" in text) == (kind != "pipeline")
+
+
+@each_kind
+def test_the_code_compiles_and_names_the_base_model(kind):
+    text = model_card(kind, params={}, **FACTS)
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert len(code.splitlines()) in (2, 3, 4) and ("owner/base" in code) == (kind != "pipeline")
-    text = model_card(kind, params={}, **facts)
-    assert "Nothing: this card makes no claim" in text and "%" not in text
-    text = model_card(
-        kind, params={}, kept=0.625, left_out=[f"norm{i}.bias" for i in range(5)], **facts
-    )
-    assert (
-        "keeps 62.5 % of their squared difference" in text
-        and "are 5 tensors" in text
-        and ": norm0.bias, norm1.bias, norm2.bias, ..." in text
-    )
+    assert len(code.splitlines()) in (2, 3, 4)
+    assert ("owner/base" in code) == (kind != "pipeline")
+
+
+@each_kind
+def test_a_card_without_evaluation_makes_no_claim(kind):
+    text = model_card(kind, params={}, **FACTS)
+    assert "None: this card makes no claim" in text
+    assert "%" not in text
+
+
+@each_kind
+def test_an_extracted_lora_reports_what_it_keeps(kind):
+    left_out = [f"norm{i}.bias" for i in range(5)]
+    text = model_card(kind, params={}, extracted=(0.625, left_out), **FACTS)
+    assert "keeps 62.5 % of their squared difference" in text
+    assert "are 5 tensors" in text
+    assert ": norm0.bias, norm1.bias, norm2.bias, ..." in text
+
+
+def test_an_unknown_kind_is_refused():
     with pytest.raises(KeyError):
-        model_card("gguf", params={}, **facts)
+        model_card("gguf", params={}, **FACTS)
 
 
 def test_scores_of_different_steps_are_not_mixed():
@@ -80,4 +91,5 @@ def test_scores_of_different_steps_are_not_mixed():
         for _ in range(4)
     ]
     text = model_card("lora", "b", "mit", "esd", "cat", {}, {"rows": rows, "protocol": {}})
-    assert "| forget, step 0 | 0.0 % |" in text and "| forget, step 50 | 100.0 % |" in text
+    assert "| forget, step 0 | 0.0 % |" in text
+    assert "| forget, step 50 | 100.0 % |" in text
