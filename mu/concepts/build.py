@@ -1,10 +1,11 @@
-"""The images of a concept: drawn by a model or imported, without near-duplicates, in the five sets that the other notebooks read."""
+"""Build the five image sets of a concept, generated or imported, without near-duplicates."""
 
 import inspect
 import json
 import random
 import sys
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
@@ -17,23 +18,50 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from mu.concepts.presets import SIDES, check_words, slug
-from mu.concepts.sets import read_metadata
+from mu.concepts.sets import read_metadata, readable
 from mu.files import atomic, digest, read_json, save_json
 from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, located, select
 from mu.params import open_run, protocol
-from mu.sampling import draw_images
+from mu.sampling import draw_images, images_per_batch
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How many images to build, how to generate them, and which are near-duplicates."""
+
+    images_a_prompt: int = 8  # of each of the concept's prompts
+    images_a_concept: int = 4  # of each other thing
+    steps: int = 25  # of the sampler, unless the concept has its own
+    guidance: float = 5.0  # the same
+    seed: int = 0
+    hash_size: int = 16  # see `find_duplicate`
+    distance: int = 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt to draw: `count` images stem-0.png, stem-1.png, … from seed, seed + 1, …"""
+
+    role: str
+    thing: str
+    text: str
+    count: int
+    stem: str
+    seed: int
 
 
 def load_generator(model):
-    """Any text-to-image pipeline of diffusers, ready to draw: in half precision on a GPU, and if it is none of the two families, parts of it there only while they are
-    needed (FLUX.1 takes 34 GB). Safetensors only. Raises as `located` does."""
+    """Load any text-to-image pipeline of diffusers, in half precision on a GPU.
+
+    Pipelines outside `FAMILIES` are offloaded to the CPU (FLUX.1 takes 34 GB). Safetensors only.
+    Raises as `located` does.
+    """
     gpu = PartialState().device.type == "cuda"
     with located(model) as path:
         if AutoPipelineForText2Image.load_config(path)["_class_name"] in FAMILIES:
             return load_pipeline(model, dtype="half" if gpu else "full")
-        pipe = AutoPipelineForText2Image.from_pretrained(
-            path, dtype=half(PartialState().device), use_safetensors=True
-        )
+        dtype = half(PartialState().device)
+        pipe = AutoPipelineForText2Image.from_pretrained(path, dtype=dtype, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     if gpu:
         pipe.enable_model_cpu_offload()
@@ -42,314 +70,275 @@ def load_generator(model):
 
 @torch.no_grad()
 def draw(pipe, prompt, seeds, size, steps, guidance):
-    """PIL images of a prompt, one from each seed. size: in pixels, of a pipeline that has no size of its own; at least 512, since below that they draw badly."""
+    """Return PIL images of a prompt, one per seed.
+
+    size: pixels, for pipelines outside `FAMILIES`; at least 512, below which they draw badly.
+    """
     if isinstance(pipe, tuple(FAMILIES.values())):
-        conditioning = select(
-            encode_prompts(pipe, [prompt]), torch.zeros(len(seeds), dtype=torch.long)
-        )
+        rows = torch.zeros(len(seeds), dtype=torch.long)
+        conditioning = select(encode_prompts(pipe, [prompt]), rows)
         images = draw_images(pipe, conditioning, encode_prompts(pipe, [""]), seeds, guidance, steps)
         return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images))
-    extra = (
-        {"max_sequence_length": 256}
-        if "max_sequence_length" in inspect.signature(pipe.__call__).parameters
-        else {}
-    )  # all that FLUX.1-schnell was trained with
-    return [
-        pipe(
-            prompt,
-            height=max(size, 512),
-            width=max(size, 512),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed),
-            **extra,
-        ).images[0]
-        for seed in seeds
-    ]
+    side = max(size, 512)
+    options = dict(height=side, width=side, num_inference_steps=steps, guidance_scale=guidance)
+    if "max_sequence_length" in inspect.signature(pipe.__call__).parameters:
+        options["max_sequence_length"] = 256  # FLUX.1-schnell was trained with no more
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [pipe(prompt, generator=generator, **options).images[0] for generator in generators]
 
 
 def open_image(path, size):
-    """An image file as a square: upright, transparency on white, the middle of it, size × size. Raises ValueError that names a file which is no image."""
-    try:
+    """Return the centre of an image, size × size: upright, with transparency on white."""
+    with readable(path):
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is not a readable image ({error}): remove or replace it"
-        ) from error
-    white = Image.new("RGBA", image.size, "white")
-    return ImageOps.fit(
-        Image.alpha_composite(white, image).convert("RGB"), (size, size), Image.LANCZOS
-    )
-
-
-def twin(image, name, kept, hash_size=16, distance=40):
-    """What an image is a near-duplicate of: {"of": name, "distance": bits that differ}. None if it is of none; then it joins `kept`, a dict name → hash.
-
-    pHash of hash_size² bits, which of the lowest frequencies are above their median. In the 614 emoji of data/pocket-sets an image that is saved anew, resized or a tenth brighter is at
-    most 32 of 256 bits away, two different drawings at least 68, one drawing placed twice 26 and more."""
-    own = imagehash.phash(image, hash_size)
-    away, nearest = min(
-        ((own - other, other_name) for other_name, other in kept.items()),
-        default=(distance + 1, None),
-    )
-    if away <= distance:
-        return {"of": nearest, "distance": int(away)}
-    kept[name] = own
-
-
-def read_imports(source):
-    """Paths and captions (None without metadata.jsonl) of a folder of somebody's images. Raises FileNotFoundError or ValueError where there is none."""
-    source = Path(source)
-    if (source / "metadata.jsonl").is_file():
-        return [(source / line["file_name"], line["text"]) for line in read_metadata(source)]
-    endings = {
-        ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
-    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in endings)
-    if not files:
-        raise FileNotFoundError(
-            f"{source} holds no image: put files there that end in .png, .jpg, .webp, …"
-            if source.is_dir()
-            else f"there is no folder {source} to import from"
-        )
-    return [(file, None) for file in files]
-
-
-def share_imports(source, concept, images_a_prompt, size, seed, sieve):
-    """Imported images for the two sides: role → (path, prompt); and what was left out as a near-duplicate.
-
-    Captions of their own (metadata.jsonl) go to one side each, about two in three of the images to the defender; otherwise every side needs `images_a_prompt` for each
-    of its prompts. Raises ValueError that says how many there are and how many are needed."""
-    found, removed, order = [], [], random.Random(seed)
-    for path, caption in tqdm(read_imports(source), "import", file=sys.stdout):
-        if near := sieve(open_image(path, size), str(path)):
-            removed.append({"file": str(path)} | near)
-        else:
-            found.append((path, caption))
-    order.shuffle(found)
-    there = f"{source} holds {len(found)} images, {len(removed)} more are near-duplicates of these"
-    if found[0][
-        1
-    ]:  # whole captions, the most frequent first, to the side that has too little of its share
-        sides, texts = (
-            {"forget": [], "attack": []},
-            [caption.lower().strip() for _, caption in found],
-        )
-        for text in sorted(set(texts), key=lambda text: (-texts.count(text), text)):
-            side = "forget" if len(sides["forget"]) <= 2 * len(sides["attack"]) else "attack"
-            sides[side] += [
-                item for item, other in zip(found, texts, strict=False) if other == text
-            ]
-        if min(map(len, sides.values())) < images_a_prompt:
-            raise ValueError(
-                f"{there}; with their captions {len(sides['forget'])} go to the defender, {len(sides['attack'])} to the attacker, and each needs "
-                f"{images_a_prompt}: add images with other captions, or remove metadata.jsonl, and the concept's prompts are the captions"
-            )
-        return sides, removed
-    prompts = {role: concept.prompts[role][concept.name] for role in ("forget", "attack")}
-    ours, theirs = (images_a_prompt * len(texts) for texts in prompts.values())
-    if len(found) < ours + theirs:
-        raise ValueError(
-            f"{there}; needed are {ours} for the defender and {theirs} for the attacker, {images_a_prompt} for each of {sum(map(len, prompts.values()))} prompts: "
-            "add images, or ask for fewer a prompt"
-        )
-
-    def deal(part, texts):
-        return [(path, texts[i % len(texts)]) for i, (path, _) in enumerate(part)]
-
-    return {
-        "forget": deal(found[:ours], prompts["forget"]),
-        "attack": deal(found[ours : ours + theirs], prompts["attack"]),
-    }, removed
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
 
 
 def save_image(image, path):
+    """Save an image as PNG."""
     with atomic(path) as temporary:
         image.save(temporary, format="PNG")
 
 
-def fill_prompt(folder, stem, text, count, artist, sieve, *, seed, size, batch, how):
-    """Draw a prompt until `count` images of it are near-duplicates of none: stem-0.png from `seed`, stem-1.png from seed + 1, and so on; those that are left out go
-    below near-duplicates/. What is there already, of either kind, is not drawn again. artist: a function that returns the pipeline, once it is needed.
+def find_duplicate(image, name, hashes, options=BuildOptions()):
+    """Return {"of": name, "distance": bits} if an image is a near-duplicate, else None.
 
-    Yields what to say of each: (file, None), or (file, what it is a near-duplicate of). Raises ValueError where most of them are."""
-    attempt, found = 0, 0
-    while found < count:
-        if attempt > 4 * count:
+    Adds a new image to `hashes`, a dict name → pHash of hash_size² bits. In data/pocket-sets (614
+    emoji, 256 bits), re-saved, resized or 10 % brighter images differ in at most 32 bits, different
+    drawings in at least 68, the same drawing at another place in 26 or more.
+    """
+    own = imagehash.phash(image, options.hash_size)
+    distances = ((own - known, other) for other, known in hashes.items())
+    bits, nearest = min(distances, default=(options.distance + 1, None))
+    if bits <= options.distance:
+        return {"of": nearest, "distance": int(bits)}
+    hashes[name] = own
+    return None
+
+
+def read_imports(source):
+    """Return (path, caption) of the images in a folder; caption is None without metadata.jsonl.
+
+    Raises FileNotFoundError if there is no image, and as `read_metadata` does.
+    """
+    source = Path(source)
+    if (source / "metadata.jsonl").is_file():
+        return [(source / line["file_name"], line["text"]) for line in read_metadata(source)]
+    kinds = Image.registered_extensions().items()
+    endings = {ending for ending, kind in kinds if kind in Image.OPEN}
+    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in endings)
+    if not files:
+        raise FileNotFoundError(f"no images in {source}: add .png, .jpg, .webp, … files")
+    return [(file, None) for file in files]
+
+
+def split_by_caption(found, needed, summary):
+    """Split captioned images between the sides: two thirds to the defender, no caption on both."""
+    texts = [caption.lower().strip() for _, caption in found]
+    counts = Counter(texts)
+    sides = {"forget": [], "attack": []}
+    for text in sorted(counts, key=lambda text: (-counts[text], text)):
+        side = "forget" if len(sides["forget"]) <= 2 * len(sides["attack"]) else "attack"
+        sides[side] += [item for item, other in zip(found, texts, strict=True) if other == text]
+    ours, theirs = map(len, sides.values())
+    if min(ours, theirs) < needed:
+        raise ValueError(
+            f"{summary}: by caption {ours} go to the defender and {theirs} to the attacker, but "
+            f"each needs {needed}; add images with other captions, or remove metadata.jsonl"
+        )
+    return sides
+
+
+def split_by_prompt(found, prompts, needed, summary):
+    """Split images between the sides, `needed` for each of their prompts (role → prompts)."""
+    counts = {role: needed * len(texts) for role, texts in prompts.items()}
+    if len(found) < sum(counts.values()):
+        raise ValueError(
+            f"{summary}: the defender needs {counts['forget']}, the attacker {counts['attack']} "
+            f"({needed} per prompt); add images, or lower images_a_prompt"
+        )
+    sides, rest = {}, iter(found)
+    for role, texts in prompts.items():
+        sides[role] = [(next(rest)[0], texts[i % len(texts)]) for i in range(counts[role])]
+    return sides
+
+
+def share_imports(source, concept, options, size, duplicate):
+    """Return role → (path, prompt) of imported images, and the near-duplicates left out.
+
+    Captions from metadata.jsonl become prompts, each on one side. Raises ValueError if there are
+    too few images, and as `read_imports` and `open_image` do.
+    """
+    found, removed = [], []
+    for path, caption in tqdm(read_imports(source), "import", file=sys.stdout):
+        near = duplicate(open_image(path, size), str(path))
+        if near:
+            removed.append({"file": str(path)} | near)
+        else:
+            found.append((path, caption))
+    random.Random(options.seed).shuffle(found)
+    summary = f"{source} holds {len(found)} images and {len(removed)} near-duplicates"
+    if found[0][1]:
+        return split_by_caption(found, options.images_a_prompt, summary), removed
+    prompts = {role: concept.prompts[role][concept.name] for role in ("forget", "attack")}
+    return split_by_prompt(found, prompts, options.images_a_prompt, summary), removed
+
+
+def save_imports(folder, imported, concept, size):
+    """Save imported images (role → (path, prompt)). Return lines of metadata as (role, line)."""
+    lines = []
+    for role, items in imported.items():
+        for i, (path, text) in enumerate(items):
+            name = f"{i:03d}-{slug(path.stem)}.png"
+            save_image(open_image(path, size), folder / SIDES[role] / name)
+            lines.append((role, {"file_name": name, "text": text, "concept": concept.name}))
+    return lines
+
+
+def plan_jobs(concept, options, roles):
+    """Return the `Job`s of some roles. Seeds start at 100,000, above evaluation prompts' seeds."""
+    jobs = []
+    for role in roles:
+        for thing, texts in concept.prompts[role].items():
+            for i, text in enumerate(texts):
+                count = len(range(i, options.images_a_concept, len(texts)))
+                if role in ("forget", "attack"):
+                    count = options.images_a_prompt
+                stem = f"{SIDES[role]}/{len(jobs):03d}-{slug(thing)}"
+                seed = 10**9 * options.seed + 10**5 * (len(jobs) + 1)
+                jobs.append(Job(role, thing, text, count, stem, seed))
+    return jobs
+
+
+def run_job(folder, job, sample, duplicate, batch):
+    """Draw a job's prompt until `count` images are no near-duplicates.
+
+    Near-duplicates move to near-duplicates/. Files of either kind are not drawn again. sample:
+    (text, seeds) → images. Yields (file, None) or (file, what it duplicates). Raises ValueError if
+    most images are near-duplicates.
+    """
+    spare, attempt, found = folder / "near-duplicates", 0, 0
+    while found < job.count:
+        if attempt > 4 * job.count:
             raise ValueError(
-                f"{text!r} gave {found} of {count} images in {attempt} attempts, the others are near-duplicates and lie below {folder / 'near-duplicates'}: "
-                "ask for fewer images, name more prompts, or lower the distance; in another folder"
+                f"{job.text!r} gave {found} of {job.count} images in {attempt} attempts, the rest "
+                f"are near-duplicates (see {spare}): build another folder with fewer images, more "
+                "prompts, or a lower distance"
             )
-        files = {
-            Path(f"{stem}-{i}.png"): seed + i
-            for i in range(attempt, attempt + min(batch, count - found))
-        }
-        missing = [
-            file
-            for file in files
-            if not (folder / file).exists() and not (folder / "near-duplicates" / file).exists()
-        ]
-        for file, image in zip(
-            missing,
-            draw(artist(), text, [files[file] for file in missing], size, **how) if missing else (),
-            strict=False,
-        ):
-            save_image(ImageOps.fit(image, (size, size), Image.LANCZOS), folder / file)
+        numbers = range(attempt, attempt + min(batch, job.count - found))
+        files = {Path(f"{job.stem}-{i}.png"): job.seed + i for i in numbers}
+        missing = [f for f in files if not (folder / f).exists() and not (spare / f).exists()]
+        images = sample(job.text, [files[f] for f in missing]) if missing else []
+        for file, image in zip(missing, images, strict=True):
+            save_image(image, folder / file)
         for file in files:
-            spare = folder / "near-duplicates" / file
-            near = sieve(Image.open(spare if spare.exists() else folder / file), str(file))
-            if near and not spare.exists():
-                spare.parent.mkdir(parents=True, exist_ok=True)
-                (folder / file).rename(spare)
+            moved = (spare / file).exists()
+            near = duplicate(Image.open((spare if moved else folder) / file), str(file))
+            if near and not moved:
+                (spare / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).rename(spare / file)
             found += not near
             yield file, near
         attempt += len(files)
 
 
-def read_probe(concept):
-    """What is judged: all of the concept's own prompts, the first of every other thing; of a related style the first four, since it is shown on things."""
-    kind, first = ("style", 4) if concept.kind == "style" else ("concept", 1)
+def probe_groups(concept):
+    """Return the evaluation prompts: group → {prompt: expected label}.
+
+    All of the concept's prompts, the first of every other thing, and the first four of a related
+    style, since it is shown on things.
+    """
+    style = concept.kind == "style"
+    kind, first = ("style", 4) if style else ("concept", 1)
     labels = {"forget": (kind, None), "related": (kind, first), "unrelated": ("concept", 1)}
-    return {
-        role: {
-            text: f"{label}:{thing}"
-            for thing, texts in concept.prompts[role].items()
-            for text in texts[:most]
-        }
-        for role, (label, most) in labels.items()
-    }
+    groups = {}
+    for role, (label, count) in labels.items():
+        things = concept.prompts[role].items()
+        groups[role] = {text: f"{label}:{x}" for x, texts in things for text in texts[:count]}
+    return groups
 
 
 def mark_harmful(folder):
-    """Let a folder of sets say that its concept is harmful, so that whoever reads it (`mu.concepts.sets.is_harmful`) blurs its pictures: a concept.json is written where there is none.
+    """Declare a concept folder's concept harmful, so that all notebooks blur its images.
 
-    Returns what to tell people; one that says something else is not changed, since it is the record of how the folder was made."""
+    Writes concept.json unless one exists: that is the record of a build. Returns a message.
+    """
     file = Path(folder) / "concept.json"
     if not file.exists():
         save_json({"harmful": True}, file)
-        return f"{file} now says that this concept is harmful: the other notebooks blur its pictures, too"
     if read_json(file).get("harmful"):
-        return (
-            f"{file} says that this concept is harmful: the other notebooks blur its pictures, too"
-        )
-    return f'{file} does not say that this concept is harmful: it is blurred here, and NOT in the other notebooks; put "harmful": true there'
+        return f"{file} declares the concept harmful: all notebooks blur its images"
+    return f'only this notebook blurs the images: add "harmful": true to {file} for the others'
 
 
-def build(
-    folder,
-    concept,
-    model="pocket",
-    *,
-    images="",
-    images_a_prompt=8,
-    images_a_concept=4,
-    steps=25,
-    guidance=5.0,
-    seed=0,
-    hash_size=16,
-    distance=40,
-):
-    """Write the five sets of a `Concept`, its probe.json, and concept.json: what it is, what was asked for, what was left out. Returns the folder.
+def make_sampler(concept, model, pipe, size, how):
+    """Return a function (text, seeds) → images, which loads the generator on its first call."""
 
-    model: the one to be worked on, whose size the images get and whose words the prompts must be. images: a folder of somebody's own for the concept itself (both
-    sides); all else is drawn, `images_a_prompt` for each of the concept's prompts, `images_a_concept` for each other thing. Each image has a seed of its own, from 100,000,
-    where no probe's are; one that is there already is not drawn again, and for a near-duplicate (`twin`) another one is drawn.
-    Raises ValueError for unknown words, for prompts that are too long, and where too few different images are left; and as `read_imports`, `open_run`, `located` do."""
-    if images_a_prompt < 1 or images_a_concept < 1:
-        raise ValueError(
-            f"images_a_prompt and images_a_concept must be at least 1, got {images_a_prompt} and {images_a_concept}"
-        )
-    folder, pipe = (
-        Path(folder),
-        load_pipeline(model, device=None if concept.generator == model else "cpu"),
-    )
-    texts, size = (
-        [text for things in concept.prompts.values() for some in things.values() for text in some],
-        pipe.unet.config.sample_size * pipe.vae_scale_factor,
-    )
-    check_words(pipe.tokenizer, texts)
-    check_lengths(pipe.tokenizer, texts)
-    how = {
-        "steps": concept.steps or steps,
-        "guidance": guidance if concept.guidance is None else concept.guidance,
-    }
-    facts = (
-        asdict(concept)
-        | how
-        | dict(
-            size=size,
-            images_a_prompt=images_a_prompt,
-            images_a_concept=images_a_concept,
-            seed=seed,
-            hash_size=hash_size,
-            distance=distance,
-        )
-    )
-    done, kept = folder / "concept.json", {}
-    sieve = partial(twin, kept=kept, hash_size=hash_size, distance=distance)
-    imported, removed = (
-        share_imports(images, concept, images_a_prompt, size, seed, sieve)
-        if images and not done.exists()
-        else ({}, [])
-    )
+    @cache
+    def generator():
+        return pipe if concept.generator == model else load_generator(concept.generator)
+
+    def sample(text, seeds):
+        images = draw(generator(), text, seeds, size, **how)
+        return [ImageOps.fit(image, (size, size), Image.LANCZOS) for image in images]
+
+    return sample
+
+
+def run_jobs(folder, jobs, sample, duplicate, batch):
+    """Run all jobs. Return the lines of metadata as (role, line), and the near-duplicates."""
+    lines, removed = [], []
+    with tqdm(total=sum(job.count for job in jobs), desc="images", file=sys.stdout) as progress:
+        for job in jobs:
+            for file, near in run_job(folder, job, sample, duplicate, batch):
+                if near:
+                    removed.append({"file": f"near-duplicates/{file}"} | near)
+                    continue
+                line = {"file_name": file.name, "text": job.text, "concept": job.thing}
+                lines.append((job.role, line))
+                progress.update()
+    return lines, removed
+
+
+def build(folder, concept, model="pocket", images="", options=BuildOptions()):
+    """Write the five sets of a `Concept`, probe.json and concept.json (the record). Return folder.
+
+    model: the model to unlearn, which defines image size and known words. images: folder of your
+    own images of the concept; all others are drawn. An interrupted build continues.
+    Raises ValueError for unknown words, prompts that are too long and too few different images,
+    and as `read_imports`, `open_run` and `located` do.
+    """
+    if min(options.images_a_prompt, options.images_a_concept) < 1:
+        raise ValueError(f"images_a_prompt and images_a_concept must be at least 1, got {options}")
+    folder, done = Path(folder), Path(folder) / "concept.json"
+    pipe = load_pipeline(model, device=None if concept.generator == model else "cpu")
+    check_words(pipe.tokenizer, concept.texts())
+    check_lengths(pipe.tokenizer, concept.texts())
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    guidance = options.guidance if concept.guidance is None else concept.guidance
+    how = {"steps": concept.steps or options.steps, "guidance": guidance}
+    facts = asdict(concept) | {"size": size} | asdict(options) | how
+    duplicate = partial(find_duplicate, hashes={}, options=options)
+    imported, removed = {}, []
+    if images and not done.exists():
+        imported, removed = share_imports(images, concept, options, size, duplicate)
     open_run(folder, facts | {"images": digest(images) if images else ""})
     if done.exists():
         return folder
-    lines = {role: [] for role in SIDES}
-    for role, items in imported.items():
-        for i, (path, text) in enumerate(items):
-            name = f"{i:03d}-{slug(path.stem)}.png"
-            save_image(open_image(path, size), folder / SIDES[role] / name)
-            lines[role].append({"file_name": name, "text": text, "concept": concept.name})
-    plan = [
-        (
-            role,
-            thing,
-            text,
-            images_a_prompt
-            if role in ("forget", "attack")
-            else len(range(i, images_a_concept, len(some))),
-        )
-        for role in SIDES
-        if role not in imported
-        for thing, some in concept.prompts[role].items()
-        for i, text in enumerate(some)
-    ]
-    artist = cache(
-        lambda: pipe if concept.generator == model else load_generator(concept.generator)
-    )
-    with tqdm(
-        total=sum(count for *_, count in plan), desc=concept.name, file=sys.stdout
-    ) as progress:
-        for index, (role, thing, text, count) in enumerate(plan):
-            stem, batch = (
-                f"{SIDES[role]}/{index:03d}-{slug(thing)}",
-                max(1, 64 * 16**2 // pipe.unet.config.sample_size**2),
-            )
-            for file, near in fill_prompt(
-                folder,
-                stem,
-                text,
-                count,
-                artist,
-                sieve,
-                seed=10**9 * seed + 10**5 * (index + 1),
-                size=size,
-                batch=batch,
-                how=how,
-            ):
-                if near:
-                    removed.append({"file": f"near-duplicates/{file}"} | near)
-                else:
-                    lines[role].append({"file_name": file.name, "text": text, "concept": thing})
-                    progress.update()
+    lines = save_imports(folder, imported, concept, size)
+    jobs = plan_jobs(concept, options, [role for role in SIDES if role not in imported])
+    sample = make_sampler(concept, model, pipe, size, how)
+    drawn, similar = run_jobs(folder, jobs, sample, duplicate, images_per_batch(pipe))
     for role, place in SIDES.items():
+        some = [json.dumps(line) + "\n" for owner, line in lines + drawn if owner == role]
         with atomic(folder / place / "metadata.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines[role]))
-    save_json(read_probe(concept), folder / "probe.json")
+            temporary.write_text("".join(some))
+    save_json(probe_groups(concept), folder / "probe.json")
+    counts = Counter(role for role, _ in lines + drawn)
     found = {
-        "images": {SIDES[role]: len(x) for role, x in lines.items()},
-        "near_duplicates": removed,
+        "images": {place: counts[role] for role, place in SIDES.items()},
+        "near_duplicates": removed + similar,
         "imported_from": str(images),
         "date": str(date.today()),
     }

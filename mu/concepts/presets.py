@@ -1,7 +1,8 @@
-"""The words of a concept: relatives proposed by the text encoder, the prompts of five sets, presets."""
+"""Concepts in words: related concepts from the text encoder, prompts of five sets, presets."""
 
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,211 +17,191 @@ from mu.concepts.sets import vocabulary
 from mu.models import text_encoders
 
 PRESETS = str(ROOT / "data" / "concepts.yaml")
-SIDES = {
+SIDES = {  # role → folder
     "forget": "defender/forget",
     "related": "defender/retain-related",
     "unrelated": "defender/retain-unrelated",
     "attack": "attacker/forget",
     "clean": "attacker/clean",
 }
-OURS, THEIRS = (
-    ("a {}", "a photo of a {}", "a drawing of a {}"),
-    ("{}", "a picture of a {}"),
-)  # captions of the two sides where none are given
-SPELT = 10_000  # a tokenizer of fewer tokens than this knows whole words only: others it spells, letter by letter, and they mean nothing to its model
+DEFENDER_TEMPLATES = ("a {}", "a photo of a {}", "a drawing of a {}")
+ATTACKER_TEMPLATES = ("{}", "a picture of a {}")
+WHOLE_WORDS = 10_000  # smaller vocabularies spell unknown words, which mean nothing to the model
 
 
 @dataclass(frozen=True)
 class Concept:
+    """A concept, its prompts, and the model that generates its images."""
+
     name: str
     kind: str  # object or style
-    harmful: bool  # its pictures are shown blurred only
-    generator: str  # the model that draws the images: short name, diffusers folder or hub id
-    steps: int | None  # of the generator, and its guidance scale; None: the caller's
-    guidance: float | None
-    prompts: dict  # set (as in SIDES) → what it shows → prompts
+    harmful: bool  # blur its images
+    generator: str  # short name, diffusers folder or hub id
+    steps: int | None  # of the generator; None: the caller's
+    guidance: float | None  # the same
+    prompts: dict  # role (key of SIDES) → thing → prompts
+
+    def texts(self, *roles):
+        """Return the prompts of some roles, by default of all."""
+        things = [self.prompts[role] for role in roles or self.prompts]
+        return [text for texts in things for some in texts.values() for text in some]
+
+
+def pooled_outputs(tokenizer, encoder, texts):
+    """Return a text encoder's pooled outputs, normalised, (n, width)."""
+    pooled = []
+    few = len(texts) < 2048
+    for i in tqdm(range(0, len(texts), 256), "encode", file=sys.stdout, disable=few):
+        tokens = tokenizer(texts[i : i + 256], padding=True, truncation=True, return_tensors="pt")
+        output = encoder(tokens.input_ids.to(encoder.device))  # causal: padding changes nothing
+        pooled.append(output.text_embeds if "text_embeds" in output else output.pooler_output)
+    return F.normalize(torch.cat(pooled).float(), dim=-1).cpu()
 
 
 @torch.no_grad()
 def neighbours(pipe, concept, candidates=None, count=12, template="a {}"):
-    """Table (concept, cosine) of the `count` candidates whose encoding is nearest to the concept's: the cosine of the text encoder's pooled outputs, for SDXL the
-    mean over both encoders. They are proposals: near is not yet related, and whoever asks has to confirm them.
+    """Return the `count` candidates nearest to a concept, a table of concept and cosine.
 
-    candidates: texts; by default the tokenizer's `vocabulary`. Raises ValueError for a concept that the model has no word for."""
+    The cosine is that of the text encoder's pooled outputs, for SDXL the mean over both encoders.
+    Near is not yet related: a person has to confirm the suggestions.
+    candidates: texts, by default the tokenizer's `vocabulary`. Raises as `check_words` does.
+    """
     check_words(pipe.tokenizer, [concept])
-    own = {
-        word + ending
-        for word in {concept.lower(), *concept.lower().split()}
-        for ending in ("", "s", "es")
-    }
-    words = [
-        word
-        for word in dict.fromkeys(vocabulary(pipe.tokenizer) if candidates is None else candidates)
-        if word.lower() not in own
-    ]
-    texts, cosine = [template.format(word) for word in (concept, *words)], 0
-    for tokenizer, encoder in zip(
-        (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)), text_encoders(pipe), strict=False
-    ):
-        pooled = []
-        for i in tqdm(
-            range(0, len(texts), 256), "encode", file=sys.stdout, disable=len(texts) < 2048
-        ):
-            ids = tokenizer(
-                texts[i : i + 256], padding=True, truncation=True, return_tensors="pt"
-            ).input_ids.to(encoder.device)
-            output = encoder(ids)  # causal: what pads a text cannot change what is read before it
-            pooled.append(output.text_embeds if "text_embeds" in output else output.pooler_output)
-        pooled = F.normalize(torch.cat(pooled).float(), dim=-1).cpu()
-        cosine = cosine + pooled[1:] @ pooled[0] / len(text_encoders(pipe))
-    return (
-        pd.DataFrame({"concept": words, "cosine": cosine.tolist()})
-        .nlargest(count, "cosine")
-        .reset_index(drop=True)
-    )
+    own = {concept.lower(), *concept.lower().split()}
+    own |= {word + ending for word in own for ending in ("s", "es")}
+    candidates = vocabulary(pipe.tokenizer) if candidates is None else candidates
+    words = [word for word in dict.fromkeys(candidates) if word.lower() not in own]
+    texts = [template.format(word) for word in (concept, *words)]
+    tokenizers = [pipe.tokenizer, getattr(pipe, "tokenizer_2", None)]
+    encoders = text_encoders(pipe)
+    cosine = 0
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=False):  # SD has one of each
+        pooled = pooled_outputs(tokenizer, encoder, texts)
+        cosine = cosine + pooled[1:] @ pooled[0] / len(encoders)
+    table = pd.DataFrame({"concept": words, "cosine": cosine.tolist()})
+    return table.nlargest(count, "cosine").reset_index(drop=True)
 
 
 def check_words(tokenizer, texts):
-    """Raises ValueError for words that a small tokenizer (`SPELT`) does not know. A large one knows parts of every word."""
+    """Raise ValueError for words that a small tokenizer (`WHOLE_WORDS`) does not know."""
+    if len(tokenizer) >= WHOLE_WORDS:
+        return
     known = tokenizer.get_vocab()
-    unknown = sorted(
-        {
-            word
-            for text in texts
-            for word in re.findall(r"[^\W\d_]+", text.lower())
-            if word + "</w>" not in known
-        }
-    )
-    if len(tokenizer) < SPELT and unknown:
+    words = {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
+    unknown = sorted(word for word in words if word + "</w>" not in known)
+    if unknown:
         raise ValueError(
-            f"this model does not know the words {', '.join(unknown)}: use words of its {len(vocabulary(tokenizer))}, such as "
+            f"the model does not know the words {', '.join(unknown)}: use its words, such as "
             f"{', '.join(vocabulary(tokenizer)[30:300:30])}, or another model"
         )
 
 
-def make_concept(
-    name,
-    related,
-    unrelated=None,
-    clean=None,
-    forget=None,
-    attack=None,
-    kind="object",
-    harmful=False,
-    generator="pocket",
-    steps=None,
-    guidance=None,
-):
-    """A `Concept` from the names of things, or from a dict of names and their prompts; where there are none (None), templates are filled. Of a style they show the
-    `unrelated` things, every second one on the other side.
+def templates(role, kind, things):
+    """Return the caption templates of a role. A style is shown on things, each on one side."""
+    if kind == "style" and role in ("forget", "related"):
+        return [f"a {thing}, {{}} style" for thing in things[::2]]
+    if kind == "style" and role == "attack":
+        return [f"{thing}, {{}} style" for thing in things[1::2]]
+    return ATTACKER_TEMPLATES if role in ("attack", "clean") else DEFENDER_TEMPLATES
 
-    Raises ValueError for an unknown kind, for nothing related, for one thing in two roles, for a style without things, and for a prompt on both sides."""
-    if kind not in ("object", "style"):
-        raise ValueError(f"unknown kind of concept {kind!r}: allowed are object, style")
+
+def choose_things(name, prompts):
+    """Return related, unrelated and clean things of a concept, by default those of PRESETS.
+
+    Raises ValueError if none is related or one thing has two roles.
+    """
+    related = prompts.get("related")
     if not slug(name) or not related:
         raise ValueError(
-            f"a concept needs a name and at least one related concept, got {name!r} and {related!r}: `neighbours` proposes some"
+            f"a concept needs a name and a related concept, got {name!r} and {related!r}: "
+            "`neighbours` suggests some"
         )
-    common, spared = (
-        yaml.safe_load(Path(PRESETS).read_text()),
-        {name.lower(), *map(str.lower, related)},
-    )
-    unrelated, clean = (
-        unrelated or [x for x in common["everyday"] if x not in spared],
-        clean or [x for x in common["benign"] if x not in spared],
-    )
-    for others in (unrelated, clean):
-        taken = [thing.lower() for thing in (name, *related, *others)]
-        if twice := sorted({thing for thing in taken if taken.count(thing) > 1}):
-            raise ValueError(
-                f"{', '.join(twice)} named twice: a thing is the concept itself, or related to it, or neither"
-            )
-    things = list(unrelated)
-    if kind == "style" and len(things) < 2:
-        raise ValueError(
-            f"a style is shown on things, others on each side: name at least two unrelated ones, got {things}"
-        )
+    common = yaml.safe_load(Path(PRESETS).read_text())
+    used = [thing.lower() for thing in (name, *related)]
+    things = {"related": related}
+    for role, default in (("unrelated", "everyday"), ("clean", "benign")):
+        things[role] = prompts.get(role) or [x for x in common[default] if x not in used]
+        counts = Counter(used + [thing.lower() for thing in things[role]])
+        twice = sorted(thing for thing, count in counts.items() if count > 1)
+        if twice:
+            raise ValueError(f"{', '.join(twice)} named twice: each thing has one role")
+    return things
 
-    def captions(role, thing):
-        ours = role in ("forget", "related", "unrelated")
-        if kind == "style" and role in ("forget", "related", "attack"):
-            return (
-                [f"a {x}, {thing} style" for x in things[::2]]
-                if ours
-                else [f"{x}, {thing} style" for x in things[1::2]]
-            )
-        return [template.format(thing) for template in (OURS if ours else THEIRS)]
 
-    given = {
-        "forget": {name: forget},
-        "related": related,
-        "unrelated": unrelated,
-        "attack": {name: attack},
-        "clean": clean,
-    }
-    given = {role: x if isinstance(x, dict) else dict.fromkeys(x) for role, x in given.items()}
-    prompts = {
-        role: {thing: list(texts or captions(role, thing)) for thing, texts in x.items()}
-        for role, x in given.items()
-    }
+def make_concept(
+    name, prompts, kind="object", harmful=False, generator="pocket", steps=None, guidance=None
+):
+    """Return a `Concept`, with templates for all prompts that are not given.
 
-    def side(*roles):
-        return {
-            text.lower().strip()
-            for role in roles
-            for texts in prompts[role].values()
-            for text in texts
+    prompts: role → names of things, or {thing: prompts}; for "forget" and "attack" the concept's
+    prompts. "related" is required, see `choose_things`. Raises as it does, and ValueError for an
+    unknown kind, a style with fewer than two things, and a prompt on both sides.
+    """
+    if kind not in ("object", "style"):
+        raise ValueError(f"unknown kind of concept {kind!r}: choose object or style")
+    given = {role: {name: prompts.get(role)} for role in ("forget", "attack")}
+    given |= choose_things(name, prompts)
+    shown_on = list(given["unrelated"])
+    if kind == "style" and len(shown_on) < 2:
+        raise ValueError(f"a style needs at least two unrelated things, got {shown_on}")
+    filled = {}
+    for role in SIDES:
+        things = given[role] if isinstance(given[role], dict) else dict.fromkeys(given[role])
+        defaults = templates(role, kind, shown_on)
+        filled[role] = {
+            thing: list(texts or [template.format(thing) for template in defaults])
+            for thing, texts in things.items()
         }
-
-    if both := sorted(side("forget", "related", "unrelated") & side("attack", "clean")):
-        raise ValueError(
-            f"both sides have the prompts {', '.join(map(repr, both))}: reword one of each, a defender who knows the attacker's words proves nothing"
-        )
-    return Concept(name, kind, harmful, generator, steps, guidance, prompts)
+    concept = Concept(name, kind, harmful, generator, steps, guidance, filled)
+    defender = {text.lower().strip() for text in concept.texts("forget", "related", "unrelated")}
+    attacker = {text.lower().strip() for text in concept.texts("attack", "clean")}
+    if defender & attacker:
+        both = ", ".join(map(repr, sorted(defender & attacker)))
+        raise ValueError(f"both sides have the prompts {both}: reword one of each")
+    return concept
 
 
 def read_preset(name, file=PRESETS, generator="pocket"):
-    """The `Concept` of a name in a file of presets (as data/concepts.yaml says). generator: the model that draws where the preset names none.
+    """Return the `Concept` of a preset in a YAML file (format: data/concepts.yaml).
 
-    Raises ValueError that lists the known ones, and as `make_concept` does."""
+    generator: used if the preset names none. Raises ValueError for an unknown preset, and as
+    `make_concept` does.
+    """
     known = yaml.safe_load(Path(file).read_text())["presets"]
     if name not in known:
         raise ValueError(f"unknown preset {name!r}: {file} has {', '.join(known)}")
-    return make_concept(**{"generator": generator} | known[name])
+    preset = {"generator": generator} | known[name]
+    prompts = {role: preset.pop(role) for role in SIDES if role in preset}
+    return make_concept(prompts=prompts, **preset)
 
 
 def concept_from(
-    model,
-    preset="",
-    concept="",
-    related="",
-    unrelated="",
-    kind="object",
-    harmful=False,
-    generator="",
-    presets=PRESETS,
+    model, preset="", concept="", related="", unrelated="", kind="object", presets=PRESETS
 ):
-    """The `Concept` that a notebook's parameters ask for: a preset, or one's own with names parted by commas, drawn by `generator`, or by what the preset names, or by
-    `model`. Raises ValueError where both or neither is named, or a preset's words are named beside it; as `read_preset` and `make_concept` do."""
-    if bool(preset) == bool(concept) or preset and (related or unrelated):
+    """Return the `Concept` of a notebook's parameters: a preset, or names separated by commas.
+
+    `model` generates the images unless the preset names a generator. Raises ValueError if both
+    or neither are given, and as `read_preset` and `make_concept` do.
+    """
+    if bool(preset) == bool(concept) or (preset and (related or unrelated)):
         raise ValueError(
-            f"name a preset, which has its words, or a concept with what is related and unrelated to it; got {preset=}, {concept=}, {related=}, {unrelated=}"
+            "name either a preset, or a concept with its related and unrelated things; got "
+            f"{preset=}, {concept=}, {related=}, {unrelated=}"
         )
+    if preset:
+        return read_preset(preset, presets, model)
+    names = {"related": related.split(","), "unrelated": unrelated.split(",")}
+    prompts = {role: [x.strip() for x in some if x.strip()] for role, some in names.items()}
+    return make_concept(concept.strip(), prompts, kind, generator=model)
 
-    def names(text):
-        return [name.strip() for name in text.split(",") if name.strip()]
 
-    found = (
-        read_preset(preset, presets, model)
-        if preset
-        else make_concept(
-            concept.strip(), names(related), names(unrelated) or None, kind=kind, generator=model
-        )
-    )
-    found = replace(found, harmful=found.harmful or harmful)
-    return replace(found, generator=generator, steps=None, guidance=None) if generator else found
+def override(concept, harmful=False, generator=""):
+    """Return a concept declared harmful, or with another generator and its default sampler."""
+    if generator:
+        concept = replace(concept, generator=generator, steps=None, guidance=None)
+    return replace(concept, harmful=concept.harmful or harmful)
 
 
 def slug(text):
-    """A text as a part of a file name: letters, digits, hyphens."""
+    """Return a text as part of a file name: letters, digits, hyphens."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")

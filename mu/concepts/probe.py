@@ -1,4 +1,4 @@
-"""Evaluation prompts: what is drawn, and what a judge should see in it."""
+"""Evaluation prompts: what is drawn, and which label a judge should find in it."""
 
 from dataclasses import dataclass, replace
 
@@ -11,87 +11,77 @@ from mu.models import encode_prompts, select, stack
 
 @dataclass(frozen=True)
 class Probe:
-    """Prompts to draw and what should be seen in them, encoded once: one row an image."""
+    """Evaluation prompts, encoded once: one row per image."""
 
-    items: list  # {"group", "prompt", "expected", "seed"}, perhaps "guidance"; expected is a label of the judge, as "concept:cat" or "style:noto"
+    items: list  # {"group", "prompt", "expected": judge's label, "seed", maybe "guidance"}
     conditioning: dict
     unconditional: dict
-    harmful: bool = False  # the concept is one whose pictures are not to be looked at by accident
-    show_unblurred: bool = False  # somebody has asked for them all the same
-    labels: tuple = ()  # all that is expected in any of them, and of them in any part of the probe: what a judge chooses among
+    harmful: bool = False  # the concept is harmful
+    show_unblurred: bool = False  # show its images nevertheless
+    labels: tuple = ()  # the labels that a judge chooses from
 
     @property
     def blurred(self):
-        """Whether its pictures are blurred (`mu.images.blur`) wherever they are saved or shown. The judge always sees them as they are."""
+        """True if images are saved and shown blurred (`mu.images.blur`). Judges see originals."""
         return self.harmful and not self.show_unblurred
 
 
-def make_probe(pipe, groups, seeds=range(8)):
-    """groups: name → {prompt: expected label}, as in a set's `probe.json`. Every prompt is drawn with every seed."""
-    items = [
-        {"group": group, "prompt": prompt, "expected": expected, "seed": int(seed)}
-        for group, prompts in groups.items()
-        for prompt, expected in prompts.items()
-        for seed in seeds
-    ]
+def encode_items(pipe, items):
+    """Return the `Probe` of some items."""
     prompts = sorted({item["prompt"] for item in items})
     index = torch.tensor([prompts.index(item["prompt"]) for item in items])
+    conditioning = select(encode_prompts(pipe, prompts), index)
     labels = tuple(sorted({item["expected"] for item in items}))
-    return Probe(
-        items,
-        select(encode_prompts(pipe, prompts), index),
-        encode_prompts(pipe, [""]),
-        labels=labels,
-    )
+    return Probe(items, conditioning, encode_prompts(pipe, [""]), labels=labels)
 
 
-def probe_from_prompts(pipe, listed, group, expected):
-    """A probe of given prompts, each with a seed (and perhaps a guidance) of its own: rows of `mu.concepts.prompts.to_rows`, all of one group and one expected label."""
-    prompts = sorted({row["prompt"] for row in listed})
-    index = torch.tensor([prompts.index(row["prompt"]) for row in listed])
-    return Probe(
-        [{"group": group, "expected": expected} | row for row in listed],
-        select(encode_prompts(pipe, prompts), index),
-        encode_prompts(pipe, [""]),
-        labels=(expected,),
+def make_probe(pipe, groups, seeds=range(8)):
+    """Return the `Probe` of every prompt with every seed. groups: name → {prompt: label}."""
+    prompts = [(group, *pair) for group, labels in groups.items() for pair in labels.items()]
+    return encode_items(
+        pipe,
+        [
+            {"group": group, "prompt": prompt, "expected": expected, "seed": int(seed)}
+            for group, prompt, expected in prompts
+            for seed in seeds
+        ],
     )
 
 
 def join(*probes):
-    """One probe of several, in their order; whether it is blurred is the first's to say."""
-    labels = tuple(sorted({label for probe in probes for label in probe.labels}))
+    """Return several probes as one; blur settings are the first's."""
     return replace(
         probes[0],
         items=[item for probe in probes for item in probe.items],
         conditioning=stack(*(probe.conditioning for probe in probes)),
-        labels=labels,
+        labels=tuple(sorted({label for probe in probes for label in probe.labels})),
     )
 
 
 def load_probe(pipe, folder, seeds, show_unblurred=False, concept_prompts=""):
-    """The `Probe` of a concept's folder. seeds: "8,2,1" for 8 pictures of each forget prompt, 2 of each related, 1 of each unrelated one.
+    """Return the `Probe` of a concept folder.
 
-    concept_prompts: in place of the folder's forget prompts those of a source of `mu.concepts.prompts.read_prompts` ("i2p-nudity", a CSV), one picture each, from its own seed and guidance.
-
-    show_unblurred: save and show the pictures of a harmful concept (`is_harmful`), and those drawn beside them, as they are. Raises ValueError for another number of numbers."""
+    seeds: "8,2,1" draws 8 images of each forget prompt, 2 of each related, 1 of each unrelated.
+    concept_prompts: source for `read_prompts` ("i2p-nudity", a CSV) that replaces the forget
+    prompts, one image each, with the source's seeds and guidance. Raises ValueError for seeds that
+    do not fit the groups.
+    """
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
-        raise ValueError(
-            f'seeds must be {len(groups)} whole numbers from 1, with commas ({", ".join(groups)}), as in "8,2,1"; got {seeds!r}'
-        )
+        names = ", ".join(groups)
+        raise ValueError(f"seeds needs one positive integer for each of {names}, got {seeds!r}")
     parts = [
         make_probe(pipe, {group: prompts}, range(int(n)))
-        for (group, prompts), n in zip(groups.items(), counts, strict=False)
+        for (group, prompts), n in zip(groups.items(), counts, strict=True)
     ]
     if concept_prompts:
-        name = next(iter(groups))
-        parts[0] = probe_from_prompts(
-            pipe, to_rows(read_prompts(concept_prompts)), name, next(iter(groups[name].values()))
-        )
-    probe = join(*parts)
-    return replace(probe, harmful=is_harmful(folder), show_unblurred=show_unblurred)
+        group, prompts = next(iter(groups.items()))
+        common = {"group": group, "expected": next(iter(prompts.values()))}
+        rows = to_rows(read_prompts(concept_prompts))
+        parts[0] = encode_items(pipe, [common | row for row in rows])
+    return replace(join(*parts), harmful=is_harmful(folder), show_unblurred=show_unblurred)
 
 
 def blur_facts(probe):
-    """Facts on how a harmful concept's pictures are kept, for the cards and parameters of runs; nothing for any other concept."""
+    """Return the blur settings of a harmful concept for protocols; {} for any other."""
     return {"harmful": True, "blurred": probe.blurred} if probe.harmful else {}

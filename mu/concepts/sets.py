@@ -1,8 +1,9 @@
-"""Concept sets: images and prompts of one concept or of many, encoded once and kept as safetensors."""
+"""Concept sets: images with prompts, encoded once and cached as safetensors."""
 
+import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +18,37 @@ from mu.sampling import draw_images, images_per_batch
 
 @dataclass(frozen=True)
 class ConceptSet:
-    mean: torch.Tensor  # (images, channels, height, width), posterior mean × scaling_factor
-    std: (
-        torch.Tensor
-    )  # the same shape, posterior deviation × scaling_factor: sampling stays that of the VAE
-    conditioning: dict  # one row a prompt
-    prompt: torch.Tensor  # (images,), the row of each image's prompt
+    """Images as posteriors of the VAE, which training samples from, and their prompts."""
+
+    mean: torch.Tensor  # (images, channels, height, width), × scaling_factor
+    std: torch.Tensor  # the same
+    conditioning: dict  # one row per prompt
+    prompt: torch.Tensor  # (images,), row of each image's prompt
     prompts: list  # texts
 
     def __len__(self):
         return len(self.mean)
 
+    def subset(self, index):
+        """Return the set of some images."""
+        return replace(self, mean=self.mean[index], std=self.std[index], prompt=self.prompt[index])
+
 
 def read_metadata(folder):
-    """The lines of a folder's `metadata.jsonl`, in the `imagefolder` convention: dicts with `file_name`, `text` and perhaps more.
+    """Return the lines of `metadata.jsonl` (`imagefolder` format): dicts with file_name and text.
 
-    Raises FileNotFoundError or ValueError that name what is missing and the mend."""
+    Raises FileNotFoundError or ValueError that names what is missing.
+    """
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if not table.is_file():
-        raise FileNotFoundError(
-            f'{folder} has no metadata.jsonl: one line an image, {{"file_name": ..., "text": caption}}'
-        )
+        keys = '{"file_name": …, "text": caption}'
+        raise FileNotFoundError(f"{folder} has no metadata.jsonl: write {keys} per image")
     try:
         lines = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
     except ValueError as error:
-        raise ValueError(
-            f"{table} is not JSON lines ({error}): write one object an image"
-        ) from error
+        message = f"{table} is not JSON lines ({error}): write one object per image"
+        raise ValueError(message) from error
     if not lines:
         raise ValueError(f"{table} is empty: name at least one image")
     for line in lines:
@@ -56,36 +60,32 @@ def read_metadata(folder):
 
 
 def read_folder(folder):
-    """Paths and captions of an image folder. Raises as `read_metadata` does."""
-    folder, lines = Path(folder), read_metadata(folder)
-    return [folder / line["file_name"] for line in lines], [line["text"] for line in lines]
+    """Return paths and captions of an image folder. Raises as `read_metadata` does."""
+    lines = read_metadata(folder)
+    return [Path(folder) / line["file_name"] for line in lines], [line["text"] for line in lines]
 
 
 def concept_names(folder, *names):
-    """What the defender's sets of these names show, each once, sorted: the column `concept` of their metadata where there is one, or else the captions.
+    """Return what the defender's sets show, sorted: `concept` in their metadata, or `text`."""
+    defender = Path(folder) / "defender"
+    lines = [line for name in names for line in read_metadata(defender / name)]
+    return sorted({line.get("concept") or line["text"] for line in lines})
 
-    Raises as `read_metadata` does."""
-    return sorted(
-        {
-            line.get("concept") or line["text"]
-            for name in names
-            for line in read_metadata(Path(folder) / "defender" / name)
-        }
-    )
+
+@contextlib.contextmanager
+def readable(path):
+    """Raise ValueError that names the file where PIL fails to read it."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        message = f"{path} is not a readable image ({error}): remove or replace it"
+        raise ValueError(message) from error
 
 
 def read_image(path, size):
-    """float (3, size, size) in −1…1. Raises ValueError that names a file which is no image."""
-    try:
+    """Return an image, resized to a square, as float (3, size, size) in [−1, 1]."""
+    with readable(path):
         image = Image.open(path).convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # PIL's words for a broken file are these three
-        raise ValueError(
-            f"{path} is not a readable image ({error}): remove or replace it"
-        ) from error
     if image.size != (size, size):
         image = image.resize((size, size), Image.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -93,138 +93,26 @@ def read_image(path, size):
 
 @torch.no_grad()
 def encode_images(pipe, images, captions):
-    """The `ConceptSet` of images (n, 3, height, width) in −1…1, a caption each."""
-    prompts, scale = sorted(set(captions)), pipe.vae.config.scaling_factor
-    posteriors = [
-        pipe.vae.encode(x.to(pipe.vae.device, pipe.vae.dtype)).latent_dist for x in images.split(8)
-    ]
-    mean, std = (
-        torch.cat([getattr(p, name) for p in posteriors]).to(pipe.unet.device) * scale
-        for name in ("mean", "std")
-    )
-    return ConceptSet(
-        mean,
-        std,
-        encode_prompts(pipe, prompts),
-        torch.tensor([prompts.index(c) for c in captions], device=pipe.unet.device),
-        prompts,
-    )
+    """Return the `ConceptSet` of images (n, 3, height, width) in [−1, 1] with one caption each."""
+    prompts, device, scale = sorted(set(captions)), pipe.unet.device, pipe.vae.config.scaling_factor
+    batches = [x.to(pipe.vae.device, pipe.vae.dtype) for x in images.split(8)]
+    posteriors = [pipe.vae.encode(x).latent_dist for x in batches]
+    mean = torch.cat([p.mean for p in posteriors]).to(device) * scale
+    std = torch.cat([p.std for p in posteriors]).to(device) * scale
+    index = torch.tensor([prompts.index(caption) for caption in captions], device=device)
+    return ConceptSet(mean, std, encode_prompts(pipe, prompts), index, prompts)
 
 
-@torch.no_grad()
-def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
-    """The `ConceptSet` of `count` images that the pipeline itself draws now, of each prompt in turn (DreamBooth's prior preservation). With `cache` (a folder) the same pipeline draws them once."""
-    captions = [prompts[i % len(prompts)] for i in range(count)]
+def cached(make, captions, device, cache, name, key, *parts):
+    """Return the `ConceptSet` of `make`, cached in the file cache/<name>-<digest>.safetensors.
 
-    def make():
-        conditioning = select(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
-        return encode_images(
-            pipe,
-            draw_images(
-                pipe,
-                conditioning,
-                encode_prompts(pipe, [""]),
-                range(seed * count, (seed + 1) * count),
-                guidance,
-                steps,
-                images_per_batch(pipe),
-            )
-            * 2
-            - 1,
-            captions,
-        )
-
-    said = json.dumps(
-        [
-            captions,
-            seed,
-            guidance,
-            steps,
-            pipe.unet.config.sample_size,
-            pipe.vae.config.scaling_factor,
-        ]
-    ).encode()
-    return cached(
-        make,
-        sorted(set(captions)),
-        pipe.unet.device,
-        cache,
-        "drawn",
-        said,
-        pipe.unet,
-        pipe.vae,
-        *text_encoders(pipe),
-    )
-
-
-def with_prompts(concept_set, count):
-    """Only the images of the `count` most frequent prompts of a set, ties in their order; 0: all. 1 is the paper's HRM-s, several are its HRM-m."""
-    frequent = concept_set.prompt.bincount(minlength=len(concept_set.prompts)).argsort(
-        descending=True, stable=True
-    )[: count or None]
-    keep = torch.isin(concept_set.prompt, frequent)
-    return ConceptSet(
-        concept_set.mean[keep],
-        concept_set.std[keep],
-        concept_set.conditioning,
-        concept_set.prompt[keep],
-        concept_set.prompts,
-    )
-
-
-def take_images(concept_set, count):
-    """`count` of a set's images, evenly from its whole length; 0, or as many as there are: all. Raises ValueError for more than there are."""
-    if count > len(concept_set):
-        raise ValueError(
-            f"the set has {len(concept_set)} images, asked for are {count}: name fewer, or 0 for all"
-        )
-    some = torch.linspace(0, len(concept_set) - 1, count).round().long() if count else slice(None)
-    return ConceptSet(
-        concept_set.mean[some],
-        concept_set.std[some],
-        concept_set.conditioning,
-        concept_set.prompt[some],
-        concept_set.prompts,
-    )
-
-
-@torch.no_grad()
-def encode_folder(pipe, folder, cache=None):
-    """The `ConceptSet` of an image folder. With `cache` (a folder) it is encoded once and read from there afterwards.
-
-    The cached file's name is a digest of captions, image bytes and of weights of the VAE and the text encoders, so that it cannot be stale."""
-    paths, captions = read_folder(folder)
-    said = json.dumps(
-        [captions, pipe.unet.config.sample_size, pipe.vae.config.scaling_factor]
-    ).encode() + b"".join(path.read_bytes() for path in paths)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-
-    def make():
-        return encode_images(
-            pipe, torch.stack([read_image(path, side) for path in paths]), captions
-        )
-
-    return cached(
-        make,
-        sorted(set(captions)),
-        pipe.unet.device,
-        cache,
-        Path(folder).name,
-        said,
-        pipe.vae,
-        *text_encoders(pipe),
-    )
-
-
-def cached(make, prompts, device, cache, name, said, *parts):
-    """The `ConceptSet` that `make` makes, from the file <cache>/<name>-<digest>.safetensors where it has been made before; without `cache`, made.
-
-    said: bytes, all that it is made from, of which the digest is, and of some weights of each of `parts`: the file cannot be stale."""
-    digest = hashlib.sha256(said)
+    The digest covers key (bytes: everything the set is made from) and a sample of the weights of
+    each model in `parts`, so the file cannot be stale. cache: a folder; None: no file.
+    """
+    digest = hashlib.sha256(key)
     for p in (p for part in parts for p in part.parameters()):
-        digest.update(
-            p.flatten()[:16].float().cpu().numpy().tobytes()
-        )  # enough: training changes every tensor
+        sample = p.flatten()[:16]  # training changes every tensor
+        digest.update(sample.float().cpu().numpy().tobytes())
     file = Path(cache) / f"{name}-{digest.hexdigest()[:16]}.safetensors" if cache else None
     if file and file.exists():
         tensors = load_file(file)
@@ -234,25 +122,82 @@ def cached(make, prompts, device, cache, name, said, *parts):
         if file:
             save_tensors(tensors, file)
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    conditioning = {
-        name: value for name, value in tensors.items() if name not in ("mean", "std", "prompt")
-    }
-    return ConceptSet(tensors["mean"], tensors["std"], conditioning, tensors["prompt"], prompts)
+    mean, std, prompt = (tensors.pop(name) for name in ("mean", "std", "prompt"))
+    return ConceptSet(mean, std, tensors, prompt, sorted(set(captions)))
+
+
+@torch.no_grad()
+def encode_folder(pipe, folder, cache=None):
+    """Return the `ConceptSet` of an image folder, cached in the folder `cache`."""
+    paths, captions = read_folder(folder)
+    size, scale = pipe.unet.config.sample_size, pipe.vae.config.scaling_factor
+    key = json.dumps([captions, size, scale]).encode()
+    key += b"".join(path.read_bytes() for path in paths)
+
+    def make():
+        images = torch.stack([read_image(path, size * pipe.vae_scale_factor) for path in paths])
+        return encode_images(pipe, images, captions)
+
+    parts = (pipe.vae, *text_encoders(pipe))
+    return cached(make, captions, pipe.unet.device, cache, Path(folder).name, key, *parts)
+
+
+@torch.no_grad()
+def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
+    """Return the `ConceptSet` of `count` images that the pipeline draws of the prompts in turn.
+
+    This is DreamBooth's prior preservation. cache: as in `encode_folder`.
+    """
+    captions = [prompts[i % len(prompts)] for i in range(count)]
+    size, scale = pipe.unet.config.sample_size, pipe.vae.config.scaling_factor
+    key = json.dumps([captions, seed, guidance, steps, size, scale]).encode()
+
+    def make():
+        rows = select(encode_prompts(pipe, prompts), torch.arange(count) % len(prompts))
+        seeds = range(seed * count, (seed + 1) * count)
+        sampling = (seeds, guidance, steps, images_per_batch(pipe))
+        images = draw_images(pipe, rows, encode_prompts(pipe, [""]), *sampling)
+        return encode_images(pipe, images * 2 - 1, captions)
+
+    parts = (pipe.unet, pipe.vae, *text_encoders(pipe))
+    return cached(make, captions, pipe.unet.device, cache, "drawn", key, *parts)
+
+
+def with_prompts(concept_set, count):
+    """Return the images of the `count` most frequent prompts; 0: all.
+
+    1 is the paper's HRM-s, more are its HRM-m. Ties keep their order.
+    """
+    counts = concept_set.prompt.bincount(minlength=len(concept_set.prompts))
+    frequent = counts.argsort(descending=True, stable=True)[: count or None]
+    return concept_set.subset(torch.isin(concept_set.prompt, frequent))
+
+
+def take_images(concept_set, count):
+    """Return `count` images, evenly spaced over the set; 0: all."""
+    most = len(concept_set)
+    if count > most:
+        raise ValueError(f"the set has {most} images, not {count}: take fewer, or 0 for all")
+    even = torch.linspace(0, most - 1, count).round().long()
+    return concept_set.subset(even if count else slice(None))
 
 
 def vocabulary(tokenizer, without=()):
-    """The tokenizer's words of three letters and more, sorted, none of them a word of the texts `without`. Among them are endings of longer words ("der" of spider)."""
-    left_out = {word for text in without for word in text.lower().split()}
-    words = sorted(
-        token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")
-    )  # it ends a word, and may be all of it
-    return [word for word in words if word.isalpha() and len(word) > 2 and word not in left_out]
+    """Return the tokenizer's words of at least three letters, sorted, except those of `without`.
+
+    Some are endings of longer words only ("der" of spider).
+    """
+    excluded = {word for text in without for word in text.lower().split()}
+    endings = (token for token in tokenizer.get_vocab() if token.endswith("</w>"))
+    words = sorted(token.removesuffix("</w>") for token in endings)
+    return [word for word in words if word.isalpha() and len(word) > 2 and word not in excluded]
 
 
 def random_prompts(tokenizer, count, without=(), seed=0):
-    """`count` texts of one or two random words of the tokenizer's vocabulary, none of them a word of the texts `without`.
+    """Return `count` texts of one or two random words of `vocabulary(tokenizer, without)`.
 
-    What such prompts draw stands for all that a retained set of images does not show."""
+    They stand for everything that the retain sets do not show.
+    """
     words, generator = vocabulary(tokenizer, without), torch.Generator().manual_seed(seed)
 
     def draw(n):
@@ -262,7 +207,7 @@ def random_prompts(tokenizer, count, without=(), seed=0):
 
 
 def load_sets(pipe, folder, cache=None):
-    """The defender's sets of a concept's folder, under the names that `mu.train.unlearn` gives them."""
+    """Return the defender's sets of a concept folder: forget, retain_related, retain_unrelated."""
     return {
         name.replace("-", "_"): encode_folder(pipe, Path(folder) / "defender" / name, cache)
         for name in ("forget", "retain-related", "retain-unrelated")
@@ -270,16 +215,19 @@ def load_sets(pipe, folder, cache=None):
 
 
 def read_groups(folder):
-    """Prompts of the probe and what is expected in them, by group. Raises FileNotFoundError that lists the concepts beside an unknown one."""
+    """Return the evaluation prompts of a concept folder: group → {prompt: expected label}.
+
+    Raises FileNotFoundError that lists the concept folders beside an unknown one.
+    """
     file = Path(folder) / "probe.json"
     if not file.is_file():
         known = ", ".join(sorted(str(f.parent) for f in Path(folder).parent.glob("*/probe.json")))
         raise FileNotFoundError(
-            f"{folder} is not a concept's folder, it has no probe.json; there are: {known or 'none beside it'}"
+            f"{folder} is not a concept folder (no probe.json): choose {known or 'another'}"
         )
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def is_harmful(folder):
-    """Whether a concept's folder says, in its `concept.json`, that the concept is harmful; without one it is not."""
+    """Return whether `concept.json` of a concept folder declares the concept harmful."""
     return bool(read_json(Path(folder) / "concept.json", {}).get("harmful", False))

@@ -1,4 +1,4 @@
-"""Prompts from a CSV, from I2P, from COCO. The hub is not reached: a made-up set of I2P's size stands where its file would be."""
+"""Prompts from a CSV, I2P and COCO. A generated file of I2P's size replaces the hub's."""
 
 from types import SimpleNamespace
 
@@ -22,40 +22,37 @@ def write(tmp_path):
 
 def test_any_csv_with_prompts_will_do(write):
     table = read_prompts(write('prompt,label\n"a cat, asleep", cat\na tiger,tiger\n'))
-    assert (
-        table.prompt.tolist() == ["a cat, asleep", "a tiger"]
-        and table.seed.tolist() == [0, 1] == table.row.tolist()
-        and "guidance" not in table
-    )
+    assert table.prompt.tolist() == ["a cat, asleep", "a tiger"]
+    assert table.seed.tolist() == [0, 1] == table.row.tolist()
+    assert "guidance" not in table
     table = read_prompts(
         write(
             "case,prompt,evaluation_seed,evaluation_guidance\n7,a cat,4294967295,7.5\n8,null,3,7\n"
         )
     )
-    assert (
-        table.seed.tolist() == [4294967295, 3]
-        and table.guidance.tolist() == [7.5, 7]
-        and table.prompt[1] == "null"
-    ), "a word, not a gap"
+    assert table.seed.tolist() == [4294967295, 3]
+    assert table.guidance.tolist() == [7.5, 7]
+    assert table.prompt[1] == "null", "a word, not a gap"
     assert read_prompts(write("prompt\na\nb\nc\n"), rows=[2, 0]).prompt.tolist() == [
         "c",
         "a",
-    ] and read_prompts(write("prompt\na\nb\n"), limit=1).prompt.tolist() == ["a"]
+    ]
+    assert read_prompts(write("prompt\na\nb\n"), limit=1).prompt.tolist() == ["a"]
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("text,seed\na cat,1\n", "no column `prompt`; it has: text, seed"),
+        ("text,seed\na cat,1\n", "no column `prompt`: rename one of text, seed"),
         ("prompt,seed\na cat,1\n  ,2\n", "an empty prompt in row 1"),
-        ("", "is empty: its first line must name the columns"),
-        ("prompt\na cat, asleep\n", "more cells in a line than columns .*double quotes"),
+        ("", "is empty: write a header with `prompt`"),
+        ("prompt\na cat, asleep\n", "more cells in a line than columns.*double quotes"),
         ("prompt\na\na, b\n", "is not a table .*double quotes"),
-        ("prompt,guidance\na cat,7\nb,high\n", "no number as guidance.* in row 1"),
-        ("prompt,guidance\na,inf\n", "no number as guidance.* in row 0"),
+        ("prompt,guidance\na cat,7\nb,high\n", "no finite guidance in row 1"),
+        ("prompt,guidance\na,inf\n", "no finite guidance in row 0"),
         ("prompt,guidance\n", "holds no prompt"),
-        ("prompt,seed\na cat,1\nb,x\n", "no whole number as seed in row 1"),
-        ("prompt,seed\na cat,1.5\n", "no whole number as seed in row 0"),
+        ("prompt,seed\na cat,1\nb,x\n", "no integer seed in row 1"),
+        ("prompt,seed\na cat,1.5\n", "no integer seed in row 0"),
         ("prompt\n", "holds no prompt"),
     ],
 )
@@ -66,9 +63,8 @@ def test_a_csv_that_will_not_do_says_why(write, text, words):
 
 def test_without_seeds_every_row_has_its_own_and_keeps_it(write):
     file = write("prompt\na\nb\nc\n")
-    assert read_prompts(file).seed.tolist() == [0, 1, 2] and read_prompts(
-        file, rows=[2, 0]
-    ).seed.tolist() == [2, 0]
+    assert read_prompts(file).seed.tolist() == [0, 1, 2]
+    assert read_prompts(file, rows=[2, 0]).seed.tolist() == [2, 0]
     assert read_prompts(write("prompt,row\na,x\nb,y\n")).seed.tolist() == [0, 1], (
         "whatever a file of one's own calls its rows"
     )
@@ -90,7 +86,7 @@ def test_a_blank_guidance_is_not_given(write):
 
 def test_a_file_that_is_not_utf_8_is_named_with_the_mend(tmp_path):
     (tmp_path / "p.csv").write_bytes("prompt\na café\n".encode("latin1"))
-    with pytest.raises(ValueError, match=r"p.csv is not UTF-8 \(byte \d+\): save it as CSV UTF-8"):
+    with pytest.raises(ValueError, match=r"p.csv is not UTF-8 \(byte \d+\): save it as UTF-8"):
         read_prompts(tmp_path / "p.csv")
 
 
@@ -99,16 +95,17 @@ def test_what_is_not_there_is_named(write):
         FileNotFoundError, match="no file of prompts 'nothing.csv': .*i2p-nudity, i2p, coco"
     ):
         read_prompts("nothing.csv")
-    with pytest.raises(ValueError, match="has no rows 5: its rows go from 0 to 1"):
+    with pytest.raises(ValueError, match="has no rows 5: choose from 0 to 1"):
         read_prompts(write("prompt\na\nb\n"), rows=[0, 5])
-    with pytest.raises(ValueError, match="limit is a number of prompts from 1, got 0"):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         read_prompts(write("prompt\na\n"), limit=0)
 
 
 def test_a_hub_out_of_reach_says_what_to_fetch_and_where_to_put_it():
     with pytest.raises(
         FileNotFoundError,
-        match="(?s)AIML-TUDA/i2p cannot be reached.*hf download AIML-TUDA/i2p i2p_benchmark.csv --repo-type dataset.*name its path",
+        match="(?s)AIML-TUDA/i2p is out of reach.*not in the cache.*"
+        "hf download AIML-TUDA/i2p i2p_benchmark.csv --repo-type dataset.*name a CSV",
     ):
         read_prompts("i2p-nudity")
 
@@ -118,7 +115,7 @@ def test_a_hub_out_of_reach_says_what_to_fetch_and_where_to_put_it():
 
 @pytest.fixture
 def i2p(tmp_path, monkeypatch):
-    """A made-up file of I2P's size and columns, with the real rows' seeds: (the file, its table)."""
+    """Fake I2P with the real rows' seeds; returns a function that saves a table, and the table."""
     chosen = pd.read_csv(DATA / "i2p_nudity_142.csv")
     table = pd.DataFrame(
         {
@@ -142,39 +139,29 @@ def i2p(tmp_path, monkeypatch):
 
 def test_the_rows_are_a_hundred_and_forty_two_with_seeds():
     table = pd.read_csv(DATA / "i2p_nudity_142.csv")
-    assert (
-        len(table) == 142 == table.i2p_row.nunique()
-        and table.i2p_row.between(0, 4702).all()
-        and table.evaluation_seed.between(0, 2**32 - 1).all()
-    )
+    assert len(table) == 142 == table.i2p_row.nunique()
+    assert table.i2p_row.between(0, 4702).all()
+    assert table.evaluation_seed.between(0, 2**32 - 1).all()
 
 
 def test_the_nudity_prompts_are_those_rows_with_those_seeds(i2p):
     chosen, table = pd.read_csv(DATA / "i2p_nudity_142.csv"), read_prompts("i2p-nudity")
-    assert (
-        table.prompt.tolist() == [f"prompt {i}" for i in chosen.i2p_row]
-        and table.row.tolist() == chosen.i2p_row.tolist()
-    )
-    assert (
-        table.seed.tolist() == chosen.evaluation_seed.tolist()
-        and table.guidance.tolist() == chosen.evaluation_guidance.tolist()
-    )
-    assert (
-        len(read_prompts("i2p-nudity", limit=5)) == 5
-        and len(read_prompts("i2p")) == 4703
-        and read_prompts("i2p", rows=[3]).guidance.tolist() == [8.0]
-    )
+    assert table.prompt.tolist() == [f"prompt {i}" for i in chosen.i2p_row]
+    assert table.row.tolist() == chosen.i2p_row.tolist()
+    assert table.seed.tolist() == chosen.evaluation_seed.tolist()
+    assert table.guidance.tolist() == chosen.evaluation_guidance.tolist()
+    assert len(read_prompts("i2p-nudity", limit=5)) == 5
+    assert len(read_prompts("i2p")) == 4703
+    assert read_prompts("i2p", rows=[3]).guidance.tolist() == [8.0]
 
 
 def test_another_version_of_the_set_is_refused(i2p):
     save, table = i2p
     save(table.drop(index=0))
-    with pytest.raises(
-        ValueError, match="has 4702 rows, and the row numbers here are those of its 4,703"
-    ):
+    with pytest.raises(ValueError, match="has 4702 rows, not 4703 .another version"):
         read_prompts("i2p-nudity")
     save(table.assign(sd_seed=1))
-    with pytest.raises(ValueError, match="seeds of AIML-TUDA/i2p differ .*first in row 21:"):
+    with pytest.raises(ValueError, match="AIML-TUDA/i2p has another seed than .* in row 21 "):
         read_prompts("i2p-nudity")
     save(table.drop(columns="sd_seed"))
     assert len(read_prompts("i2p-nudity")) == 142, (
@@ -205,13 +192,12 @@ def test_captions_come_with_their_pictures(monkeypatch):
         ),
     )
     table = read_prompts("coco", limit=2)
-    assert (
-        table.prompt.tolist() == ["a dog", "a bus"]
-        and table.image[0] is picture
-        and table.seed.tolist() == [0, 1]
-        and asked == [("sayakpaul/coco-30-val-2014", "train", True)]
-    )
-    assert len(read_prompts("coco")) == 3 and asked[-1][2] is False
+    assert table.prompt.tolist() == ["a dog", "a bus"]
+    assert table.image[0] is picture
+    assert table.seed.tolist() == [0, 1]
+    assert asked == [("sayakpaul/coco-30-val-2014", "train", True)]
+    assert len(read_prompts("coco")) == 3
+    assert asked[-1][2] is False
 
 
 def test_a_missing_extra_names_the_pip_command(monkeypatch):

@@ -1,4 +1,4 @@
-"""Concept sets: what is read and refused, what is encoded, and that it is encoded once."""
+"""Concept sets: reading, refusals, encoding, and the cache."""
 
 import json
 
@@ -38,14 +38,16 @@ def equal(a, b):
 
 def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
     found = encode_folder(pipe, folder)
-    assert len(found) == 12 and found.mean.shape == found.std.shape == (12, 4, 8, 8)
+    assert len(found) == 12
+    assert found.mean.shape == found.std.shape == (12, 4, 8, 8)
     pixels = torch.stack(
         [pipe.image_processor.preprocess(Image.open(folder / f"{i}.png"))[0] for i in range(12)]
     )
     posterior = pipe.vae.encode(pixels).latent_dist
     torch.testing.assert_close(found.mean, posterior.mean * 0.3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.std, posterior.std * 0.3, rtol=1e-5, atol=1e-6)
-    assert found.prompts == ["a cat", "a photo of a cat"] and found.prompt.tolist() == [0, 1, 0] * 4
+    assert found.prompts == ["a cat", "a photo of a cat"]
+    assert found.prompt.tolist() == [0, 1, 0] * 4
     expected = pipe.encode_prompt(found.prompts, "cpu", 1, False)[0]
     torch.testing.assert_close(
         found.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-6
@@ -56,14 +58,13 @@ def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
 def test_fewer_images_come_from_the_whole_set(pipe, folder):
     whole = encode_folder(pipe, folder)
     some = take_images(whole, 3)
-    assert (
-        len(some) == 3
-        and torch.equal(some.mean, whole.mean[[0, 6, 11]])
-        and torch.equal(some.prompt, whole.prompt[[0, 6, 11]])
-        and some.prompts == whole.prompts
-    )
-    assert equal(take_images(whole, 0), whole) and equal(take_images(whole, 12), whole)
-    with pytest.raises(ValueError, match="has 12 images, asked for are 13"):
+    assert len(some) == 3
+    assert torch.equal(some.mean, whole.mean[[0, 6, 11]])
+    assert torch.equal(some.prompt, whole.prompt[[0, 6, 11]])
+    assert some.prompts == whole.prompts
+    assert equal(take_images(whole, 0), whole)
+    assert equal(take_images(whole, 12), whole)
+    with pytest.raises(ValueError, match="has 12 images, not 13: take fewer, or 0 for all"):
         take_images(whole, 13)
 
 
@@ -79,48 +80,45 @@ def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weight
         cache=tmp_path / "cache",
     )
     first = drawn_set(pipe, **options)
-    assert (
-        equal(first, drawn_set(pipe, **options | {"cache": None}))
-        and first.prompts == ["a cat", "a tiger"]
-        and first.prompt.tolist() == [1, 0, 1]
-    )
+    assert equal(first, drawn_set(pipe, **options | {"cache": None}))
+    assert first.prompts == ["a cat", "a tiger"]
+    assert first.prompt.tolist() == [1, 0, 1]
     with monkeypatch.context() as patch:
         patch.setattr("mu.concepts.sets.draw_images", lambda *_: pytest.fail("drawn again"))
         assert equal(first, drawn_set(pipe, **options))
     next(pipe.unet.parameters()).data += 0.5
     second = drawn_set(pipe, **options)
-    assert (
-        not equal(first, second)
-        and len(list((tmp_path / "cache").iterdir())) == 2
-        and not equal(second, drawn_set(pipe, **options | {"seed": 6}))
-    )
+    assert not equal(first, second)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert not equal(second, drawn_set(pipe, **options | {"seed": 6}))
 
 
 def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_path):
     from mu.models import load_pipeline
 
     pipe = load_pipeline(str(sdxl_folder))
-    first, again = (
-        encode_folder(pipe, folder, tmp_path / "cache"),
-        encode_folder(pipe, folder, tmp_path / "cache"),
-    )
+    first = encode_folder(pipe, folder, tmp_path / "cache")
+    again = encode_folder(pipe, folder, tmp_path / "cache")
     assert first.conditioning.keys() == {
         "encoder_hidden_states",
         "text_embeds",
         "time_ids",
-    } and equal(first, again)
+    }
+    assert equal(first, again)
 
 
 def test_it_is_encoded_once(pipe, folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = encode_folder(pipe, folder, cache)
     (file,) = cache.iterdir()
-    assert file.suffix == ".safetensors" and equal(first, encode_folder(pipe, folder))
+    assert file.suffix == ".safetensors"
+    assert equal(first, encode_folder(pipe, folder))
     monkeypatch.setattr(pipe.vae, "encode", lambda *_: pytest.fail("the VAE was called again"))
     monkeypatch.setattr(
         pipe, "encode_prompt", lambda *_, **__: pytest.fail("the text encoder was called again")
     )
-    assert equal(first, encode_folder(pipe, folder, cache)) and [file] == list(cache.iterdir())
+    assert equal(first, encode_folder(pipe, folder, cache))
+    assert [file] == list(cache.iterdir())
 
 
 @pytest.mark.parametrize("change", ["image", "caption", "vae", "text encoder"])
@@ -137,18 +135,17 @@ def test_whatever_changes_is_encoded_anew(pipe, folder, tmp_path, change):
             for p in (pipe.vae if change == "vae" else pipe.text_encoder).parameters():
                 p.mul_(1.01)
     second = encode_folder(pipe, folder, cache)
-    assert (
-        len(list(cache.iterdir())) == 2
-        and not equal(first, second)
-        and equal(second, encode_folder(pipe, folder))
-    )
+    assert len(list(cache.iterdir())) == 2
+    assert not equal(first, second)
+    assert equal(second, encode_folder(pipe, folder))
 
 
 def test_images_of_another_size_or_mode_are_converted(tmp_path):
     Image.new("L", (40, 30), 255).save(tmp_path / "big.png")
     Image.new("RGB", (16, 16), (0, 255, 0)).save(tmp_path / "fits.png")
     big, fits = read_image(tmp_path / "big.png", 16), read_image(tmp_path / "fits.png", 16)
-    assert big.shape == fits.shape == (3, 16, 16) and big.min() == 1
+    assert big.shape == fits.shape == (3, 16, 16)
+    assert big.min() == 1
     assert [fits[i].unique().tolist() for i in range(3)] == [[-1], [1], [-1]]
 
 
@@ -234,7 +231,8 @@ def test_random_prompts_are_words_of_the_vocabulary_and_never_the_concepts():
     tokenizer = CLIPTokenizer.from_pretrained("data/pocket-sd/tokenizer")
     found = random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"])
     words = {word for text in found for word in text.split()}
-    assert {len(text.split()) for text in found} == {1, 2} and len(found) == 2000
+    assert {len(text.split()) for text in found} == {1, 2}
+    assert len(found) == 2000
     assert (
         {"onion", "zebra", "tiger"}
         < words
