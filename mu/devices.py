@@ -35,9 +35,8 @@ def resolve_precision(precision, device):
     return "bf16" if half(device) == torch.bfloat16 else "fp16"
 
 
-@functools.cache
-def cpu_precision():
-    """Return the faster precision of this CPU, decided and printed once per process."""
+def decide_cpu_precision():
+    """Return the faster precision of this CPU, and print it with the reason."""
     name = torch.backends.cpu.get_cpu_capability()
     claims_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if not claims_bf16 or name in ("DEFAULT", "AVX2"):
@@ -49,6 +48,9 @@ def cpu_precision():
         f"precision auto: {chosen}, for bfloat16 is {gain:.1f} times as fast on this CPU ({name})"
     )
     return chosen
+
+
+cpu_precision = functools.cache(decide_cpu_precision)  # once per process
 
 
 def bf16_gain(rows=4, repetitions=3):
