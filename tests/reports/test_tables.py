@@ -1,177 +1,117 @@
-"""The committed page of `make paper MODEL=pocket` is what its committed rows say: a cell, a table and a figure are made again from them, and compared."""
+"""Each table reports the rows that it was made from, beside the published numbers."""
 
-import os
-import re
-import shutil
-from pathlib import Path
-
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from mu.files import read_json
-from mu.notebooks.run import execute
-from mu.reports import figures
-from mu.reports import tables as paper
-from mu.reports.collect import deduplicate, read_results
-from mu.reports.page import save_table
-from mu.reports.plots import save_figure
+from mu.reports import tables, training_tables
 
-ROOT = Path(__file__).parents[2]
-REPORT = ROOT / "reports" / "pocket"
+KEYS = ["method", "variant", "attack", "steps"]
 
 
-@pytest.fixture(scope="module")
-def results():
-    return read_results(REPORT / "raw", read_json(REPORT / "raw" / "trainings.json"))
+@pytest.fixture
+def concept(results, published):
+    return tables.concept_table(results.rows, published["nudity"])
 
 
-@pytest.fixture(scope="module")
-def at_lr(results):
-    rows = deduplicate(results)
-    main = rows[rows.panel == ""]
-    return main[
-        main.lr.isna() | np.isclose(main.lr, 6e-5) | ~main.attack.isin(["HRM-s", "HRM-m", "CLEAN"])
-    ]
+def test_the_concept_table_has_published_and_own_numbers(concept, published):
+    table = concept.set_index(KEYS)
+    both = table.loc[("ESD-u-3", "unlearned", "HRM-m", 100)]
+    assert (both.published, both.ours) == (38.73, pytest.approx(85))
+    assert (both.trainings, both.pictures) == (2, 20)
+    assert both.low < 85 < both.high
+    assert both.source == "published: SD-v1-4, arXiv 2410.12777; ours: 2 trainings, 20 pictures"
+    # 2 of 10 hits, and 2.25 of 10 rounds to 2.
+    meta = table.loc[("ESD-u-3", "meta-unlearned", "HRM-m", 100)]
+    assert meta.ours == pytest.approx(20)
+    words = table.loc[("UCE", "unlearned", "adversarial prompts", 0)]
+    assert words.ours == 50
+    original = table.loc[("original", "original", "none", 0)]
+    assert original[["published", "ours"]].tolist() == [97.18, 100]
+    assert len(published["nudity"]) == table.published.notna().sum()
 
 
-def test_a_cell_of_the_table_is_the_share_of_its_pictures(results):
-    """By hand, without the code that made the table."""
-    table = pd.read_csv(REPORT / "tables" / "concept.csv").set_index(
-        ["method", "variant", "attack", "steps"]
-    )
-    rows = results.rows
-    for method, variant, steps, folders in (
-        ("esd-f-1", "unlearned", 100, "012"),
-        ("esd-f-1", "meta-unlearned", 100, "012"),
-        ("uce", "meta-unlearned", 300, "012"),
-        ("uce", "unlearned", 300, "0"),
-    ):  # the last has no seed
-        hits = [
-            hit
-            for folder, panel, m, v, attack, lr, step, group, hit in zip(
-                *(
-                    rows[c]
-                    for c in (
-                        "folder",
-                        "panel",
-                        "method",
-                        "model",
-                        "attack",
-                        "lr",
-                        "step",
-                        "group",
-                        "hit",
-                    )
-                ),
-                strict=False,
-            )
-            if (panel, m, v, attack, step, group) == ("", method, variant, "HRM-m", steps, "forget")
-            and abs(lr - 6e-5) < 1e-9
-            and folder in folders
-        ]
-        cell = table.loc[(paper.display_name(method), variant, "HRM-m", steps)]
-        assert (
-            cell.ours == pytest.approx(100 * sum(hits) / len(hits), abs=0.01)
-            and cell.pictures == len(hits)
-            and cell.low <= cell.ours <= cell.high
-        )
+def test_a_number_only_published_or_only_measured_is_kept(concept):
+    table = concept.set_index(KEYS)
+    ours = table.loc[("UCE", "unlearned", "HRM-s", 50)]
+    assert np.isnan(ours.published)
+    assert ours.ours == pytest.approx(40)
+    published = table.loc[("SDD", "unlearned", "HRM-m", 50)]
+    assert np.isnan(published.ours)
+    assert published.source == "published: SD-v1-4, arXiv 2410.12777"
 
 
-def test_the_table_of_the_concept_is_made_again(at_lr, tmp_path):
-    again = save_table(
-        paper.concept_table(at_lr, pd.read_csv(ROOT / "data" / "paper_nudity.csv")),
-        tmp_path,
-        "concept",
-    )
-    pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "tables" / "concept.csv"),
-        pd.read_csv(REPORT / "tables" / "concept.csv"),
-    )
-    published = again.dropna(subset=["published"])
-    assert (
-        len(published) == len(pd.read_csv(ROOT / "data" / "paper_nudity.csv"))
-        and again.ours.notna().sum() > 80
+def test_the_layout_has_two_rows_per_model_in_paper_order(concept):
+    wide = tables.layout(concept)
+    line = wide[(wide.method == "ESD-u-3") & (wide.variant == "unlearned")].set_index("source")
+    assert line.loc["published, SD-v1-4", "HRM-m, 100 steps"] == "38.73"
+    assert line.loc["ours", "HRM-m, 100 steps"].startswith("85.0 (")
+    assert line.loc["published, SD-v1-4", "HRM-s, 50 steps"] == ""
+    order = ["original", "ESD-u-1", "ESD-u-3", "SDD", "UCE", "RECE"]
+    assert wide.method.drop_duplicates().tolist() == order
+    assert wide.groupby(["method", "variant"]).size().eq(2).all(), (
+        "a method that is not in the paper, or was not run, has a blank row"
     )
 
 
-def curves(svg):
-    """The drawn lines of a matplotlib SVG: arrays of points."""
-    paths = re.findall(
-        r'<path d="(M [^"]*)" clip-path="[^"]*" style="fill: none; stroke: #(?:d55e00|0072b2)', svg
-    )
-    return [np.array(re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path), float) for path in paths]
+def test_the_quality_table(results, published):
+    table = tables.quality_table(results.rows, results.numbers, published["quality"])
+    ours = table[table.source == "ours, 2 trainings"].set_index(["method", "variant"])
+    assert ours.loc[("UCE", "meta-unlearned"), "JFD"] == "3.50 (0.00–9.85)"
+    assert ours.loc[("original", "original"), "related kept"].startswith("100.0 (")
+    assert set(ours["CLIP score"]) == {""}
+    theirs = table[table.source == "published, SD-v1-4"].set_index(["method", "variant"])
+    assert theirs.loc[("UCE", "unlearned"), "FID"] == "17.59"
 
 
-def test_the_figure_of_relearning_is_drawn_again(at_lr, tmp_path):
-    kept = (REPORT / "figures" / "relearning.svg").read_text()
-    with matplotlib.rc_context():
-        again = save_figure(
-            figures.by_method(at_lr, ["HRM-m", "HRM-s"]), tmp_path, "relearning"
-        ).read_text()
-    plt.close("all")
-    mine, theirs = curves(again), curves(kept)
-    assert len(mine) == len(theirs) >= 20
-    for a, b in zip(mine, theirs, strict=False):
-        np.testing.assert_allclose(
-            a, b, atol=0.5
-        )  # points of 1/72 inch: another version of matplotlib sets its labels a little otherwise
-    if f"Matplotlib v{matplotlib.__version__}" in kept:
-        assert again == kept
+def test_the_destruction_table(results):
+    table = tables.destruction_table(results.rows[results.rows.panel == ""])
+    index = table.set_index(["method", "variant", "attack"])["self-destruct index"]
+    assert index["UCE", "meta-unlearned", "HRM-m"] == pytest.approx(0.5)
+    assert index["UCE", "unlearned", "HRM-m"] == 0
 
 
-def test_the_page_shows_every_figure_and_the_opening_is_what_the_rows_say(results):
-    page = (REPORT / "index.html").read_text()
-    for name in ("headline", "relearning", "self-destruction", "gradients", "prompts"):
-        assert f"figures/{name}.svg" in page and all(
-            (REPORT / "figures" / f"{name}.{kind}").stat().st_size for kind in ("svg", "png", "pdf")
-        )
-    rows = results.rows
-    mine = rows[
-        (rows.panel == "")
-        & (rows.method == "esd-f-1")
-        & (rows.attack == "HRM-m")
-        & np.isclose(rows.lr, 6e-5)
-        & (rows.group == "forget")
-        & (rows.step > 0)
-    ]
-    readme = (
-        (ROOT / "README.md").read_text().split("<!-- pocket -->")[1].split("<!-- /pocket -->")[0]
-    )
-    for model in ("unlearned", "meta-unlearned"):
-        course = ", ".join(f"{x:.0%}" for x in mine[mine.model == model].groupby("step").hit.mean())
-        assert all(course in re.sub(r" \(\d+–\d+\)", "", text) for text in (page, readme))
-    assert all((REPORT / course["sheet"]).is_file() for course in results.courses)
+def test_the_search_table(results):
+    table = tables.search_table(results.rows)
+    assert table[table.search == "unlearn-diff-atk"].score.eq(0.5).all()
 
 
-def test_the_whole_page_is_made_again_from_the_rows_alone(tmp_path, monkeypatch):
-    """90_figures without any run: the same tables, the same figures, and pages of the same words."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    report = tmp_path / "pocket"
-    for part in ("raw", "explorer", "ablations"):
-        if (REPORT / part).is_dir():
-            shutil.copytree(REPORT / part, report / part)
-    execute(
-        ROOT / "notebooks" / "90_figures.ipynb",
-        report / "notebooks" / "90_figures.ipynb",
+def test_the_panel_table(results):
+    table = tables.panel_table(results.rows).set_index(["variant", "group"])
+    assert table.loc[("unlearned", "forget"), "after 100 steps"].startswith("90 (")
+
+
+def test_the_change_of_the_angle(results):
+    change = training_tables.angle_change(results.records[results.records.panel == ""])
+    meta = change[change.variant == "meta-unlearned"].iloc[0]
+    # cosines 0.2 and -0.2
+    assert meta["angle, first quarter"] == pytest.approx(78.463, abs=1e-3)
+    assert meta["angle, last quarter"] == pytest.approx(101.537, abs=1e-3)
+    assert meta["trainings in which it rises"] == 2
+
+
+def test_two_phases_are_one_training():
+    records = pd.DataFrame(
         {
-            "out": "",
-            "report": str(report),
-            "published": str(ROOT / "data"),
-            "seeds": " ".join(read_json(REPORT / "raw" / "trainings.json")),
-        },
+            "run": ["m", "m-first", "m-first", "m-meta", "m-meta"],
+            "method": "m",
+            "training": "0",
+            "step": [1, 1, 5, 1, 5],
+            "model": ["unlearned", "m-first", "m-first", "meta-unlearned", "meta-unlearned"],
+        }
     )
-    for file in sorted((REPORT / "tables").iterdir()):
-        assert (report / "tables" / file.name).read_text() == file.read_text(), file.name
-    assert {f.name for f in (report / "figures").iterdir()} == {
-        f.name for f in (REPORT / "figures").iterdir()
-    }
+    merged = training_tables.merge_phases(records)
+    assert merged[["step", "model"]].to_numpy().tolist() == [
+        [1, "unlearned"],
+        [1, "meta-unlearned"],
+        [5, "meta-unlearned"],
+        [6, "meta-unlearned"],
+        [10, "meta-unlearned"],
+    ]
 
-    def shown(page):
-        return page.read_text().split('<h2 id="notebooks">')[0].split("<footer>")[0]
 
-    assert shown(report / "index.html") == shown(REPORT / "index.html"), (
-        "words, captions, tables, and what the slider is told"
-    )
+def test_the_trainings_table_has_the_steps_of_each_phase(results, two_phases):
+    cards = two_phases | {"/esd-u-3": {"run": {"lr": 1e-5, "loop": {"steps": 64}}}}
+    table = training_tables.trainings_table(results.rows, cards).set_index("method")
+    assert table["meta: steps"].to_dict() == {"ESD-u-3": "7", "UCE": "30 + 10"}
+    assert table["plain: steps"].to_dict() == {"ESD-u-3": 64, "UCE": "closed form"}
