@@ -12,7 +12,7 @@ import pandas as pd
 
 from mu.files import atomic, read_json, save_json
 from mu.measures.card import same_protocol
-from mu.measures.comparison import SAME
+from mu.measures.attack_results import SHARED_FACTS
 from mu.params import ASIDE
 from mu.reports.explorer import read_course, save_sheet
 from mu.reports.plots import label
@@ -30,7 +30,7 @@ PAPER_ATTACKS = ("HRM-m", "HRM-s", "CLEAN")
 EXTRA_DATA = ("mixed_set", "warmup_set", "merge_share", "drawn_images", "others", "first", "merge")
 # Group → (prompts, seeds) kept in sprite sheets.
 SHEET_IMAGES = {"forget": (2, 6), "related": (9, 1), "unrelated": (4, 1)}
-# Facts, besides `SAME`, that two attacks of one name share.
+# Facts, besides `SHARED_FACTS`, that two attacks of one name share.
 ATTACK_FACTS = ("kind", "lr", "optimizer", "subset", "batch_size", "prompts")
 
 
@@ -259,7 +259,7 @@ def _check_protocols(rows, cards):
             for name, card in of_training.items()
             if name.split("/")[0] == panel
         }
-        _require_equal(found, SAME)
+        _require_equal(found, SHARED_FACTS)
         attacked = part[part.attack != "none"]
         for _, attack in attacked.groupby(["attack", "lr"], dropna=False):
             names = dict.fromkeys(attack.folder + f":{panel}/attack/" + attack["name"])
