@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
-    """No test may leave this machine."""
+    """Refuse connections to other machines."""
     real = socket.socket.connect
 
     def connect(self, address):

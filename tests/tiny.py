@@ -1,4 +1,4 @@
-"""Tiny random components: everything the tests need, made in a moment, from fixed seeds."""
+"""Tiny random components with fixed seeds: models, pipelines, judges, image sets."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def make_set(images, prompts, seed, name="p"):
 
 
 def make_sets():
-    """forget, retain_related, retain_unrelated, unconditional."""
+    """Return the forget, related and unrelated sets and the empty prompt's embeddings."""
     empty = torch.randn(1, LENGTH, 16, generator=torch.Generator().manual_seed(9))
     return make_set(6, 2, 1), make_set(6, 3, 2), make_set(6, 3, 3), {"encoder_hidden_states": empty}
 
@@ -137,7 +137,7 @@ def make_text_encoder(tokenizer, kind=CLIPTextModel):
 
 
 def make_pipeline(folder, captions=CAPTIONS):
-    """A complete tiny StableDiffusionPipeline in the folder, as `save_pretrained` writes it, that knows the words of the captions."""
+    """Save a tiny StableDiffusionPipeline whose tokenizer has the words of the captions."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(captions)
     StableDiffusionPipeline(
@@ -154,7 +154,7 @@ def make_pipeline(folder, captions=CAPTIONS):
 
 
 def make_xl_pipeline(folder):
-    """A complete tiny StableDiffusionXLPipeline: two text encoders, pooled embeddings and time ids, another scheduler."""
+    """Save a tiny StableDiffusionXLPipeline, with pooled embeddings and time ids."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(CAPTIONS)
     unet = make_unet(
@@ -183,7 +183,7 @@ def make_xl_pipeline(folder):
 
 
 def make_flux_pipeline(folder):
-    """A complete tiny FluxPipeline: a pipeline of neither family."""
+    """Save a tiny FluxPipeline, of neither supported family."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(CAPTIONS)
     transformer = FluxTransformer2DModel(
@@ -242,7 +242,7 @@ def make_judge(concepts=("cat", "tiger", "banana"), styles=("noto", "fluent")):
 
 
 def make_clip(folder):
-    """A tiny random CLIP with its tokenizer and preprocessing, as `save_pretrained` writes them."""
+    """Save a tiny random CLIP with its tokenizer and image processor."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(CAPTIONS)
     text = CLIPTextConfig(
@@ -277,7 +277,7 @@ def make_clip(folder):
 
 
 def make_images(folder, captions, size=16, seed=0):
-    """An image folder (PNG + metadata.jsonl) with one random picture a caption."""
+    """Save an image folder (PNG and metadata.jsonl) with one random image per caption."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(captions)]
@@ -290,35 +290,42 @@ def make_images(folder, captions, size=16, seed=0):
 
 
 def weights(unet):
-    """A copy of the weights, in one vector."""
+    """Return a copy of the weights as one vector."""
     return torch.cat([p.detach().flatten() for p in unet.parameters()]).clone()
 
 
 ROOT = Path(__file__).parent.parent
-APART = ROOT / ".venv" / "measures"
+MEASURES = ROOT / ".venv" / "measures"
 START = """
-import sys, torch
+import sys
+import torch
+
 try:
     import torchvision
-except RuntimeError:  # its compiled part is of another build of torch; the two functions of it that are declared are not needed here
-    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]: del sys.modules[name]
+except RuntimeError:
+    # The compiled part of torchvision is of another build of torch. Its two declared operators are
+    # not called here.
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
     lib = torch.library.Library("torchvision", "FRAGMENT")
-    [lib.define(n + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") for n in ("nms", "qnms")]
-torch.set_num_threads(1); torch.manual_seed(0)
+    for name in ("nms", "qnms"):
+        lib.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+torch.set_num_threads(1)
+torch.manual_seed(0)
 """
 
 
-def apart(script, *arguments):
-    """What a script says (JSON, last line) in a process that has the packages of `.venv/measures`."""
-    assert (APART / "torch_fidelity").is_dir(), (
-        "torch-fidelity and lpips are not in .venv/measures: `make test` puts them there (the Makefile's last command does it alone)"
+def run_with_measures(script, *arguments):
+    """Return the last line of a script (JSON), run with the packages of `.venv/measures`."""
+    assert (MEASURES / "torch_fidelity").is_dir(), (
+        "torch-fidelity and lpips are not in .venv/measures: run `make test`, which installs them"
     )
-    path = os.pathsep.join([str(APART), str(ROOT)])
-    done = subprocess.run(
+    paths = os.pathsep.join([str(MEASURES), str(ROOT)])
+    process = subprocess.run(
         [sys.executable, "-c", START + script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout.splitlines()[-1])

@@ -249,7 +249,7 @@ def test_fid_is_the_formula_on_inceptions_features(tmp_path):
             Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(
                 tmp_path / name / f"{i}.png"
             )
-    found = tiny.apart(
+    found = tiny.run_with_measures(
         """
 import json, numpy as np
 from pathlib import Path
@@ -288,7 +288,7 @@ print(json.dumps({"fid": value["fid"], "mine": float(mine), "facts": facts}))
 
 def test_lpips_is_zero_for_equal_pictures_and_its_formula_for_others():
     """Its own linear weights on a random trunk (the trained one is downloaded on first use), against the paper's equation, written out."""
-    found = tiny.apart("""
+    found = tiny.run_with_measures("""
 import json
 from mu.metrics import lpips_network, lpips_distance
 network = lpips_network("alex", pnet_rand=True)

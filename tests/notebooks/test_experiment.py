@@ -500,7 +500,7 @@ def test_fid_and_lpips_are_measured_beside_the_rest(experiment):
         lpips="vgg",
         **DRAWING,
     )
-    made = tiny.apart(
+    made = tiny.run_with_measures(
         """
 import json, os, nbformat
 from unittest.mock import patch
