@@ -197,7 +197,7 @@ def choices_figure(table, factor):
     size = (7.2, 0.27 * len(table) + 1.2)
     fig, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
     y = range(len(table))[::-1]
-    for ax, name in zip(axes, MEASURES, strict=False):
+    for ax, name in zip(axes[:2], MEASURES, strict=True):
         _draw_measure(ax, table, name, y)
     _draw_start(axes[2], table, y)
     for ax, text in zip(axes, (*MEASURES, "recognised, before the attack"), strict=True):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from mu.files import atomic, read_json, save_json
-from mu.measures.card import same_protocol
 from mu.measures.attack_results import SHARED_FACTS
+from mu.measures.card import same_protocol
 from mu.params import ASIDE
 from mu.reports.explorer import read_course, save_sheet
 from mu.reports.plots import label

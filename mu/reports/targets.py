@@ -24,7 +24,7 @@ LONGER = "longer plain unlearning does not help"
 class Target:
     """A lower or an upper bound on one quantity."""
 
-    text: str  # "{:g}" stands for the step or learning rate, see `each`
+    text: str  # "{:g}" is replaced by the step or learning rate of `each`
     quantity: str  # method of `Scores`
     arguments: tuple = ()  # of that method
     each: str = ""  # repeat for each "rate", "step" (of the attack) or "clean step"
