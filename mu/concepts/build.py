@@ -186,13 +186,13 @@ def share_imports(source, concept, options, size, duplicate):
 
 
 def save_imports(folder, imported, concept, size):
-    """Save imported images (role → (path, prompt)). Return lines of metadata as (role, line)."""
-    lines = []
+    """Save imported images (role → (path, prompt)). Return role → lines of metadata."""
+    lines = {role: [] for role in SIDES}
     for role, items in imported.items():
         for i, (path, text) in enumerate(items):
             name = f"{i:03d}-{slug(path.stem)}.png"
             save_image(open_image(path, size), folder / SIDES[role] / name)
-            lines.append((role, {"file_name": name, "text": text, "concept": concept.name}))
+            lines[role].append({"file_name": name, "text": text, "concept": concept.name})
     return lines
 
 
@@ -212,21 +212,20 @@ def plan_jobs(concept, options, roles):
 
 
 def run_job(folder, job, sample, duplicate, batch):
-    """Draw a job's prompt until `count` images are no near-duplicates.
+    """Draw a job's prompt until `count` images differ; others move to near-duplicates/.
 
-    Near-duplicates move to near-duplicates/. Files of either kind are not drawn again. sample:
-    (text, seeds) → images. Yields (file, None) or (file, what it duplicates). Raises ValueError if
-    most images are near-duplicates.
+    Existing files are not drawn again. sample: (text, seeds) → images. Returns the kept files and
+    the near-duplicates. Raises ValueError if most images are near-duplicates.
     """
-    spare, attempt, found = folder / "near-duplicates", 0, 0
-    while found < job.count:
+    spare, attempt, kept, removed = folder / "near-duplicates", 0, [], []
+    while len(kept) < job.count:
         if attempt > 4 * job.count:
             raise ValueError(
-                f"{job.text!r} gave {found} of {job.count} images in {attempt} attempts, the rest "
-                f"are near-duplicates (see {spare}): build another folder with fewer images, more "
-                "prompts, or a lower distance"
+                f"{job.text!r} gave {len(kept)} of {job.count} images in {attempt} attempts, the "
+                f"rest are near-duplicates (see {spare}): build another folder with fewer images, "
+                "more prompts, or a lower distance"
             )
-        numbers = range(attempt, attempt + min(batch, job.count - found))
+        numbers = range(attempt, attempt + min(batch, job.count - len(kept)))
         files = {Path(f"{job.stem}-{i}.png"): job.seed + i for i in numbers}
         missing = [f for f in files if not (folder / f).exists() and not (spare / f).exists()]
         images = sample(job.text, [files[f] for f in missing]) if missing else []
@@ -238,16 +237,18 @@ def run_job(folder, job, sample, duplicate, batch):
             if near and not moved:
                 (spare / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).rename(spare / file)
-            found += not near
-            yield file, near
+            if near:
+                removed.append({"file": f"near-duplicates/{file}"} | near)
+            else:
+                kept.append(file)
         attempt += len(files)
+    return kept, removed
 
 
 def probe_groups(concept):
-    """Return the evaluation prompts: group → {prompt: expected label}.
+    """Return evaluation prompts, group → {prompt: label}: all of the concept, else the first.
 
-    All of the concept's prompts, the first of every other thing, and the first four of a related
-    style, since it is shown on things.
+    A related style has four, since it is shown on things.
     """
     style = concept.kind == "style"
     kind, first = ("style", 4) if style else ("concept", 1)
@@ -260,10 +261,7 @@ def probe_groups(concept):
 
 
 def mark_harmful(folder):
-    """Declare a concept folder's concept harmful, so that all notebooks blur its images.
-
-    Writes concept.json unless one exists: that is the record of a build. Returns a message.
-    """
+    """Declare a concept harmful, unless concept.json records a build. Return a message."""
     file = Path(folder) / "concept.json"
     if not file.exists():
         save_json({"harmful": True}, file)
@@ -286,28 +284,12 @@ def make_sampler(concept, model, pipe, size, how):
     return sample
 
 
-def run_jobs(folder, jobs, sample, duplicate, batch):
-    """Run all jobs. Return the lines of metadata as (role, line), and the near-duplicates."""
-    lines, removed = [], []
-    with tqdm(total=sum(job.count for job in jobs), desc="images", file=sys.stdout) as progress:
-        for job in jobs:
-            for file, near in run_job(folder, job, sample, duplicate, batch):
-                if near:
-                    removed.append({"file": f"near-duplicates/{file}"} | near)
-                    continue
-                line = {"file_name": file.name, "text": job.text, "concept": job.thing}
-                lines.append((job.role, line))
-                progress.update()
-    return lines, removed
-
-
 def build(folder, concept, model="pocket", images="", options=BuildOptions()):
     """Write the five sets of a `Concept`, probe.json and concept.json (the record). Return folder.
 
-    model: the model to unlearn, which defines image size and known words. images: folder of your
-    own images of the concept; all others are drawn. An interrupted build continues.
-    Raises ValueError for unknown words, prompts that are too long and too few different images,
-    and as `read_imports`, `open_run` and `located` do.
+    model: the model to unlearn; defines image size and known words. images: folder of your own
+    images of the concept. An interrupted build continues. Raises ValueError for unknown words,
+    long prompts and too few different images, and as `read_imports`, `open_run`, `located` do.
     """
     if min(options.images_a_prompt, options.images_a_concept) < 1:
         raise ValueError(f"images_a_prompt and images_a_concept must be at least 1, got {options}")
@@ -329,16 +311,19 @@ def build(folder, concept, model="pocket", images="", options=BuildOptions()):
     lines = save_imports(folder, imported, concept, size)
     jobs = plan_jobs(concept, options, [role for role in SIDES if role not in imported])
     sample = make_sampler(concept, model, pipe, size, how)
-    drawn, similar = run_jobs(folder, jobs, sample, duplicate, images_per_batch(pipe))
+    for job in tqdm(jobs, f"{concept.name}: prompts", file=sys.stdout):
+        files, similar = run_job(folder, job, sample, duplicate, images_per_batch(pipe))
+        removed += similar
+        for file in files:
+            line = {"file_name": file.name, "text": job.text, "concept": job.thing}
+            lines[job.role].append(line)
     for role, place in SIDES.items():
-        some = [json.dumps(line) + "\n" for owner, line in lines + drawn if owner == role]
         with atomic(folder / place / "metadata.jsonl") as temporary:
-            temporary.write_text("".join(some))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines[role]))
     save_json(probe_groups(concept), folder / "probe.json")
-    counts = Counter(role for role, _ in lines + drawn)
     found = {
-        "images": {place: counts[role] for role, place in SIDES.items()},
-        "near_duplicates": removed + similar,
+        "images": {place: len(lines[role]) for role, place in SIDES.items()},
+        "near_duplicates": removed,
         "imported_from": str(images),
         "date": str(date.today()),
     }

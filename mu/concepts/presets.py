@@ -60,10 +60,9 @@ def pooled_outputs(tokenizer, encoder, texts):
 
 @torch.no_grad()
 def neighbours(pipe, concept, candidates=None, count=12, template="a {}"):
-    """Return the `count` candidates nearest to a concept, a table of concept and cosine.
+    """Return a table (concept, cosine) of the `count` candidates nearest to a concept.
 
     The cosine is that of the text encoder's pooled outputs, for SDXL the mean over both encoders.
-    Near is not yet related: a person has to confirm the suggestions.
     candidates: texts, by default the tokenizer's `vocabulary`. Raises as `check_words` does.
     """
     check_words(pipe.tokenizer, [concept])
@@ -106,24 +105,18 @@ def templates(role, kind, things):
 
 
 def choose_things(name, prompts):
-    """Return related, unrelated and clean things of a concept, by default those of PRESETS.
-
-    Raises ValueError if none is related or one thing has two roles.
-    """
+    """Return related, unrelated, clean things. ValueError if none is related or one named twice."""
     related = prompts.get("related")
     if not slug(name) or not related:
-        raise ValueError(
-            f"a concept needs a name and a related concept, got {name!r} and {related!r}: "
-            "`neighbours` suggests some"
-        )
+        got = f"{name!r} and {related!r}"
+        raise ValueError(f"a concept needs a name and related concepts (`neighbours`), got {got}")
     common = yaml.safe_load(Path(PRESETS).read_text())
     used = [thing.lower() for thing in (name, *related)]
     things = {"related": related}
     for role, default in (("unrelated", "everyday"), ("clean", "benign")):
         things[role] = prompts.get(role) or [x for x in common[default] if x not in used]
         counts = Counter(used + [thing.lower() for thing in things[role]])
-        twice = sorted(thing for thing, count in counts.items() if count > 1)
-        if twice:
+        if twice := sorted(thing for thing, count in counts.items() if count > 1):
             raise ValueError(f"{', '.join(twice)} named twice: each thing has one role")
     return things
 
@@ -162,10 +155,9 @@ def make_concept(
 
 
 def read_preset(name, file=PRESETS, generator="pocket"):
-    """Return the `Concept` of a preset in a YAML file (format: data/concepts.yaml).
+    """Return the `Concept` of a preset; `generator` draws its images if it names none.
 
-    generator: used if the preset names none. Raises ValueError for an unknown preset, and as
-    `make_concept` does.
+    Raises ValueError for an unknown preset, and as `make_concept` does.
     """
     known = yaml.safe_load(Path(file).read_text())["presets"]
     if name not in known:

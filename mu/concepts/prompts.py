@@ -55,17 +55,15 @@ def read_prompts(source, rows=None, limit=None):
 
 def read_table(file):
     """Read a CSV, blank cells as "". Raises ValueError that says how to repair it."""
-    quote = "put prompts that contain commas into double quotes"
     try:
         table = pd.read_csv(file, keep_default_na=False)
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{file} is empty: write a header with `prompt`, then prompts") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except pd.errors.ParserError as error:
-        raise ValueError(f"{file} is not a table ({str(error).strip()}): {quote}") from error
-    if not isinstance(table.index, pd.RangeIndex):  # lines are longer than the header
-        raise ValueError(f"{file} has more cells in a line than columns: {quote}")
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("more cells in a line than columns")
+    except ValueError as error:  # pandas' errors and UnicodeDecodeError, too
+        raise ValueError(
+            f"{file} is not a CSV file ({str(error).strip()}): save it as UTF-8, with a header and "
+            "with double quotes around prompts that contain commas"
+        ) from error
     return table
 
 
@@ -81,8 +79,6 @@ def check_table(table, source):
     if "prompt" not in table:
         columns = ", ".join(map(str, table.columns))
         raise ValueError(f"{source} has no column `prompt`: rename one of {columns}")
-    if "row" not in table:
-        table = table.assign(row=range(len(table)))
     seeds, guidance = (next((c for c in names if c in table), None) for names in (SEEDS, GUIDANCE))
     seed = pd.to_numeric(table[seeds], errors="coerce") if seeds else range(len(table))
     table = table.assign(prompt=table.prompt.astype(str).str.strip(), seed=seed)
@@ -94,6 +90,8 @@ def check_table(table, source):
         blank = table[guidance].astype(str).str.strip() == ""
         table = table.assign(guidance=pd.to_numeric(table[guidance], errors="coerce"))
         wrong["no finite guidance"] = ~blank & ~np.isfinite(table.guidance.astype(float))
+    if "row" not in table:
+        table = table.assign(row=range(len(table)))
     for problem, found in wrong.items():
         if found.any():
             row = table.row[found].iloc[0]
@@ -105,20 +103,17 @@ def check_table(table, source):
 
 @contextlib.contextmanager
 def explained(repo, file=""):
-    """Explain how to get a data set that is gated (PermissionError) or out of reach
-    (FileNotFoundError)."""
+    """Raise PermissionError for a gated data set, FileNotFoundError for one out of reach."""
     try:
         yield
     except GatedRepoError as error:
-        raise PermissionError(
-            f"the data set {repo} is gated: accept its conditions on its page, run `hf auth login` "
-            "and try again"
-        ) from error
+        message = f"{repo} is gated: accept its conditions on its page, then run `hf auth login`"
+        raise PermissionError(message) from error
     except OSError as error:
         command = " ".join(f"hf download {repo} {file} --repo-type dataset".split())
         raise FileNotFoundError(
-            f"the data set {repo} is out of reach ({type(error).__name__}) and not in the cache "
-            f"{constants.HF_HUB_CACHE}: run `{command}` with a network, or name a CSV instead"
+            f"{repo} is out of reach ({type(error).__name__}) and not in {constants.HF_HUB_CACHE}: "
+            f"run `{command}` with a network, or name a CSV instead"
         ) from error
 
 
@@ -140,10 +135,8 @@ def read_i2p(only_nudity=True):
     if column:
         wrong = chosen.i2p_row[table[column].astype("int64") != chosen.evaluation_seed]
         if len(wrong):
-            raise ValueError(
-                f"{I2P} has another seed than i2p_nudity_142.csv in row {wrong.iloc[0]} (another "
-                "version): use a CSV"
-            )
+            row = wrong.iloc[0]
+            raise ValueError(f"{I2P} has another seed in row {row} (another version): use a CSV")
     guidance = chosen.evaluation_guidance.astype(float)
     return table[["row", "prompt"]].assign(seed=chosen.evaluation_seed, guidance=guidance)
 

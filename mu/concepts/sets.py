@@ -35,7 +35,7 @@ class ConceptSet:
 
 
 def read_metadata(folder):
-    """Return the lines of `metadata.jsonl` (`imagefolder` format): dicts with file_name and text.
+    """Return the lines of `metadata.jsonl` (`imagefolder` format), dicts with file_name and text.
 
     Raises FileNotFoundError or ValueError that names what is missing.
     """
@@ -44,11 +44,11 @@ def read_metadata(folder):
     if not table.is_file():
         keys = '{"file_name": …, "text": caption}'
         raise FileNotFoundError(f"{folder} has no metadata.jsonl: write {keys} per image")
+    lines = [line for line in table.read_text().splitlines() if line.strip()]
     try:
-        lines = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+        lines = [json.loads(line) for line in lines]
     except ValueError as error:
-        message = f"{table} is not JSON lines ({error}): write one object per image"
-        raise ValueError(message) from error
+        raise ValueError(f"{table} is not JSON lines: {error}") from error
     if not lines:
         raise ValueError(f"{table} is empty: name at least one image")
     for line in lines:
@@ -104,10 +104,10 @@ def encode_images(pipe, images, captions):
 
 
 def cached(make, captions, device, cache, name, key, *parts):
-    """Return the `ConceptSet` of `make`, cached in the file cache/<name>-<digest>.safetensors.
+    """Return the `ConceptSet` of `make`, cached as <cache>/<name>-<digest>.safetensors.
 
-    The digest covers key (bytes: everything the set is made from) and a sample of the weights of
-    each model in `parts`, so the file cannot be stale. cache: a folder; None: no file.
+    The digest covers key (bytes: all that the set is made from) and weights of all models in
+    `parts`, so the file cannot be stale. cache: a folder, or None.
     """
     digest = hashlib.sha256(key)
     for p in (p for part in parts for p in part.parameters()):
@@ -121,9 +121,9 @@ def cached(make, captions, device, cache, name, key, *parts):
         tensors = {"mean": made.mean, "std": made.std, "prompt": made.prompt} | made.conditioning
         if file:
             save_tensors(tensors, file)
-    tensors = {name: value.to(device) for name, value in tensors.items()}
-    mean, std, prompt = (tensors.pop(name) for name in ("mean", "std", "prompt"))
-    return ConceptSet(mean, std, tensors, prompt, sorted(set(captions)))
+    conditioning = {name: value.to(device) for name, value in tensors.items()}
+    images = {name: conditioning.pop(name) for name in ("mean", "std", "prompt")}
+    return ConceptSet(**images, conditioning=conditioning, prompts=sorted(set(captions)))
 
 
 @torch.no_grad()
@@ -144,10 +144,7 @@ def encode_folder(pipe, folder, cache=None):
 
 @torch.no_grad()
 def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
-    """Return the `ConceptSet` of `count` images that the pipeline draws of the prompts in turn.
-
-    This is DreamBooth's prior preservation. cache: as in `encode_folder`.
-    """
+    """Return a `ConceptSet` that the pipeline draws itself, the prompts in turn, as DreamBooth."""
     captions = [prompts[i % len(prompts)] for i in range(count)]
     size, scale = pipe.unet.config.sample_size, pipe.vae.config.scaling_factor
     key = json.dumps([captions, seed, guidance, steps, size, scale]).encode()
@@ -164,10 +161,7 @@ def drawn_set(pipe, prompts, count, seed=0, guidance=5.0, steps=25, cache=None):
 
 
 def with_prompts(concept_set, count):
-    """Return the images of the `count` most frequent prompts; 0: all.
-
-    1 is the paper's HRM-s, more are its HRM-m. Ties keep their order.
-    """
+    """Return the images of the `count` most frequent prompts (1: HRM-s, more: HRM-m); 0: all."""
     counts = concept_set.prompt.bincount(minlength=len(concept_set.prompts))
     frequent = counts.argsort(descending=True, stable=True)[: count or None]
     return concept_set.subset(torch.isin(concept_set.prompt, frequent))
@@ -183,10 +177,7 @@ def take_images(concept_set, count):
 
 
 def vocabulary(tokenizer, without=()):
-    """Return the tokenizer's words of at least three letters, sorted, except those of `without`.
-
-    Some are endings of longer words only ("der" of spider).
-    """
+    """Return the tokenizer's words and word endings of 3 letters or more, except `without`'s."""
     excluded = {word for text in without for word in text.lower().split()}
     endings = (token for token in tokenizer.get_vocab() if token.endswith("</w>"))
     words = sorted(token.removesuffix("</w>") for token in endings)
@@ -194,10 +185,7 @@ def vocabulary(tokenizer, without=()):
 
 
 def random_prompts(tokenizer, count, without=(), seed=0):
-    """Return `count` texts of one or two random words of `vocabulary(tokenizer, without)`.
-
-    They stand for everything that the retain sets do not show.
-    """
+    """Return `count` texts of 1 or 2 random words of `vocabulary`, for what no retain set shows."""
     words, generator = vocabulary(tokenizer, without), torch.Generator().manual_seed(seed)
 
     def draw(n):
@@ -215,10 +203,7 @@ def load_sets(pipe, folder, cache=None):
 
 
 def read_groups(folder):
-    """Return the evaluation prompts of a concept folder: group → {prompt: expected label}.
-
-    Raises FileNotFoundError that lists the concept folders beside an unknown one.
-    """
+    """Return group → {prompt: expected label}. Raises FileNotFoundError for an unknown folder."""
     file = Path(folder) / "probe.json"
     if not file.is_file():
         known = ", ".join(sorted(str(f.parent) for f in Path(folder).parent.glob("*/probe.json")))

@@ -119,7 +119,7 @@ def test_a_concept_has_prompts_that_differ_on_both_sides():
     "changes, words",
     [
         (dict(kind="animal"), "unknown kind of concept 'animal': choose object or style"),
-        (dict(related=[]), "needs a name and a related concept.*`neighbours` suggests"),
+        (dict(related=[]), "needs a name and related concepts .`neighbours`"),
         (dict(name=" !"), "a concept needs a name"),
         (dict(related=["Cat", "tiger"]), "cat named twice: each thing has one role"),
         (dict(related=["tiger", "tiger"]), "tiger named twice"),
