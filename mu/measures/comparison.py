@@ -1,13 +1,11 @@
-"""All attacks on all models in one table: how far each brought the concept back, how soon, at what cost, and which is the strongest."""
+"""Compare attacks and models: peaks, steps, costs, gains and self-destruction, with intervals.
 
-import re
-from pathlib import Path
+`rows` and `budget` are the tables of `mu.measures.attack_results.read_attacks`.
+"""
 
 import numpy as np
 import pandas as pd
 
-from mu.files import read_json
-from mu.measures.card import same_protocol
 from mu.measures.statistics import (
     FEW_TRAININGS,
     interval,
@@ -16,243 +14,118 @@ from mu.measures.statistics import (
     relearning_area,
     relearning_step,
     score,
+    self_destruct_index,
     student_interval,
 )
 
-SAME = (
-    "model",
-    "sets",
-    "judge",
-    "precision",
-    "probe_seeds",
-    "concept_prompts",
-    "sampling_steps",
-    "sampling_guidance",
-)  # facts of the cards without which two scores are not comparable
+
+def _varying(part):
+    """Return the random factors of which a table has several values."""
+    factors = ("training", "attack_seed", "asked", "seed")
+    return [factor for factor in factors if factor in part and part[factor].nunique() > 1]
 
 
-def read_attacks(folder, names=None):
-    """Rows of all judged pictures, costs, and protocol cards (by name) of the files that 30_attack_finetune and 31_attack_prompts left in a folder; of these `names`, or of all.
-
-    "training" is the number at the end of a run's name, "" where there is none; "asked" the probe's prompt, which a search for words replaces. Raises FileNotFoundError for a missing file, and ValueError where two were judged by different protocols
-    or pictures of the concept by nobody, where a run is not the same model in two of them, and where an attack's step 0 is missing."""
-    files = {
-        name: Path(folder) / f"{name}.json"
-        for name in names or sorted(f.stem for f in Path(folder).glob("*.json"))
-    }
-    found = {name: read_json(file) for name, file in files.items()}
-    absent = [name for name, made in found.items() if made is None]
-    if absent or not found:
-        raise FileNotFoundError(
-            f"{folder} has no attack {', '.join(absent) or 'at all'}: run 30_attack_finetune or 31_attack_prompts first; there are: "
-            f"{', '.join(sorted(f.stem for f in Path(folder).glob('*.json'))) or 'none'}"
-        )
-    cards = {name: made["protocol"] for name, made in found.items()}
-    same_protocol(
-        {name: {fact: card.get(fact) for fact in SAME} for name, card in cards.items()},
-        may_differ=(),
-    )
-    rows, budget = (
-        pd.concat(
-            [pd.DataFrame(made[what]).assign(name=name) for name, made in found.items()],
-            ignore_index=True,
-        )
-        for what in ("rows", "budget")
-    )
-    known = {}
-    for name, card in cards.items():
-        for run, weights in (card.get("weights") or {}).items():
-            if known.setdefault(run, (name, weights))[1] != weights:
-                raise ValueError(
-                    f"{run} is not the same model in {known[run][0]} and {name} ({known[run][1]}, {weights}): it was trained anew between them; attack it again"
-                )
-    late = [name for name, part in rows.groupby("name") if part.step.min() != 0]
-    if late:
-        raise ValueError(
-            f"{', '.join(late)} was not judged before the attack: put the step 0 into `at`, or nobody knows from where it rose"
-        )
-    unseen = rows[rows.hit.isna() & rows.group.eq("forget")].groupby("name").size()
-    if len(unseen):
-        raise ValueError(
-            f"nobody has judged {', '.join(f'{count} pictures of {name}' for name, count in unseen.items())} (no score): attack again with a judge, or leave these attacks out"
-        )
-
-    def training(table):
-        return table.assign(
-            training=[(re.findall(r"-(\d+)$", run) or [""])[0] for run in table.run]
-        )
-
-    return (
-        training(rows.assign(asked=rows.get("asked", rows.prompt).fillna(rows.prompt))),
-        training(budget),
-        cards,
-    )
-
-
-def within(rows, budget, steps=0, images=0, seconds=0):
-    """Rows and costs of what an attacker could do who has at most so many steps, images and seconds; 0: no limit. Step 0, before the attack, is always there.
-
-    Seconds are those of the machine that the attack ran on, the mean over runs and seeds, so that all models are judged at the same steps."""
-    spent = (
-        budget.groupby(["name", "step"], as_index=False)[["images", "seconds"]]
-        .mean()
-        .assign(steps=lambda table: table.step)
-    )
-    for what, most in (("steps", steps), ("images", images), ("seconds", seconds)):
-        spent = spent[(spent[what] <= most) | (spent.step == 0) | (not most)]
-
-    def keep(table):
-        return table.merge(spent[["name", "step"]], on=["name", "step"])
-
-    return keep(rows), keep(budget)
-
-
-def best_try(rows, budget, names):
-    """Rows and costs in which the attacks `names` are of an attacker who starts anew from several seeds and keeps, for each run, the one that brought most of the concept back;
-    what all of them took together is what it costs."""
-    mine = rows[rows.name.isin(names) & rows.group.eq("forget")]
-    peak = (
-        mine.groupby(["name", "run", "attack_seed", "step"])
-        .hit.mean()
-        .groupby(level=[0, 1, 2])
-        .max()
-    )
-    kept = (
-        {(name, run, seed) for name, run, seed in peak.groupby(level=[0, 1]).idxmax()}
-        if len(peak)
-        else set()
-    )
-    keep = [
-        name not in names or (name, run, seed) in kept
-        for name, run, seed in zip(rows.name, rows.run, rows.attack_seed, strict=False)
-    ]
-
-    def fixed(table):
-        return table.assign(attack_seed=table.attack_seed.mask(table.name.isin(names), 0))
-
-    together = budget.groupby(
-        [c for c in budget.columns if c not in ("attack_seed", "images", "passes", "seconds")],
-        sort=False,
-        dropna=False,
-        as_index=False,
-    )
-    summed = together.agg(
-        attack_seed=("attack_seed", "first"),
-        images=("images", "max"),
-        passes=("passes", "sum"),
-        seconds=("seconds", "sum"),
-    )
-    return fixed(rows[keep]), pd.concat(
-        [budget[~budget.name.isin(names)], summed[summed.name.isin(names)]], ignore_index=True
-    )
-
-
-def _over(part):
-    return [
-        column
-        for column in ("training", "attack_seed", "asked", "seed")
-        if column in part and part[column].nunique() > 1
-    ]
-
-
-def _wider(found, means):
-    """An interval, widened to Student's over a few trainings."""
+def _widened(found, means):
+    """Widen an interval to Student's over the means of a few trainings."""
     if not 1 < len(means) < FEW_TRAININGS:
         return found
-    return found[0], *(
-        pick(one, other)
-        for pick, one, other in zip(
-            (min, max), found[1:], student_interval(means)[1:], strict=False
-        )
-    )
+    mean, low, high = found
+    _, student_low, student_high = student_interval(means)
+    return mean, min(low, student_low), max(high, student_high)
 
 
 def mean_interval(part, value="hit", signed=False):
-    """Mean and 95 % interval, within 0…1, over whatever there are several of: trainings, seeds of the attack, prompts, pictures. Where all pictures agree it is Wilson's over them.
+    """Return the mean and its 95 % interval over all random factors that vary, within [0, 1].
 
-    signed: the values are differences of hits, within −1…1. Where all of them are 0, it reaches as far to both sides as Wilson's above 0: so many pairs say no more."""
-    over, values = _over(part), part[value]
+    The factors are trainings, attack seeds, prompts and images. With few trainings, the interval is
+    at least as wide as Student's over them. If all values agree, it is Wilson's over images.
+    signed: values are differences of hits, in [−1, 1]. If all are 0, the interval is Wilson's of no
+    hit, to both sides.
+    """
+    over, values = _varying(part), part[value]
     if values.nunique() > 1 and over:
-        mean, low, high = _wider(
-            interval(part, over, value), part.groupby("training")[value].mean()
-        )
+        means = part.groupby("training")[value].mean()
+        mean, low, high = _widened(interval(part, over, value), means)
         return mean, max(low, -1.0 if signed else 0.0), min(high, 1.0)
     if signed and set(values) in ({0}, {-1}):
         _, low, high = score(values.abs())
         return (-1.0, -1.0, -low) if values.any() else (0.0, -high, high)
     if set(values) <= {0, 1}:
         return score(values)
-    share, n = values.mean(), len(values)
-    if not 0 < share < 1:
-        return share, float("nan"), float("nan")
-    z2, middle = (
-        1.96**2,
-        share + 1.96**2 / (2 * n),
-    )  # all alike, and neither 0 nor 1: Wilson's as well, of so many pictures with that share
-    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
-    return share, (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    mean, n = values.mean(), len(values)
+    if not 0 < mean < 1:
+        return mean, float("nan"), float("nan")
+    # identical fractions: Wilson's interval of n images with this share
+    z2 = 1.96**2
+    middle = mean + z2 / (2 * n)
+    half = (z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) ** 0.5
+    return mean, (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
 
 
 def picture_areas(forget):
-    """The height of each picture's own relearning curve: its mean is that of the mean curve."""
+    """Return the area under each image's own relearning curve, in column "area".
+
+    The mean area is the area under the mean curve.
+    """
     curves = forget.pivot_table("hit", ["run", "training", "attack_seed", "asked", "seed"], "step")
-    return (
-        curves.apply(lambda curve: relearning_area(curve.index, curve), axis=1)
-        .rename("area")
-        .reset_index()
-    )
+    areas = curves.apply(lambda curve: relearning_area(curve.index, curve), axis=1)
+    return areas.rename("area").reset_index()
 
 
-def against(rows, budget, threshold=0.5, by="model"):
-    """A table with a row for each attack and model (by="run": each of its trainings): how often the concept was recognised before it ("start") and at the step that was best for the
-    attacker ("peak", with a 95 % interval over trainings, seeds, prompts and pictures, with few trainings no narrower than Student's over them), the first step with a score above the threshold ("revived": Kaplan and Meier's median over trainings and
-    seeds; inf: in less than half of them it was seen to come back), the mean height of the curve ("area", with its interval), related and unrelated concepts at the peak's step (nan where they were
-    not drawn), and what had been spent by then. The attacker stops where it suits him, so that every attack is judged at its own best step."""
-    found = []
+def _peak_row(part, threshold):
+    """Return the row of `attack_table` for one attack on one model, without its costs."""
+    forget = part[part.group == "forget"]
+    mean = forget.groupby("step").hit.mean()
+    step = mean.idxmax()
+    at_peak = part[part.step == step]
+    peak, low, high = mean_interval(at_peak[at_peak.group == "forget"])
+    area = area_low = area_high = float("nan")
+    if len(mean) > 1:
+        area, area_low, area_high = mean_interval(picture_areas(forget), "area")
+    curves = [one.groupby("step").hit.mean() for _, one in forget.groupby(["run", "attack_seed"])]
+    relearned = [relearning_step(curve.index, curve, threshold) for curve in curves]
+    return {
+        "by words": bool(part.attack.eq("prompt").all()),
+        "start": mean.iloc[0],
+        "peak": peak,
+        "low": low,
+        "high": high,
+        "step": step,
+        "revived": median_relearning_step(relearned),
+        "area": area,
+        "area low": area_low,
+        "area high": area_high,
+        "related": at_peak[at_peak.group == "related"].hit.mean(),
+        "unrelated": at_peak[at_peak.group == "unrelated"].hit.mean(),
+    }
+
+
+def attack_table(rows, budget, threshold=0.5, by="model"):
+    """Return a table with one row per attack and model (by="run": and training).
+
+    Every attack is evaluated at its own best step, since the attacker chooses when to stop.
+    Columns: "by words", a prompt search; "start" and "peak", the concept's score before the attack
+    and at that step ("step"), with the peak's `mean_interval` ("low", "high"); "revived", the
+    Kaplan-Meier median, over trainings and seeds, of the first step with a score above the
+    threshold (inf: fewer than half reach it); "area" under the curve, with its interval; "related"
+    and "unrelated" scores at the peak (NaN: not drawn); and the costs until then, "images",
+    "passes" and "seconds".
+    """
+    found, costs = [], ["images", "passes", "seconds"]
     for (name, model), part in rows.groupby(["name", by], sort=False):
-        forget = part[part.group == "forget"]
-        mean = forget.groupby("step").hit.mean()
-        step, curves = (
-            mean.idxmax(),
-            [one.groupby("step").hit.mean() for _, one in forget.groupby(["run", "attack_seed"])],
-        )
-        peak, low, high = mean_interval(forget[forget.step == step])
-        area, area_low, area_high = (
-            mean_interval(picture_areas(forget), "area") if len(mean) > 1 else [float("nan")] * 3
-        )
-        rest = {
-            group: part[(part.group == group) & (part.step == step)].hit.mean()
-            for group in ("related", "unrelated")
-        }
-        spent = budget[(budget.name == name) & (budget[by] == model) & (budget.step == step)][
-            ["images", "passes", "seconds"]
-        ].mean()
-        found.append(
-            {
-                "attack": name,
-                by: model,
-                "by words": bool(part.attack.eq("prompt").all()),
-                "start": mean.iloc[0],
-                "peak": peak,
-                "low": low,
-                "high": high,
-                "step": step,
-                "revived": median_relearning_step(
-                    [relearning_step(one.index, one, threshold) for one in curves]
-                ),
-                "area": area,
-                "area low": area_low,
-                "area high": area_high,
-                **rest,
-                **spent,
-            }
-        )
+        row = {"attack": name, by: model} | _peak_row(part, threshold)
+        spent = budget[(budget.name == name) & (budget[by] == model) & (budget.step == row["step"])]
+        found.append(row | spent[costs].mean().to_dict())
     return pd.DataFrame(found)
 
 
 def gains(rows, a="unlearned", b="meta-unlearned"):
-    """A table with a row for each attack on both models: how much less often the concept is recognised in `b` than in `a`, each at its own best step: "gain", with its 95 %
-    interval, paired by training, seed of the attack, prompt and picture, with few trainings no narrower than Student's over them. Attacks that met only one of them are left out."""
+    """Return by how much the peak of each attack is lower on `b` than on `a`: "gain".
+
+    Each model is evaluated at its own best step. The 95 % interval is paired by all factors that
+    vary ("paired by"); with few trainings, it is at least as wide as Student's over them.
+    Trainings with different numbers are not paired. Skips attacks on only one of the models.
+    """
     found = []
     for name, part in rows[rows.group == "forget"].groupby("name", sort=False):
         if not {a, b} <= set(part.model):
@@ -260,196 +133,78 @@ def gains(rows, a="unlearned", b="meta-unlearned"):
         best = part.groupby(["model", "step"]).hit.mean().groupby("model").idxmax()
         peak = pd.concat([part[(part.model == m) & (part.step == best[m][1])] for m in (a, b)])
         by_training = peak.groupby(["training", "model"]).hit.mean().unstack("model")
-        paired = by_training.notna().all(
-            axis=None
-        )  # or else their trainings have nothing to do with each other
-        over = [column for column in _over(peak) if paired or column != "training"]
+        paired = by_training.notna().all(axis=None)
+        over = [factor for factor in _varying(peak) if paired or factor != "training"]
         means = (by_training[a] - by_training[b]).tolist() if paired else []
-        peak = (
-            peak
-            if paired or not over
-            else peak.groupby([*over, "model"], as_index=False).hit.mean()
-        )
-        difference = (
-            paired_interval(peak, a, b, over=over)
-            if over
-            else (
-                peak[peak.model == a].hit.mean() - peak[peak.model == b].hit.mean(),
-                float("nan"),
-                float("nan"),
-            )
-        )
-        value, low, high = _wider(difference, means)
-        found.append(
-            {
-                "attack": name,
-                "gain": value,
-                "low": np.clip(low, -1, 1),
-                "high": np.clip(high, -1, 1),
-                "paired by": ", ".join(over),
-            }
-        )
+        if over and not paired:
+            peak = peak.groupby([*over, "model"], as_index=False).hit.mean()
+        if over:
+            difference = paired_interval(peak, a, b, over=over)
+        else:
+            of_a, of_b = (peak[peak.model == model].hit.mean() for model in (a, b))
+            difference = of_a - of_b, float("nan"), float("nan")
+        value, low, high = _widened(difference, means)
+        low, high = np.clip([low, high], -1, 1)
+        found.append([name, value, low, high, ", ".join(over)])
     return pd.DataFrame(found, columns=["attack", "gain", "low", "high", "paired by"])
 
 
 def strongest(table):
-    """The row of each model's strongest attack: the highest peak, and of equal ones the earlier revival, then the larger area."""
-    order = table.sort_values(
-        ["peak", "revived", "area"], ascending=[False, True, False], kind="stable"
-    )
+    """Return the row of each model's strongest attack in an `attack_table`.
+
+    It has the highest peak; ties go to the earlier relearning, then to the larger area.
+    """
+    columns, ascending = ["peak", "revived", "area"], [False, True, False]
+    order = table.sort_values(columns, ascending=ascending, kind="stable")
     return order.groupby("model", sort=False).head(1).set_index("model")
 
 
 def working(table, floor="random"):
-    """Attack → {model: peak} of the models of a table on which it brings the concept back: the lower end of its peak's interval is above the model's floor, which is what it draws of the
-    concept unattacked (the median of the attacks' starts: some change the model before their first step), and for a search by words also the peak of random ones (the attack
-    `floor`, if there is one), which were looked at as often. An attack that does so on none shows nothing of any defence."""
-    plain, random = (
-        table.groupby("model").start.median(),
-        table[table.attack == floor].set_index("model").peak,
-    )
+    """Return attack → {model: peak} for the models on which the attack restores the concept.
 
-    def least(row):
-        return max(plain[row.model], random.get(row.model, 0.0) if row["by words"] else 0.0)
-
-    return {
-        attack: {row.model: row.peak for _, row in part.iterrows() if row.low > least(row)}
-        for attack, part in table.groupby("attack", sort=False)
-    }
-
-
-def verdict(table, gain, defended="meta-unlearned", plain="unlearned", threshold=0.5):
-    """What the table says of the defended model, in sentences: first where it fails. An attack defeats it if the concept is recognised in more than `threshold` of the pictures."""
-    mine = table[table.model == defended].sort_values("peak", ascending=False)
-    if mine.empty:
-        raise ValueError(
-            f"no attack on a model {defended!r}: the table has {', '.join(sorted(set(table.model)))}"
-        )
-    lost, top = mine[mine.peak > threshold], mine.iloc[0]
-
-    def words(r):
-        return f"{r.attack} ({r.peak:.0%} after {r.step:g} steps)"
-
-    between = f"95 % interval {top.low:.0%} to {top.high:.0%}"
-    first = (
-        f"Meta-unlearning fails against {len(lost)} of {len(mine)} attacks, after which the concept is recognised in more than {threshold:.0%} of the pictures: {', '.join(words(r) for r in lost.itertuples())}. "
-        f"The strongest is {top.attack}, {between}."
-        if len(lost)
-        else f"None of {len(mine)} attacks brings the concept back into more than {threshold:.0%} of the pictures of the meta-unlearned model. The strongest against it is {words(top)}, {between}."
-    )
-    theirs = table[table.model == plain]
-    if theirs.empty:
-        return [first]
-    worst = theirs.sort_values("peak").iloc[-1]
-    second = f"Against the plainly unlearned model the strongest is {words(worst)}; {(theirs.peak > threshold).sum()} of {len(theirs)} attacks bring more than {threshold:.0%} back."
-    works = working(table)
-    elsewhere = {
-        a: ", ".join(
-            f"{m} ({peak:.0%})" for m, peak in works[a].items() if m not in (plain, defended)
-        )
-        for a in theirs.attack
-        if plain not in works[a]
-    }
-    second += (
-        f" These do not clearly bring it back there, so that they show nothing of the defence: {', '.join(elsewhere)}."
-        if elsewhere
-        else ""
-    )
-    other = [f"{attack} on {models}" for attack, models in elsewhere.items() if models]
-    second += f" That they can is seen on other models: {'; '.join(other)}." if other else ""
-    clear = gain[gain.low > 0].attack.tolist()
-    worse = gain[gain.high < 0].attack.tolist()
-    third = f"The meta-unlearned model gives back less than the plain one, with a 95 % interval above 0, under {len(clear)} of {len(gain)} attacks: {', '.join(clear) or 'none'}."
-    third += f" It gives back more under: {', '.join(worse)}." if worse else ""
-    return [first, second, third]
-
-
-TRAINED = (
-    "kind",
-    "subset",
-    "rank",
-    "lr",
-    "optimizer",
-    "batch_size",
-)  # facts of a training without which CLEAN is no reference for what it destroys
-
-
-def trained_alike(cards, clean):
-    """Names of the attacks, of their protocol cards, that train as the CLEAN fine-tuning of the card `clean` does: a higher rate or other weights destroy more by themselves."""
-    return [
-        name
-        for name, card in cards.items()
-        if all(card.get(fact) == clean.get(fact) for fact in TRAINED)
-    ]
+    It does if the lower end of the peak's interval is above the model's score before any attack
+    (the median over attacks, since some change the model before step 0) and, for a prompt search,
+    above the peak of random prompts, the attack `floor`, which had as many evaluations. An attack
+    that works on no model says nothing about any defence.
+    """
+    unattacked = table.groupby("model").start.median()
+    random = table[table.attack == floor].set_index("model").peak
+    found = {}
+    for attack, part in table.groupby("attack", sort=False):
+        found[attack] = {}
+        for _, row in part.iterrows():
+            by_chance = random.get(row.model, 0.0) if row["by words"] else 0.0
+            if row.low > max(unattacked[row.model], by_chance):
+                found[attack][row.model] = row.peak
+    return found
 
 
 def self_destruction(rows, clean, group="related", by="model"):
-    """A table with a row for each attack by training and model (by="run": each of its trainings): loss of the related concepts at the attack's last step that CLEAN was judged at, too, the
-    loss by CLEAN at that step, and the self-destruct index, their difference (`mu.measures.statistics.self_destruct_index`), with a 95 % interval, paired picture by picture.
+    """Return the loss of related concepts under each attack by training, beyond CLEAN's.
 
-    clean: rows of a CLEAN fine-tuning of the same models, of the same kind as the attacks (`trained_alike`)."""
-    found, one = [], ["training", "asked", "seed"]
-    for (name, model), part in rows[
-        (rows.group == group) & (rows.attack != "prompt") & rows.hit.notna()
-    ].groupby(["name", by], sort=False):
+    One row per attack and model (by="run": and training), at the last step ("after") evaluated
+    under both: the losses, and their difference image by image, the `self_destruct_index`, with
+    its `mean_interval`.
+    clean: rows of a CLEAN fine-tuning of the same models that trains as the attacks do (see
+    `mu.measures.attack_results.trained_alike`).
+    """
+    losses = ["lost to the attack", "lost to CLEAN"]
+    columns = ["attack", by, "after", *losses, "self-destruct index", "low", "high"]
+    found = []
+    attacked = rows[(rows.group == group) & (rows.attack != "prompt") & rows.hit.notna()]
+    for (name, model), part in attacked.groupby(["name", by], sort=False):
         reference = clean[(clean[by] == model) & (clean.group == group) & clean.hit.notna()]
-        common = sorted(set(part.step) & set(reference.step) - {0})
-        if common and 0 in set(part.step) & set(reference.step):
-
-            def at(table, step):
-                return table[table.step == step].groupby(one).hit.mean()
-
-            lost, lost_anyway = (
-                at(table, 0) - at(table, common[-1]) for table in (part, reference)
-            )
-            index = (lost - lost_anyway).dropna().rename("index").reset_index()
-            mean, low, high = mean_interval(index, "index", signed=True)
-            found.append(
-                {
-                    "attack": name,
-                    by: model,
-                    "after": common[-1],
-                    "lost to the attack": lost.mean(),
-                    "lost to CLEAN": lost_anyway.mean(),
-                    "self-destruct index": mean,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pd.DataFrame(
-        found,
-        columns=[
-            "attack",
-            by,
-            "after",
-            "lost to the attack",
-            "lost to CLEAN",
-            "self-destruct index",
-            "low",
-            "high",
-        ],
-    )
-
-
-def destruction_verdict(destroyed, defended="meta-unlearned"):
-    """What a table of `self_destruction` says of the defended model, in a sentence: under which attacks it clearly destroys itself, and under which not. Empty where there is none."""
-    mine = destroyed[destroyed.model == defended].sort_values(
-        "self-destruct index", ascending=False
-    )
-    if mine.empty:
-        return ""
-    clear = mine.low > 0
-
-    def words(part):
-        return (
-            ", ".join(
-                f"{attack} ({index:.0%})"
-                for attack, index in zip(part.attack, part["self-destruct index"], strict=False)
-            )
-            or "none"
-        )
-
-    return (
-        f"Related concepts of the {defended} model self-destruct, beyond what the same training on other images costs them and with a 95 % interval above 0, under {clear.sum()} of {len(mine)} attacks: "
-        f"{words(mine[clear])}; not clearly, or not at all, under: {words(mine[~clear])}."
-    )
+        common = sorted(set(part.step) & set(reference.step))
+        if len(common) < 2 or common[0] != 0:
+            continue
+        scores = [
+            table[table.step == step].groupby(["training", "asked", "seed"]).hit.mean()
+            for table in (part, reference)
+            for step in (0, common[-1])
+        ]
+        lost, lost_anyway = scores[0] - scores[1], scores[2] - scores[3]
+        paired = pd.concat(scores, axis=1, join="inner")
+        index = self_destruct_index(*(paired.iloc[:, i] for i in range(4)))
+        mean = mean_interval(index.rename("index").reset_index(), "index", signed=True)
+        found.append([name, model, common[-1], lost.mean(), lost_anyway.mean(), *mean])
+    return pd.DataFrame(found, columns=columns)
