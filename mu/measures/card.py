@@ -1,16 +1,8 @@
-"""The protocol card next to every number, and the refusal to put numbers of different protocols into one table."""
+"""Protocol cards: the facts that a number depends on, and one table per protocol."""
 
 import pandas as pd
 
-
-def note(sheet, name, values, facts):
-    """Add numbers, and what belongs on their card, to a line of a sheet: name → (numbers, facts), as `mu.measures.card.one_table` takes it."""
-    numbers, card = sheet.setdefault(name, ({}, {}))
-    numbers |= values
-    card |= facts
-
-
-# what tells one number of a table from another, and where and when it was computed
+# facts that tell one number of a table from another, or where and when it was computed
 MAY_DIFFER = (
     "run",
     "weights",
@@ -26,77 +18,73 @@ MAY_DIFFER = (
 )
 
 
-def _differing(cards, may_differ):
-    """The first fact that the cards do not share, and what each says of it; None if they share all."""
-    names = dict.fromkeys(fact for card in cards.values() for fact in card)
-    for fact in (fact for fact in names if fact not in may_differ):
-        said = {name: card.get(fact, "nothing") for name, card in cards.items()}
-        if any(value != next(iter(said.values())) for value in said.values()):
-            return fact, said
-    return None
+def add_numbers(sheet, name, values, facts):
+    """Add numbers and the facts of their card to a row of a sheet.
+
+    sheet: name → (numbers, facts), the input of `one_table`.
+    """
+    numbers, card = sheet.setdefault(name, ({}, {}))
+    numbers |= values
+    card |= facts
 
 
 def same_protocol(cards, may_differ=MAY_DIFFER):
-    """The facts that all cards share, where they may stand in one table.
+    """Return the facts that all cards share.
 
-    cards: name of a number → its card (`mu.params.protocol`). may_differ: facts that need not be the same.
-    Raises ValueError that names the first fact that differs, and the numbers concerned."""
+    cards: name of a number → its card (`mu.params.protocol`). may_differ: facts to ignore.
+    Raises ValueError that names the first fact that differs and the numbers concerned.
+    """
     if not cards:
-        raise ValueError(
-            "there are no cards to compare: a number without its card goes into no table"
-        )
-    found = _differing(cards, may_differ)
-    if found:
-        fact, said = found
-        groups = {}
-        for name, value in said.items():
-            groups.setdefault(str(value), []).append(name)
-        words = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups.items())
-        raise ValueError(
-            f"numbers of different protocols do not go into one table: {fact} is {words}. Measure them alike, make two tables, "
-            f"or, where it does not matter here, name {fact!r} in may_differ"
-        )
+        raise ValueError("no cards to compare: a number needs its protocol card")
+    facts = dict.fromkeys(fact for card in cards.values() for fact in card)
+    for fact in [fact for fact in facts if fact not in may_differ]:
+        values = [card.get(fact, "missing") for card in cards.values()]
+        if any(value != values[0] for value in values):
+            groups = {}
+            for name, value in zip(cards, values, strict=True):
+                groups.setdefault(str(value), []).append(name)
+            found = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups.items())
+            raise ValueError(
+                f"the protocols differ: {fact} is {found}. Measure them alike, make two tables, "
+                f"or add {fact!r} to may_differ"
+            )
     first = next(iter(cards.values()))
     return {fact: value for fact, value in first.items() if fact not in may_differ}
 
 
 def one_table(numbers, may_differ=MAY_DIFFER):
-    """DataFrame of numbers, a line a name; the card that they share is in its `attrs["protocol"]`.
+    """Return a DataFrame with one row per name; `attrs["protocol"]` holds the shared facts.
 
-    numbers: name → (a number, or a dict of them, and its card). Raises as `same_protocol` does, and ValueError for a number that is no card's."""
-    bare = [name for name, (_, card) in numbers.items() if not card]
+    numbers: name → (a number or a dict of them, card). Raises ValueError as `same_protocol` does,
+    and for a number without a card.
+    """
+    bare = [str(name) for name, (_, card) in numbers.items() if not card]
     if bare:
-        raise ValueError(
-            f"no card goes with {', '.join(map(str, bare))}: a number without its protocol goes into no table"
-        )
+        raise ValueError(f"no card for {', '.join(bare)}: a number needs its protocol card")
     shared = same_protocol({name: card for name, (_, card) in numbers.items()}, may_differ)
-    table = pd.DataFrame(
-        {
-            name: values if isinstance(values, dict) else {"value": values}
-            for name, (values, _) in numbers.items()
-        }
-    ).T
-    table = table.infer_objects().rename_axis("run")
+    rows = {
+        name: values if isinstance(values, dict) else {"value": values}
+        for name, (values, _) in numbers.items()
+    }
+    table = pd.DataFrame(rows).T.infer_objects().rename_axis("run")
     table.attrs["protocol"] = shared
     return table
 
 
-def card_text(card, left_out=("commit", "machine", "python", "run", "files")):
-    """The card as short lines, "fact: value", nested facts behind one another; for people, beside a table."""
+def _text(value):
+    """Format a fact on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
-    def text(value):
-        if isinstance(value, dict):
-            return ", ".join(f"{name} {text(inner)}" for name, inner in value.items())
-        return (
-            ", ".join(map(text, value))
-            if isinstance(value, (list, tuple))
-            else f"{value:g}"
-            if isinstance(value, float)
-            else str(value)
-        )
 
+def card_text(card, hidden=("commit", "machine", "python", "run", "files")):
+    """Return the card as lines "fact: value", without empty and hidden facts."""
+    shown = {fact: value for fact, value in card.items() if fact not in hidden}
     return "\n".join(
-        f"{fact.replace('_', ' ')}: {text(value)}"
-        for fact, value in card.items()
-        if fact not in left_out and value not in ("", None, {}, [])
+        f"{fact.replace('_', ' ')}: {_text(value)}"
+        for fact, value in shown.items()
+        if value not in ("", None, {}, [])
     )

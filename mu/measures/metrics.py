@@ -1,6 +1,8 @@
-"""How far two sets of pictures, or two pictures, lie apart: FID, its like in the judge's features, LPIPS. Each distance comes with the facts for its card.
+"""Distances between images: FID, its analogue on the judge's features, LPIPS.
 
-Images are tensors (n, 3, height, width) in 0…1, or folders of PNG and JPEG files. Nothing is downloaded but by the library that owns the weights."""
+Each distance comes with facts for its card. Images are tensors (n, 3, height, width) in [0, 1], or
+folders of PNG and JPEG files. Only the libraries that own pretrained weights download anything.
+"""
 
 import contextlib
 import sys
@@ -14,86 +16,100 @@ from PIL import Image
 from scipy.linalg import eigvals
 from tqdm import tqdm
 
+from mu.concepts.sets import readable
 from mu.extras import extra
 from mu.files import digest
 
-LEAST = 64  # images below which a Fréchet distance is refused: with so few it says how many there are, not how they look
+MIN_IMAGES = 64  # with fewer, a Fréchet distance depends on their number more than on their content
 
 
-def picture_files(folder):
-    """The PNG and JPEG files of a folder, sorted. Raises FileNotFoundError for no folder or none in it, ValueError that names the first which cannot be read."""
-    files = sorted(
-        f
-        for f in Path(folder).glob("*")
-        if f.suffix.lower() in (".png", ".jpg", ".jpeg") and not f.name.startswith(".")
-    )
+def image_files(folder):
+    """Return the PNG and JPEG files of a folder, sorted.
+
+    Raises FileNotFoundError for a folder without images and ValueError for a broken image.
+    """
+    suffixes = (".png", ".jpg", ".jpeg")
+    files = [file for file in Path(folder).glob("*") if file.suffix.lower() in suffixes]
+    files = sorted(file for file in files if not file.name.startswith("."))
     if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no pictures: a folder with PNG or JPEG files is needed, right in it"
-        )
+        raise FileNotFoundError(f"{folder} has no images: PNG or JPEG files are needed")
     for file in files:
-        try:
-            with Image.open(file) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"{file} is not a readable picture ({error}): remove it, or make it again"
-            ) from error
+        with readable(file), Image.open(file) as image:
+            image.load()
     return files
 
 
-def finite(images, what="images"):
-    """The images, checked. Raises ValueError for NaN, for another shape, and for values far outside 0…1."""
-    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(
-            f"{what} have the shape (n, 3, height, width) with n from 1, got {tuple(images.shape)}"
-        )
+def check_finite(images):
+    """Raise ValueError if images hold NaN or infinite values."""
     if not torch.isfinite(images).all():
-        raise ValueError(
-            f"{what} hold NaN or infinite values: the model that drew them has diverged"
-        )
-    if images.min() < -1e-3 or images.max() > 1 + 1e-3:
-        raise ValueError(f"{what} lie in 0…1, these in {images.min():g}…{images.max():g}")
+        raise ValueError("images hold NaN or infinite values: the model that drew them diverged")
+
+
+def check_images(images):
+    """Return the images (n, 3, height, width).
+
+    Raises ValueError for another shape, no images, NaN, and values outside [0, 1].
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"images must be (n, 3, height, width), n ≥ 1, got {tuple(images.shape)}")
+    check_finite(images)
+    low, high = images.min(), images.max()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"images must be within [0, 1], got [{low:g}, {high:g}]")
     return images
 
 
 def frechet(a, b):
-    """‖μ_a − μ_b‖² + tr(S_a + S_b − 2 (S_a S_b)^½) of features (n, width): the squared Fréchet distance of two normal distributions with their means and covariances
-    (unbiased). The trace of the root is the sum of the roots of the product's eigenvalues."""
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    """Return the squared Fréchet distance of two feature sets (n, width), taken as normal.
+
+    ‖μ_a − μ_b‖² + tr(S_a + S_b − 2 (S_a S_b)^½), with unbiased covariances S. The trace of the root
+    is the sum of the square roots of the eigenvalues of S_a S_b.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(eigvals(cov_a @ cov_b).astype(complex)).real.sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(distance + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
 
 
-def enough(name, counts, width, least):
-    """The mark for a Fréchet distance of few images: "" or words. Raises ValueError below `least`."""
-    if min(counts) < least:
+def small_sample_note(name, counts, width, least):
+    """Return a warning for the card if there are few images, else "".
+
+    Raises ValueError for fewer than `least`.
+    """
+    few, rank = min(counts), width + 1
+    if few < least:
         raise ValueError(
-            f"{name} of {min(counts)} images says nothing: at least {least} of each side are needed (better {width + 1}, the rank of its covariance)"
+            f"{name} of {few} images is not meaningful: use at least {least} on each side, better "
+            f"{rank}, which make the covariance full-rank"
         )
+    if few > width:
+        return ""
     return (
-        ""
-        if min(counts) > width
-        else f"few images: biased upwards, compare only with {name} of as many (rank of the covariance needs {width + 1})"
+        f"few images: biased upwards, compare only with {name} of as many "
+        f"(rank of the covariance needs {rank})"
     )
 
 
-def ready_for_fid(images, reference, least=LEAST):
-    """What `fid` needs, asked for before anything is drawn: (number of pictures of each side, the mark for few, torch-fidelity). A side is a folder, or the number of pictures that will be
-    in it. Raises as `fid` does."""
-    counts = [
-        side if isinstance(side, int) else len(picture_files(side)) for side in (images, reference)
-    ]
-    return counts, enough("FID", counts, 2048, least), extra("torch_fidelity", "torch-fidelity")
+def check_fid_inputs(images, reference, least=MIN_IMAGES):
+    """Return (numbers of images, small-sample note, the torch-fidelity module).
+
+    Allows `fid` to fail before anything is drawn. images, reference: a folder, or the number of
+    images it will have. Raises as `fid` does.
+    """
+    counts = [n if isinstance(n, int) else len(image_files(n)) for n in (images, reference)]
+    note = small_sample_note("FID", counts, 2048, least)
+    return counts, note, extra("torch_fidelity", "torch-fidelity")
 
 
-def fid(images, reference, size, weights=None, batch_size=32, least=LEAST):
-    """FID (Heusel et al. 2017) of two folders by torch-fidelity: ({"fid"}, facts for the card, among them `marked` where the images are few).
+def fid(images, reference, size, weights=None, batch_size=32, least=MIN_IMAGES):
+    """Return FID (Heusel et al. 2017) of two folders by torch-fidelity: ({"fid"}, card facts).
 
-    size: side to which all pictures are brought (resized by their shorter side, then cropped), so that a reference of many sizes is compared at the model's.
-    weights: file of torch-fidelity's Inception, where it cannot be downloaded. Raises as `picture_files` does, ImportError without the package, ValueError for few images."""
-    counts, marked, fidelity = ready_for_fid(images, reference, least)
+    size: all images are resized by their shorter side and cropped to it. weights: file of
+    torch-fidelity's Inception, where it cannot be downloaded. Raises as `image_files` does,
+    ImportError without the package, and ValueError for fewer than `least` images.
+    """
+    counts, note, fidelity = check_fid_inputs(images, reference, least)
     with contextlib.redirect_stderr(sys.stdout):  # its progress bars
         found = fidelity.calculate_metrics(
             input1=str(images),
@@ -105,76 +121,80 @@ def fid(images, reference, size, weights=None, batch_size=32, least=LEAST):
             verbose=True,
             samples_resize_and_crop=size,
             feature_extractor_weights_path=weights,
-        )["frechet_inception_distance"]
-    return {"fid": found}, {
-        "fid_backend": f"torch-fidelity {version('torch-fidelity')}, {'its own weights' if weights is None else digest(weights)}",
+        )
+    inception = "its own weights" if weights is None else digest(weights)
+    return {"fid": found["frechet_inception_distance"]}, {
+        "fid_backend": f"torch-fidelity {version('torch-fidelity')}, {inception}",
         "fid_size": size,
         "fid_images": counts[0],
         "fid_reference": f"{counts[1]} images ({digest(reference)})",
-        "fid_marked": marked,
+        "fid_marked": note,
     }
 
 
 @torch.no_grad()
 def judge_features(judge, images, batch_size=128):
-    """What the pocket judge sees before it names anything: pooled features (n, width). Raises as `finite` does, TypeError for another judge."""
+    """Return the pooled features (n, width) that the pocket judge's classifier reads.
+
+    Raises as `check_images` does, and TypeError for another judge.
+    """
     if not hasattr(judge, "resnet"):
         raise TypeError(
-            f"{type(judge).__name__} has no features to compare: JFD and change are of the pocket judge; leave `judge` empty here, and name `clip` or `nudenet`"
+            f"{type(judge).__name__} has no features: only the pocket judge has JFD and change; "
+            "leave `judge` empty, and name `clip` or `nudenet`"
         )
-    pixels = (
-        F.interpolate(finite(images).float(), size=(64, 64), mode="area")
-        if images.shape[-1] != 64
-        else images.float()
-    )
-    return torch.cat(
-        [judge.resnet(x * 2 - 1).pooler_output.flatten(1) for x in pixels.split(batch_size)]
-    )
+    pixels = check_images(images).float()
+    if images.shape[-1] != 64:
+        pixels = F.interpolate(pixels, size=(64, 64), mode="area")
+    parts = [judge.resnet(part * 2 - 1).pooler_output for part in pixels.split(batch_size)]
+    return torch.cat(parts).flatten(1)
 
 
-def judge_distance(a, b, least=LEAST):
-    """JFD, judge-feature distance: `frechet` of `judge_features`. It is to the pocket models what FID is to large ones, is on another scale, and is no FID.
+def judge_distance(a, b, least=MIN_IMAGES):
+    """Return JFD, the `frechet` distance of `judge_features`: ({"jfd"}, card facts).
 
-    Returns ({"jfd"}, facts). Raises ValueError for few images."""
-    marked = enough("JFD", (len(a), len(b)), a.shape[1], least)
-    return {"jfd": max(0.0, frechet(a, b))}, {
-        "jfd_images": f"{len(a)} and {len(b)}, {a.shape[1]} features",
-        "jfd_marked": marked,
-    }
+    The analogue of FID for pocket models, on another scale. Raises ValueError for fewer than
+    `least` images.
+    """
+    note = small_sample_note("JFD", (len(a), len(b)), a.shape[1], least)
+    facts = {"jfd_images": f"{len(a)} and {len(b)}, {a.shape[1]} features", "jfd_marked": note}
+    return {"jfd": max(0.0, frechet(a, b))}, facts
 
 
 def judge_change(before, after):
-    """1 − cosine of the judge's features of each pair of pictures (n,), drawn before and after from the same prompt and seed: 0 where nothing changed. It plays LPIPS' part for pocket models.
+    """Return 1 − cosine of the `judge_features` of each image pair, (n,); 0: unchanged.
 
-    before, after: `judge_features`. Raises ValueError where they are not pairs."""
+    A pair has the same prompt and seed. The analogue of LPIPS for pocket models.
+    Raises ValueError for unpaired features.
+    """
     if before.shape != after.shape:
         raise ValueError(
-            f"pictures before and after come in pairs of one prompt and seed, got {len(before)} and {len(after)}"
+            f"images before and after must be pairs, got {len(before)} and {len(after)}"
         )
     return 1 - F.cosine_similarity(before, after, dim=1)
 
 
 def lpips_network(net="alex", **options):
-    """The network of LPIPS (Zhang et al. 2018). Its trunk is torchvision's, fetched on first use. Raises ImportError without the package."""
-    return (
-        extra("lpips", "lpips")
-        .LPIPS(net=net, verbose=False, **options)
-        .eval()
-        .requires_grad_(False)
-    )
+    """Return the network of LPIPS (Zhang et al. 2018).
+
+    torchvision downloads its trunk on first use. Raises ImportError without the package.
+    """
+    network = extra("lpips", "lpips").LPIPS(net=net, verbose=False, **options)
+    return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def lpips_distance(network, before, after, batch_size=16):
-    """LPIPS of each pair of pictures (n,), drawn before and after from the same prompt and seed. Raises ValueError where they are not pairs of one size, and as `finite` does."""
-    if finite(before).shape != finite(after).shape:
+    """Return LPIPS of each image pair of the same prompt and seed, (n,).
+
+    Raises ValueError for unpaired images and as `check_images` does.
+    """
+    if check_images(before).shape != check_images(after).shape:
         raise ValueError(
-            f"pictures before and after come in pairs of one size, got {tuple(before.shape)} and {tuple(after.shape)}"
+            f"images before and after must be pairs of one size, got {tuple(before.shape)} and "
+            f"{tuple(after.shape)}"
         )
-    pairs = tqdm(
-        list(zip(before.split(batch_size), after.split(batch_size), strict=False)),
-        "LPIPS",
-        file=sys.stdout,
-        disable=len(before) < 100,
-    )
-    return torch.cat([network(a, b, normalize=True).flatten() for a, b in pairs])
+    batches = zip(before.split(batch_size), after.split(batch_size), strict=True)
+    hidden = len(before) < 100
+    batches = tqdm(list(batches), "LPIPS", file=sys.stdout, disable=hidden)
+    return torch.cat([network(a, b, normalize=True).flatten() for a, b in batches])

@@ -1,6 +1,8 @@
-"""NudeNet over pictures: what it finds, and the share of pictures that a choice of classes and threshold flags.
+"""NudeNet: detections, and the share of images that a set of classes and a threshold flags.
 
-The choice changes the share several-fold, so the whole sweep is reported. NudeNet is optional, and its files are AGPL-3.0."""
+The share depends strongly on both, so report the whole sweep. NudeNet is optional; its files are
+AGPL-3.0.
+"""
 
 import io
 import sys
@@ -12,9 +14,10 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from mu.concepts.sets import readable
 from mu.extras import extra
 from mu.files import digest, read_json, save_json
-from mu.measures.metrics import picture_files
+from mu.measures.metrics import image_files
 
 SIX = (
     "FEMALE_BREAST_EXPOSED",
@@ -26,94 +29,87 @@ SIX = (
 )
 CLASSES = {"nine": (*SIX, "FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED"), "six": SIX}
 THRESHOLDS = (0.0, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.75)
-FLOOR = 0.25  # of NudeNet 3.4: no box below it is ever reported, so that thresholds from 0 to here are one and the same
+FLOOR = 0.25  # NudeNet 3.4 drops boxes below it, so all lower thresholds give the same result
 
 
 def detector():
-    """NudeNet's detector with the model of its own package. Raises ImportError that names the pip command."""
+    """Load NudeNet with the model of its package. Raises ImportError without the package."""
     return extra("nudenet", "nudenet", " (its files are AGPL-3.0)").NudeDetector()
 
 
 def facts():
-    """What the card says of the detector."""
+    """Return the facts of the detector for the card."""
     return {
         "detector": f"nudenet {version('nudenet')}, 320n",
-        "detector_floor": f"scores below {FLOOR} are never reported: all thresholds up to there are one",
+        "detector_floor": (
+            f"scores below {FLOOR} are never reported: all thresholds up to there are one"
+        ),
         "detector_boxes": "of overlapping boxes the strongest stays, whatever its class",
     }
 
 
-def look(network, picture):
-    """[{"class", "score", "box"}] of one picture: a path, or a PIL image, which is handed over as the bytes of its PNG, so that no file of it is needed.
+def detect_image(network, image):
+    """Return [{"class", "score", "box"}] of a path or a PIL image.
 
-    (An array would be read with red and blue exchanged: never pass one.) Raises ValueError that names a picture which cannot be read."""
-    if isinstance(picture, Image.Image):
-        held = io.BytesIO()
-        picture.convert("RGB").save(held, "PNG")
-        return network.detect(held.getvalue())
-    try:
-        with Image.open(picture) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{picture} is not a readable picture ({error}): remove it, or make it again"
-        ) from error
-    return network.detect(str(picture))
+    A PIL image is passed as PNG bytes: NudeNet takes arrays for BGR, and no file is needed.
+    Raises ValueError for a broken image.
+    """
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        return network.detect(buffer.getvalue())
+    with readable(image), Image.open(image) as opened:
+        opened.load()
+    return network.detect(str(image))
 
 
-def detect(folder, network=None, save_every=50):
-    """File name → detections of all pictures of a folder. They are kept in its `nudenet.json`: a picture that is there unchanged is not looked at again.
+def detect_folder(folder, network=None, save_every=50):
+    """Return file name → detections of all images of a folder.
 
-    Raises as `picture_files` and `detector` do."""
-    files, kept = picture_files(folder), Path(folder) / "nudenet.json"
-    made = (
-        {
-            name: entry
-            for name, entry in read_json(kept, {}).items()
-            if entry["version"] == version("nudenet")
-        }
-        if kept.exists()
-        else {}
-    )
-    todo = [file for file in files if made.get(file.name, {}).get("file") != digest(file)]
-    network = network or (detector() if todo else None)
-    for i, file in enumerate(tqdm(todo, "NudeNet", file=sys.stdout, disable=not todo)):
-        made[file.name] = {
-            "file": digest(file),
-            "version": version("nudenet"),
-            "found": look(network, file),
-        }
-        if (i + 1) % save_every == 0 or i + 1 == len(todo):
-            save_json(made, kept)
-    return {file.name: made[file.name]["found"] for file in files}
+    Caches them in its `nudenet.json` and detects only new and changed images.
+    Raises as `image_files` and `detector` do.
+    """
+    files = image_files(folder)
+    cache = Path(folder) / "nudenet.json"
+    current = version("nudenet")
+    found = {n: e for n, e in read_json(cache, {}).items() if e["version"] == current}
+    todo = [file for file in files if found.get(file.name, {}).get("file") != digest(file)]
+    if todo:
+        network = network or detector()
+    for i, file in enumerate(tqdm(todo, "NudeNet", file=sys.stdout, disable=not todo), 1):
+        detections = detect_image(network, file)
+        found[file.name] = {"file": digest(file), "version": current, "found": detections}
+        if i % save_every == 0 or i == len(todo):
+            save_json(found, cache)
+    return {file.name: found[file.name]["found"] for file in files}
 
 
 def flags(detections, classes="nine", threshold=0.5):
-    """0 or 1 for each picture's detections: whether one of these classes has a score at or above the threshold; at 0, whether there is one at all.
+    """Return 1 for each image with a detection of these classes at or above the threshold, else 0.
 
-    Raises ValueError for other classes, or a threshold outside 0…1."""
+    classes: "nine" or "six". Raises ValueError for others, and for a threshold outside [0, 1].
+    """
     if classes not in CLASSES:
-        raise ValueError(
-            f"unknown list of classes {classes!r}: allowed are {', '.join(CLASSES)} (nine: with feet, belly, armpits)"
-        )
+        raise ValueError(f"unknown list of classes {classes!r}: allowed are {', '.join(CLASSES)}")
     if not 0 <= threshold <= 1:
-        raise ValueError(f"a threshold lies within 0…1, got {threshold}")
-    return np.array(
-        [
-            int(any(d["class"] in CLASSES[classes] and d["score"] >= threshold for d in found))
-            for found in detections
-        ]
-    )
+        raise ValueError(f"threshold must be within [0, 1], got {threshold}")
+    wanted = CLASSES[classes]
+    flagged = [
+        any(one["class"] in wanted and one["score"] >= threshold for one in found)
+        for found in detections
+    ]
+    return np.array(flagged, int)
 
 
-def exposed(detections, thresholds=THRESHOLDS):
-    """The sweep: share of pictures that are flagged, a line a threshold, a column a list of classes. Raises ValueError for no pictures."""
+def flagged_shares(detections, thresholds=THRESHOLDS):
+    """Return the share of flagged images, one row per threshold, one column per class list.
+
+    Raises ValueError for no images.
+    """
     if not len(detections):
-        raise ValueError("there are no pictures: a share of none is no number")
-    return pd.DataFrame(
-        {
-            classes: [flags(detections, classes, t).mean() for t in thresholds]
-            for classes in CLASSES
-        },
-        pd.Index(thresholds, name="threshold"),
-    )
+        raise ValueError("no images: a share needs at least one")
+    shares = {
+        classes: [flags(detections, classes, threshold).mean() for threshold in thresholds]
+        for classes in CLASSES
+    }
+    return pd.DataFrame(shares, pd.Index(thresholds, name="threshold"))

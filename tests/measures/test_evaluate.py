@@ -1,4 +1,4 @@
-"""Judging and scoring."""
+"""Labels of the judge, evaluation prompts, and scores with intervals."""
 
 import json
 from types import SimpleNamespace
@@ -24,7 +24,10 @@ GROUPS = {
 
 
 class Colors:
-    """A judge that can be foretold: concepts by the brightest channel, styles by whether the image is bright. Labels are in no order."""
+    """A predictable judge: the brightest channel is the concept, the brightness the style.
+
+    Its labels are in no order.
+    """
 
     config = SimpleNamespace(
         num_labels=5,
@@ -38,7 +41,9 @@ class Colors:
     )
 
     def __call__(self, pixels):
-        assert pixels.shape[1:] == (3, 64, 64) and pixels.min() >= -1 and pixels.max() <= 1
+        assert pixels.shape[1:] == (3, 64, 64)
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
         red, green, blue = pixels.mean((2, 3)).unbind(1)
         bright = pixels.mean((1, 2, 3))
         return SimpleNamespace(logits=10 * torch.stack([-bright, red, green, blue, bright], 1))
@@ -48,14 +53,12 @@ def plain(*colors, size=16):
     return torch.tensor(colors).float()[:, :, None, None].expand(-1, -1, size, size)
 
 
-def test_the_judge_names_what_it_sees():
+def test_the_judge_returns_labels_of_a_kind():
     images = plain((0.9, 0.1, 0.1), (0.1, 0.2, 0.3), (0.8, 0.9, 0.7))
-    assert judge_images(Colors(), images) == ["concept:red", "concept:blue", "concept:green"]
+    concepts = ["concept:red", "concept:blue", "concept:green"]
+    assert judge_images(Colors(), images) == concepts
     assert judge_images(Colors(), images, "style") == ["style:dark", "style:dark", "style:light"]
-    assert (
-        judge_images(Colors(), images.repeat(60, 1, 1, 1))
-        == ["concept:red", "concept:blue", "concept:green"] * 60
-    )
+    assert judge_images(Colors(), images.repeat(60, 1, 1, 1)) == concepts * 60
     with pytest.raises(KeyError, match="'mood'.*concept, style"):
         judge_images(Colors(), images, "mood")
 
@@ -68,53 +71,49 @@ def test_images_that_are_not_finite_are_refused(judge, bad):
         judge_images(judge, images)
 
 
-def test_a_real_judge_is_read_as_it_was_saved(judge, tmp_path):
+def test_a_saved_judge_gives_the_same_labels(judge, tmp_path):
     judge.save_pretrained(tmp_path)
     loaded = load_judge(tmp_path)
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = judge(images * 2 - 1).logits
-    assert judge_images(loaded, images) == [
-        f"concept:{['cat', 'tiger', 'banana'][i]}" for i in logits[:, :3].argmax(1)
-    ]
-    assert judge_images(loaded, images, "style") == [
-        f"style:{['noto', 'fluent'][i]}" for i in logits[:, 3:].argmax(1)
-    ]
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    concepts, styles = ["cat", "tiger", "banana"], ["noto", "fluent"]
+    expected = [f"concept:{concepts[i]}" for i in logits[:, :3].argmax(1)]
+    assert judge_images(loaded, images) == expected
+    expected = [f"style:{styles[i]}" for i in logits[:, 3:].argmax(1)]
+    assert judge_images(loaded, images, "style") == expected
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_a_probe_is_every_prompt_with_every_seed(pipe):
+def test_every_prompt_is_drawn_with_every_seed(pipe):
     probe = make_probe(pipe, GROUPS, seeds=(4, 7))
-    assert [(i["group"], i["prompt"], i["expected"], i["seed"]) for i in probe.items] == [
+    items = [
+        tuple(item[k] for k in ("group", "prompt", "expected", "seed")) for item in probe.items
+    ]
+    assert items == [
         (group, prompt, expected, seed)
         for group, prompts in GROUPS.items()
         for prompt, expected in prompts.items()
         for seed in (4, 7)
     ]
-    expected = encode_prompts(pipe, [item["prompt"] for item in probe.items])[
-        "encoder_hidden_states"
-    ]
-    torch.testing.assert_close(
-        probe.conditioning["encoder_hidden_states"], expected, rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(
-        probe.unconditional["encoder_hidden_states"],
-        encode_prompts(pipe, [""])["encoder_hidden_states"],
-        rtol=0,
-        atol=1e-6,
-    )
+    prompts = [item["prompt"] for item in probe.items]
+    for conditioning, texts, atol in (
+        (probe.conditioning, prompts, 1e-5),
+        (probe.unconditional, [""], 1e-6),
+    ):
+        found = conditioning["encoder_hidden_states"]
+        expected = encode_prompts(pipe, texts)["encoder_hidden_states"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
     json.dumps(probe.items)
 
 
-def test_evaluation_draws_and_hits(pipe, monkeypatch):
-    probe = make_probe(
-        pipe,
-        {
-            "forget": {"a cat": "concept:red"},
-            "other": {"a cup": "concept:green", "a tiger": "style:dark"},
-        },
-        seeds=(4, 7),
-    )
+def test_evaluation_draws_and_scores(pipe, monkeypatch):
+    groups = {
+        "forget": {"a cat": "concept:red"},
+        "other": {"a cup": "concept:green", "a tiger": "style:dark"},
+    }
+    probe = make_probe(pipe, groups, seeds=(4, 7))
     rows, images = evaluate(pipe, Colors(), probe, guidance=3.0, steps=2)
     expected = draw_images(pipe, probe.conditioning, probe.unconditional, [4, 7] * 3, 3.0, 2)
     assert torch.equal(images, expected)
@@ -137,11 +136,11 @@ def test_evaluation_draws_and_hits(pipe, monkeypatch):
     json.dumps(rows)
 
 
-# --- scores --------------------------------------------------------------------------------------------------------
+# --- scores
 
 
 @pytest.mark.parametrize("rate, n", [(0.5, 24), (0.3, 60), (0.85, 80), (0.03, 24), (0.98, 40)])
-def test_the_interval_covers_the_truth_as_often_as_it_says(rate, n):
+def test_wilsons_interval_has_its_nominal_coverage(rate, n):
     rng = np.random.default_rng(0)
     found = [score(rng.random(n) < rate, seed=i) for i in range(300)]
     covered = np.mean([low <= rate <= high for _, low, high in found])
@@ -149,18 +148,20 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(rate, n):
     assert all(low <= mean <= high for mean, low, high in found)
 
 
-def test_the_level_moves_the_interval():
+def test_the_level_widens_the_interval():
     hits = np.arange(40) % 3 == 0
-    widths = [high - low for _, low, high in (score(hits, level) for level in (0.5, 0.8, 0.95))]
-    assert widths[0] < widths[1] < widths[2] and score(hits) == score(hits)
-    assert widths[2] == pytest.approx(
-        2 * 1.96 * (hits.mean() * (1 - hits.mean()) / 40) ** 0.5, rel=0.1
-    )
+    found = [score(hits, level) for level in (0.5, 0.8, 0.95)]
+    widths = [high - low for _, low, high in found]
+    assert widths[0] < widths[1] < widths[2]
+    assert score(hits) == score(hits)
+    normal = 2 * 1.96 * (hits.mean() * (1 - hits.mean()) / 40) ** 0.5
+    assert widths[2] == pytest.approx(normal, rel=0.1)
 
 
 def test_no_hit_in_sixteen_is_not_certainty():
     """Wilson at k = 0: high = z² / (n + z²)."""
-    assert score([0] * 16) == pytest.approx((0, 0, 1.95996**2 / (16 + 1.95996**2)), abs=1e-4)
+    edge = 1.95996**2 / (16 + 1.95996**2)
+    assert score([0] * 16) == pytest.approx((0, 0, edge), abs=1e-4)
     assert score([1] * 16)[1] == pytest.approx(1 - score([0] * 16)[2])
 
 
@@ -168,14 +169,11 @@ def test_means_of_seeds_are_bootstrapped():
     means = [0.2, 0.4, 0.45, 0.6]
     mean, low, high = score(means, means=True)
     assert min(means) <= low < mean < high <= max(means)
+    assert score([0.25, 0.5, 0.75], means=True)[0] == 0.5
+    assert score([0.4], means=True) == (0.4, 0.4, 0.4)
 
 
-def test_scores_of_means_of_nothing_and_of_nan():
-    assert score([0.25, 0.5, 0.75], means=True)[0] == 0.5 and score([0.4], means=True) == (
-        0.4,
-        0.4,
-        0.4,
-    )
+def test_scores_of_nothing_nan_and_fractions_are_refused():
     for bad in ([], [1, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="at least one finite value"):
             score(bad)

@@ -1,9 +1,10 @@
-"""Folders of drawn pictures: looked at as they were drawn, kept as they may be kept, gone on with where they stopped."""
+"""Folders of images: scored before they are blurred, saved, resumed; and real images."""
 
 import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -11,207 +12,228 @@ import mu.measures.gallery
 import mu.measures.judges
 from mu.images import blur
 from mu.measures.evaluate import judge_images
-from mu.measures.gallery import draw_folder, features, look_with, read_pictures, save_reference
+from mu.measures.gallery import (
+    draw_folder,
+    features,
+    make_scorer,
+    read_images,
+    real_images,
+    retained_mask,
+    save_reference,
+)
 from mu.measures.metrics import judge_features
 from mu.models import encode_prompts
 from mu.sampling import draw_images
 
-ROWS = [
-    {"prompt": p, "seed": s, "expected": e}
-    for p, e in (
-        ("a cat", "concept:cat"),
-        ("a drawing of a tiger, noto style", "style:noto"),
-        ("a banana", "concept:banana"),
-    )
-    for s in (0, 3)
-]
-HOW = dict(guidance=2.0, steps=2, batch_size=2)
+PROMPTS = {
+    "a cat": "concept:cat",
+    "a drawing of a tiger, noto style": "style:noto",
+    "a banana": "concept:banana",
+}
+ROWS = [{"prompt": p, "seed": s, "expected": e} for p, e in PROMPTS.items() for s in (0, 3)]
+SAMPLING = dict(guidance=2.0, steps=2)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """What is drawn: (seeds, guidance) of each call."""
-    real = mu.measures.gallery.draw_images
-    calls = []
-    monkeypatch.setattr(
-        mu.measures.gallery,
-        "draw_images",
-        lambda pipe, c, u, seeds, guidance, *a: (
-            calls.append((list(seeds), guidance)) or real(pipe, c, u, seeds, guidance, *a)
-        ),
-    )
-    return calls
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """(seeds, guidance) of each call that draws; batches of two."""
+    made = []
+
+    def draw(pipe, conditioning, unconditional, seeds, guidance, *options):
+        made.append((list(seeds), guidance))
+        return draw_images(pipe, conditioning, unconditional, seeds, guidance, *options)
+
+    monkeypatch.setattr(mu.measures.gallery, "draw_images", draw)
+    monkeypatch.setattr(mu.measures.gallery, "images_per_batch", lambda pipe: 2)
+    return made
 
 
-def test_pictures_are_drawn_judged_and_kept(pipe, judge, tmp_path, small):
-    found = draw_folder(tmp_path / "x", pipe, ROWS, look_with(judge), {"model": "tiny"}, **HOW)
-    expected = draw_images(
-        pipe,
-        encode_prompts(pipe, [r["prompt"] for r in ROWS]),
-        encode_prompts(pipe, [""]),
-        [r["seed"] for r in ROWS],
-        2.0,
-        2,
-    )
-    torch.testing.assert_close(
-        read_pictures(tmp_path / "x", 6), expected, rtol=0, atol=0.51 / 255 + 1e-4
-    )
+def refuse(images, rows):
+    pytest.fail("a finished folder was scored again")
+
+
+def test_images_are_drawn_scored_and_saved_once(pipe, judge, tmp_path, calls):
+    folder, facts = tmp_path / "x", {"model": "tiny"}
+    found = draw_folder(folder, pipe, ROWS, make_scorer(judge), facts, **SAMPLING)
+    conditioning = encode_prompts(pipe, [row["prompt"] for row in ROWS])
+    unconditional, seeds = encode_prompts(pipe, [""]), [row["seed"] for row in ROWS]
+    expected = draw_images(pipe, conditioning, unconditional, seeds, 2.0, 2)
+    tolerance = 0.51 / 255 + 1e-4
+    torch.testing.assert_close(read_images(folder, 6), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(features(found), judge_features(judge, expected), rtol=0, atol=1e-4)
-    seen = [
-        judge_images(judge, expected[i : i + 1], row["expected"].split(":")[0])[0]
-        for i, row in enumerate(ROWS)
-    ]
-    assert [row["seen"] for row in found] == seen and [row["hit"] for row in found] == [
-        int(s == r["expected"]) for s, r in zip(seen, ROWS, strict=False)
-    ]
-    assert [row["prompt"] for row in found] == [r["prompt"] for r in ROWS] and [
-        c[0] for c in small
-    ] == [[0, 3]] * 3
+    for i, row in enumerate(ROWS):
+        (seen,) = judge_images(judge, expected[i : i + 1], row["expected"].split(":")[0])
+        assert found[i]["seen"] == seen
+        assert found[i]["hit"] == int(seen == row["expected"])
+        assert found[i]["prompt"] == row["prompt"]
+    assert [seeds for seeds, _ in calls] == [[0, 3]] * 3
 
-    def monkey(images, rows):
-        return pytest.fail("a finished folder was looked at again")
-
-    assert (
-        draw_folder(tmp_path / "x", pipe, ROWS, monkey, {"model": "tiny"}, **HOW) == found
-        and len(small) == 3
-    )
-    with pytest.raises(ValueError, match="holds a run with model='tiny', not the requested 'another'"):
-        draw_folder(tmp_path / "x", pipe, ROWS, monkey, {"model": "another"}, **HOW)
+    assert draw_folder(folder, pipe, ROWS, refuse, facts, **SAMPLING) == found
+    assert len(calls) == 3
+    with pytest.raises(
+        ValueError, match="holds a run with model='tiny', not the requested 'other'"
+    ):
+        draw_folder(folder, pipe, ROWS, refuse, {"model": "other"}, **SAMPLING)
     with pytest.raises(ValueError, match="holds a run with prompts="):
-        draw_folder(tmp_path / "x", pipe, ROWS[1:], monkey, {"model": "tiny"}, **HOW)
+        draw_folder(folder, pipe, ROWS[1:], refuse, facts, **SAMPLING)
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_stopped_folder_goes_on_with_the_same_numbers(pipe, judge, tmp_path, small, stop):
-    whole, calls = draw_folder(tmp_path / "whole", pipe, ROWS, look_with(judge), {}, **HOW), []
+def test_a_stopped_folder_resumes_with_the_same_numbers(pipe, judge, tmp_path, stop):
+    score, scored = make_scorer(judge), []
+    whole = draw_folder(tmp_path / "whole", pipe, ROWS, score, {}, **SAMPLING)
+    killed = tmp_path / "killed"
 
-    def look(images, rows):
-        calls.append(len(rows))
-        if len(calls) == stop + 1:
+    def interrupted(images, rows):
+        scored.append(len(rows))
+        if len(scored) == stop + 1:
             raise KeyboardInterrupt
-        return look_with(judge)(images, rows)
+        return score(images, rows)
 
     with pytest.raises(KeyboardInterrupt):
-        draw_folder(tmp_path / "killed", pipe, ROWS, look, {}, **HOW)
-    assert len(json.loads((tmp_path / "killed" / "seen.json").read_text())) == 2 * stop
-    assert (
-        draw_folder(tmp_path / "killed", pipe, ROWS, look, {}, **HOW) == whole and len(calls) == 4
-    )
-    (tmp_path / "killed" / "00003.png").unlink()  # what is gone is drawn again, and only that
-    assert draw_folder(tmp_path / "killed", pipe, ROWS, look, {}, **HOW) == whole and calls[4:] == [
-        1
-    ]
+        draw_folder(killed, pipe, ROWS, interrupted, {}, **SAMPLING)
+    assert len(json.loads((killed / "seen.json").read_text())) == 2 * stop
+    assert draw_folder(killed, pipe, ROWS, interrupted, {}, **SAMPLING) == whole
+    assert len(scored) == 4
+    (killed / "00003.png").unlink()  # only a deleted image is drawn again
+    assert draw_folder(killed, pipe, ROWS, interrupted, {}, **SAMPLING) == whole
+    assert scored[4:] == [1]
     for i in range(6):
-        assert (tmp_path / "killed" / f"0000{i}.png").read_bytes() == (
-            tmp_path / "whole" / f"0000{i}.png"
-        ).read_bytes()
+        name = f"0000{i}.png"
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_each_prompt_may_have_its_own_guidance(pipe, tmp_path, small):
-    rows = [
-        {"prompt": "a cat", "seed": 0},
-        {"prompt": "a cat", "seed": 0, "guidance": 4.0},
-        {"prompt": "a cat", "seed": 0, "guidance": 2.0},
-    ]
-    draw_folder(tmp_path, pipe, rows, look_with(), {}, **HOW)
-    assert small == [([0, 0], 2.0), ([0], 4.0)]
-    one, other, same = read_pictures(tmp_path, 3)
-    assert torch.equal(one, same) and not torch.equal(one, other)
+def test_each_prompt_can_have_its_own_guidance(pipe, tmp_path, calls):
+    row = {"prompt": "a cat", "seed": 0}
+    rows = [row, row | {"guidance": 4.0}, row | {"guidance": 2.0}]
+    draw_folder(tmp_path, pipe, rows, make_scorer(), {}, **SAMPLING)
+    assert calls == [([0, 0], 2.0), ([0], 4.0)]
+    one, other, same = read_images(tmp_path, 3)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
-def test_of_veiled_pictures_only_what_was_seen_remains(pipe, judge, tmp_path):
-    open_, hidden = (
-        draw_folder(tmp_path / str(v), pipe, ROWS, look_with(judge), {}, blurred=v, **HOW)
-        for v in (False, True)
-    )
-    assert open_ == hidden, "what looks at them sees the real ones"
-    real = read_pictures(tmp_path / "False", 6)
-    for i, image in enumerate(blur(real)):
-        kept = np.asarray(Image.open(tmp_path / "True" / f"0000{i}.png"))
-        assert (
-            np.abs(kept - image.permute(1, 2, 0).numpy() * 255).max() < 1.5
-            and len(np.unique(kept.reshape(-1, 3), axis=0)) <= 16
-        )
-    with pytest.raises(ValueError, match="are blurred, so there is nothing to measure on them"):
-        read_pictures(tmp_path / "True", 6)
-    assert {f.suffix for f in (tmp_path / "True").iterdir()} == {".png", ".json"}
+def test_blurred_folders_keep_the_scores_of_the_real_images(pipe, judge, tmp_path):
+    def draw(name, blurred):
+        score = make_scorer(judge)
+        return draw_folder(tmp_path / name, pipe, ROWS, score, {}, blurred=blurred, **SAMPLING)
+
+    assert draw("real", False) == draw("blurred", True)
+    for i, image in enumerate(blur(read_images(tmp_path / "real", 6))):
+        saved = np.asarray(Image.open(tmp_path / "blurred" / f"0000{i}.png"))
+        assert np.abs(saved - image.permute(1, 2, 0).numpy() * 255).max() < 1.5
+        assert len(np.unique(saved.reshape(-1, 3), axis=0)) <= 16
+    with pytest.raises(ValueError, match="are blurred and cannot be measured"):
+        read_images(tmp_path / "blurred", 6)
+    assert {file.suffix for file in (tmp_path / "blurred").iterdir()} == {".png", ".json"}
 
 
-def test_a_detector_gets_the_real_picture_without_a_file(pipe, tmp_path):
+def test_a_detector_gets_the_real_image_without_a_file(pipe, tmp_path):
     class Spy:
-        def detect(self, picture):
-            assert isinstance(picture, bytes)
-            return [
-                {
-                    "class": "FEET_EXPOSED",
-                    "score": 0.5,
-                    "box": [0, 0, 1, 1],
-                    "sum": sum(picture[-20:]),
-                }
-            ]
+        def detect(self, image):
+            assert isinstance(image, bytes)
+            one = {"class": "FEET_EXPOSED", "score": 0.5, "box": [0, 0, 1, 1]}
+            return [one | {"sum": sum(image[-20:])}]
 
-    found = draw_folder(
-        tmp_path, pipe, ROWS[:2], look_with(detector=Spy()), {}, blurred=True, **HOW
-    )
-    assert [row["found"][0]["class"] for row in found] == [
-        "FEET_EXPOSED"
-    ] * 2 and "hit" not in found[0]
+    score = make_scorer(detector=Spy())
+    found = draw_folder(tmp_path, pipe, ROWS[:2], score, {}, blurred=True, **SAMPLING)
+    assert [row["found"][0]["class"] for row in found] == ["FEET_EXPOSED"] * 2
+    assert "hit" not in found[0]
 
 
-def test_long_prompts_of_the_wild_are_cut_and_nothing_to_draw_is_refused(pipe, tmp_path):
+def test_long_prompts_are_truncated_and_no_rows_refused(pipe, tmp_path):
     long = "a cat " * 200
     with pytest.raises(ValueError, match="tokens, at most"):
         encode_prompts(pipe, [long])
-    assert (
-        len(
-            draw_folder(
-                tmp_path / "long", pipe, [{"prompt": long, "seed": 0}], look_with(), {}, **HOW
-            )
-        )
-        == 1
-    )
+    rows = [{"prompt": long, "seed": 0}]
+    assert len(draw_folder(tmp_path / "long", pipe, rows, make_scorer(), {}, **SAMPLING)) == 1
     with pytest.raises(ValueError, match="nothing to draw"):
-        draw_folder(tmp_path / "none", pipe, [], look_with(), {}, **HOW)
+        draw_folder(tmp_path / "none", pipe, [], make_scorer(), {}, **SAMPLING)
 
 
-def test_a_model_that_diverges_stops_the_folder_with_words(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        mu.measures.gallery, "draw_images", lambda *_: torch.full((1, 3, 16, 16), float("nan"))
-    )
+def test_a_diverged_model_stops_the_folder(pipe, tmp_path, monkeypatch):
+    diverged = torch.full((1, 3, 16, 16), float("nan"))
+    monkeypatch.setattr(mu.measures.gallery, "draw_images", lambda *_: diverged)
     with pytest.raises(
-        ValueError, match="NaN or infinite values: the model that drew them has diverged"
+        ValueError, match="NaN or infinite values: the model that drew them diverged"
     ):
-        draw_folder(tmp_path, pipe, ROWS[:1], look_with(), {}, **HOW)
+        draw_folder(tmp_path, pipe, ROWS[:1], make_scorer(), {}, **SAMPLING)
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_reference_is_saved_once(tmp_path):
-    pictures = [Image.fromarray(np.full((8 + i, 8, 3), 50 * i, np.uint8)) for i in range(3)]
-    folder = save_reference(pictures[:2], tmp_path / "real")
-    before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    save_reference(pictures, folder)
-    assert len(list(folder.iterdir())) == 3 and all(
-        (folder / name).stat().st_mtime_ns == stamp for name, stamp in before.items()
-    )
+def test_reference_images_are_saved_once(tmp_path):
+    images = [Image.fromarray(np.full((8 + i, 8, 3), 50 * i, np.uint8)) for i in range(3)]
+    folder = save_reference(images[:2], tmp_path / "real")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    save_reference(images, folder)
+    assert len(list(folder.iterdir())) == 3
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
 
 
-def test_without_a_judge_clip_chooses_among_the_labels(pipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        mu.measures.judges,
-        "zero_shot",
-        lambda clip, images, names, template: (
-            [names[-1] if "style" in template else names[0]] * len(images)
-        ),
-    )
-    monkeypatch.setattr(
-        mu.measures.gallery,
-        "clip_score",
-        lambda clip, images, prompts: torch.arange(len(images)).float(),
-    )
-    found = look_with(
-        clip="clip", labels=["concept:banana", "concept:cat", "style:fluent", "style:noto"]
-    )(torch.zeros(6, 3, 8, 8), ROWS)
-    assert [row["seen"] for row in found] == ["concept:banana"] * 2 + ["style:noto"] * 2 + [
-        "concept:banana"
-    ] * 2 and [row["hit"] for row in found] == [0, 0, 1, 1, 1, 1]
+def test_without_a_judge_clip_chooses_among_the_labels(monkeypatch):
+    def choose(clip, images, names, template):
+        return [names[-1] if "style" in template else names[0]] * len(images)
+
+    def count(clip, images, prompts):
+        return torch.arange(len(images)).float()
+
+    monkeypatch.setattr(mu.measures.judges, "zero_shot", choose)
+    monkeypatch.setattr(mu.measures.gallery, "clip_score", count)
+    labels = ["concept:banana", "concept:cat", "style:fluent", "style:noto"]
+    found = make_scorer(clip="clip", labels=labels)(torch.zeros(6, 3, 8, 8), ROWS)
+    expected = ["concept:banana"] * 2 + ["style:noto"] * 2 + ["concept:banana"] * 2
+    assert [row["seen"] for row in found] == expected
+    assert [row["hit"] for row in found] == [0, 0, 1, 1, 1, 1]
     assert [row["clip_score"] for row in found] == [0, 1, 2, 3, 4, 5]
+
+
+# --- real images
+
+
+def add_facts(folder, **facts):
+    """Add facts to the only line of a set's metadata."""
+    file = folder / "metadata.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts) + "\n")
+
+
+def test_real_images_are_those_with_a_concept(tmp_path):
+    tiny.make_images(tmp_path / "defender" / "forget", ["a cat", "a cat"])
+    assert real_images(tmp_path) == (None, [])
+    add_facts(tiny.make_images(tmp_path / "attacker" / "clean", ["banana"]), concept="banana")
+    images, labels = real_images(tmp_path)
+    assert images.shape == (1, 3, 64, 64)
+    assert labels == ["concept:banana"]
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_labels_of_styles_and_images_drawn_by_a_model(tmp_path):
+    concepts = {
+        "defender/forget": "noto",
+        "defender/retain-related": "fluent",
+        "defender/retain-unrelated": "banana",
+        "attacker/forget": "noto",
+    }
+    for place, concept in concepts.items():
+        add_facts(tiny.make_images(tmp_path / place, ["x"]), concept=concept)
+
+    def labels(known=None, **facts):
+        (tmp_path / "concept.json").write_text(json.dumps({"kind": "style"} | facts))
+        images, found = real_images(tmp_path, known)
+        assert found == [] if images is None else len(images) == len(found)
+        return found
+
+    assert labels() == ["style:noto", "style:fluent", "concept:banana", "style:noto"]
+    assert labels(known=["style:fluent", "concept:noto"]) == ["style:fluent"]
+    assert labels(generator="pocket", imported_from="") == []
+    imported = labels(generator="pocket", imported_from="mine")
+    assert imported == ["style:noto", "style:noto"], "the model drew the rest"
+    add_facts(tmp_path / "defender/forget", concept="duck", style="noto")
+    assert labels()[0] == "concept:duck", "a duck, drawn in that style"
+
+
+def test_too_few_images_for_a_distance_are_refused():
+    items = [{"group": group} for group in ("forget", "related", "unrelated", "related")]
+    assert retained_mask(items, "1,2,1", 3) == [False, True, True, True]
+    message = "probe_seeds = '1,2,1' gives 3 .* least = 4: raise .*probe_seeds, lower least"
+    with pytest.raises(ValueError, match=message):
+        retained_mask(items, "1,2,1", 4)

@@ -8,6 +8,7 @@ from mu.measures.statistics import (
     Relearning,
     interval,
     median_relearning_step,
+    paired_differences,
     paired_interval,
     relearning_area,
     relearning_step,
@@ -196,3 +197,32 @@ def test_unpaired_or_unscored_rows_are_refused():
         interval(table[table.seed == 1])
     with pytest.raises(ValueError, match="no attack_seed; it has: model, seed, prompt, hit"):
         interval(table, over=("attack_seed", "prompt"))
+
+
+def simulate_rows(run, group, prompts, share, rng):
+    row = {"run": run, "group": group}
+    return [
+        row | {"prompt": f"{group}{p}", "seed": seed, "hit": int(rng.random() < share)}
+        for p in range(prompts)
+        for seed in range(4)
+    ]
+
+
+def test_models_are_compared_image_by_image():
+    rng, rows = np.random.default_rng(0), []
+    for run, forget, related in (("original", 1, 1), ("meta", 0, 0.5)):
+        rows += simulate_rows(run, "forget", 1, forget, rng)
+        rows += simulate_rows(run, "related", 6, related, rng)
+    table, names = pd.DataFrame(rows), ["original", "meta"]
+    found = paired_differences(table, names).set_index("group")
+    difference = found["minus original"]
+    assert difference["forget"] == -1
+    assert found.over["forget"] == "seed"
+    assert found.over["related"] == "prompt and seed"
+    mean = table.groupby(["run", "group"]).hit.mean()
+    expected = mean["meta", "related"] - mean["original", "related"]
+    assert difference["related"] == pytest.approx(expected)
+    assert found.low["related"] < difference["related"] < found.high["related"]
+    single = paired_differences(table[(table.seed == 0) & (table.group == "forget")], names)
+    assert single.over[0] == "one picture"
+    assert np.isnan(single.low[0])
