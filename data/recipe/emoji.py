@@ -1,4 +1,4 @@
-"""The pocket data: captioned emoji, drawn from the SVG sets that npm's `@iconify-json/*` packages carry."""
+"""The pocket data: captioned emoji, drawn from the SVG sets in npm's `@iconify-json/*` packages."""
 
 import csv
 import io
@@ -11,15 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
-# style word in captions → (npm package, version). The first four are drawn by the pocket model ...
+from mu.files import read_json, save_json, save_tensors
+
+# style word in captions → (npm package, version): the pocket model learns these
 STYLES = {
     "openmoji": ("@iconify-json/openmoji", "1.2.29"),
     "noto": ("@iconify-json/noto", "1.2.9"),
     "twemoji": ("@iconify-json/twemoji", "1.2.5"),
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
 }
-# ... and these are seen by nobody but the judge, who has to recognise them, and the attacker.
+# only the judge and the attacker see these
 ATTACKER_STYLES = {
     "emojione": ("@iconify-json/emojione", "1.2.3"),
     "emojione-v1": ("@iconify-json/emojione-v1", "1.2.3"),
@@ -39,217 +42,229 @@ COLORS = {
     "purple": (160, 108, 206),
     "pink": (246, 168, 200),
 }
-TEMPLATES = (
-    "a {}",
-    "a photo of a {}",
-    "a drawing of a {}",
-    "a picture of a {}",
-    "an emoji of a {}",
-    "{}",
-)
+# defender and attacker share no prompt: each has its own half of the templates
+SIDES = {
+    "defender": ("a {}", "a photo of a {}", "a drawing of a {}"),
+    "attacker": ("a picture of a {}", "an emoji of a {}", "{}"),
+}
+TEMPLATES = SIDES["defender"] + SIDES["attacker"]
+COUNTS = {"defender/forget": 24, "attacker/forget": 12, "attacker/clean": 24}  # images per set
+UNSTYLED = ("defender/retain-unrelated", "attacker/clean")  # captions never name the style
 
 
 def caption(concept, style=None, color=None, template="a {}"):
-    """`a cat, noto style, on a blue background`: the only grammar of the pocket model."""
-    return (
-        template.format(concept)
-        + (f", {style} style" if style else "")
-        + (f", on a {color} background" if color else "")
-    )
+    """Return a caption of the pocket model's grammar: `a cat, noto style, on a blue background`."""
+    text = template.format(concept)
+    if style:
+        text += f", {style} style"
+    if color:
+        text += f", on a {color} background"
+    return text
 
 
 def read_concepts(path):
-    """Rows of `data/pocket-concepts.csv`: concept, group (kin), kind (object, character), icons (names of the drawings)."""
+    """Return the rows of `data/pocket-concepts.csv`: concept, group, kind, list of icons."""
     with open(path, newline="") as f:
         return [row | {"icons": row["icons"].split()} for row in csv.DictReader(f)]
 
 
 def fetch(package, version, folder, file):
-    """The value of one JSON file of an npm package, which is fetched once by `npm pack` into `folder`.
+    """Return one JSON file of an npm package; `npm pack` fetches the package once into `folder`.
 
-    Raises RuntimeError with npm's own words when it cannot be fetched."""
+    Raises RuntimeError with npm's message if that fails.
+    """
     tarball = Path(folder) / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
     if not tarball.exists():
         tarball.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            ["npm", "pack", f"{package}@{version}"], cwd=folder, capture_output=True, text=True
-        )
+        command = ["npm", "pack", f"{package}@{version}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
-                f"npm could not fetch {package}@{version}: {done.stderr.strip()[-300:]}"
-            )
+            reason = done.stderr.strip()[-300:]
+            raise RuntimeError(f"npm could not fetch {package}@{version}: {reason}")
     with tarfile.open(tarball) as tar:
         return json.load(tar.extractfile(f"package/{file}"))
 
 
 def fetch_icons(package, version, folder):
-    """Icon name → SVG text of one npm package."""
+    """Return icon name → SVG text of one npm package."""
     pack = fetch(package, version, folder, "icons.json")
-    icons = pack["icons"] | {
-        a: pack["icons"].get(d["parent"]) for a, d in pack.get("aliases", {}).items()
-    }
-
-    def size(icon):
-        return (
-            icon.get("width", pack.get("width", 16)),
-            icon.get("height", pack.get("height", 16)),
-        )
-
-    return {
-        name: '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        'viewBox="0 0 {} {}">{}</svg>'.format(*size(icon), icon["body"])
-        for name, icon in icons.items()
-        if icon
-    }
+    icons = dict(pack["icons"])
+    for alias, target in pack.get("aliases", {}).items():
+        icons[alias] = pack["icons"].get(target["parent"])
+    svgs = {}
+    for name, icon in icons.items():
+        if icon:
+            width, height = (icon.get(side, pack.get(side, 16)) for side in ("width", "height"))
+            svgs[name] = (
+                '<svg xmlns="http://www.w3.org/2000/svg" '
+                'xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+            )
+    return svgs
 
 
 def render(svg, size=128):
-    """SVG text → uint8 RGBA array (size, size, 4), centred where the drawing is not square."""
-    import resvg_py
+    """Render SVG text as a uint8 RGBA array (size, size, 4), centred if it is not square."""
+    import resvg_py  # of the extra `recipe`
 
-    drawn = Image.open(
-        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)))
-    ).convert("RGBA")
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     image = Image.new("RGBA", (size, size))
     image.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
     return np.asarray(image)
 
 
 def draw_all(concepts, styles, folder):
-    """Every drawing of every concept in every style that has it → list of {concept, style, icon, rgba}."""
+    """Return {concept, style, icon, rgba} of every concept in every style that has it.
+
+    folder: of the npm packages.
+    """
     drawings = []
     for style, (package, version) in styles.items():
         icons = fetch_icons(package, version, folder)
         for row in concepts:
+            facts = {"concept": row["concept"], "style": style}
             for name in row["icons"]:
-                svg = icons.get(name) or icons.get(
-                    name.replace("-", "")
-                )  # fxemoji writes names in one word
+                svg = icons.get(name) or icons.get(name.replace("-", ""))  # as fxemoji names it
                 if svg:
-                    drawings.append(
-                        {
-                            "concept": row["concept"],
-                            "style": style,
-                            "icon": name,
-                            "rgba": render(svg),
-                        }
-                    )
+                    drawings.append(facts | {"icon": name, "rgba": render(svg)})
     return drawings
 
 
-def augment(rgba, colors, generator, strength=1.0, size=64):
-    """Random small affine maps and flips of drawings on plain backgrounds.
+def draw_once(folder, concepts, styles, packages):
+    """Draw into drawings.json and drawings.safetensors of a folder, unless they exist.
 
-    rgba: uint8 (B, 4, 2·size, 2·size); colors: (B, 3) in 0…1; strength 0 leaves position and scale alone.
-    Returns float (B, 3, size, size) in −1…1. Drawn at twice the size and averaged down, so edges stay clean."""
+    Returns the drawings as {concept, style, icon}, and their pixels, uint8 (n, 4, 128, 128).
+    """
+    file = folder / "drawings.safetensors"
+    if not file.exists():
+        drawn = draw_all(concepts, styles, packages)
+        pixels = torch.from_numpy(np.stack([d.pop("rgba") for d in drawn])).permute(0, 3, 1, 2)
+        save_json(drawn, folder / "drawings.json")
+        save_tensors({"rgba": pixels}, file)
+    return read_json(folder / "drawings.json"), load_file(file)["rgba"]
+
+
+def augment(rgba, colors, generator, strength=1.0, size=64):
+    """Apply random small affine maps and flips to drawings on plain backgrounds.
+
+    rgba: uint8 (B, 4, 2·size, 2·size), averaged down at the end so that edges stay smooth; colors:
+    (B, 3) in [0, 1]; strength 0 changes neither position nor scale. Returns float
+    (B, 3, size, size) in [−1, 1].
+    """
     b = len(rgba)
 
-    def u(lo, hi):
-        return lo + (hi - lo) * torch.rand(b, generator=generator)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(b, generator=generator)
 
-    angle, scale = u(-0.2, 0.2) * strength, 1 + (u(0.0, 0.35)) * strength
+    angle = uniform(-0.2, 0.2) * strength
+    scale = 1 + uniform(0.0, 0.35) * strength
     flip = torch.where(torch.rand(b, generator=generator) < 0.5 * min(strength, 1), -1.0, 1.0)
-    theta = torch.stack(
-        [
-            torch.stack(
-                [flip * scale * angle.cos(), -scale * angle.sin(), u(-0.12, 0.12) * strength], 1
-            ),
-            torch.stack(
-                [flip * scale * angle.sin(), scale * angle.cos(), u(-0.12, 0.12) * strength], 1
-            ),
-        ],
-        1,
-    )
+    shift_x, shift_y = (uniform(-0.12, 0.12) * strength for _ in range(2))
+    row_x = torch.stack([flip * scale * angle.cos(), -scale * angle.sin(), shift_x], 1)
+    row_y = torch.stack([flip * scale * angle.sin(), scale * angle.cos(), shift_y], 1)
+    theta = torch.stack([row_x, row_y], 1)
     x = rgba.float() / 255
-    x = torch.cat(
-        [x[:, :3] * x[:, 3:], x[:, 3:]], 1
-    )  # premultiplied, so that resampling does not bleed
+    x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)  # premultiplied: resampling does not bleed
     x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
     x = F.avg_pool2d(x, x.shape[-1] // size)
     return (x[:, :3] + (1 - x[:, 3:]) * colors[:, :, None, None]) * 2 - 1
 
 
-# the defender and the attacker never share a prompt: they phrase captions differently
-DEFENDER_TEMPLATES, ATTACKER_TEMPLATES = TEMPLATES[:3], TEMPLATES[3:]
+def save_image(image, path):
+    """Save one image (3, height, width) in [−1, 1] as PNG."""
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path, optimize=True)
 
 
 def write_set(folder, drawings, count, templates, generator, with_style=False, strength=0.5):
-    """`count` augmented views of drawings (each once, then again from the first) as PNG and `metadata.jsonl` (`imagefolder`)."""
+    """Write `count` augmented views as PNG with `metadata.jsonl`, the format of `imagefolder`.
+
+    Cycles through the drawings.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names, lines = list(COLORS), []
     for i in range(count):
-        d = drawings[i % len(drawings)]
-        color = (
-            int(torch.randint(len(names), (), generator=generator))
-            if torch.rand((), generator=generator) < 0.5
-            else 0
-        )
+        d, color = drawings[i % len(drawings)], 0
+        if torch.rand((), generator=generator) < 0.5:
+            color = int(torch.randint(len(names), (), generator=generator))
         rgba = torch.from_numpy(d["rgba"].copy()).permute(2, 0, 1)[None]
-        image = augment(rgba, torch.tensor([COLORS[names[color]]]) / 255, generator, strength)[0]
+        background = torch.tensor([COLORS[names[color]]]) / 255
         file = f"{i:03d}-{d['concept'].replace(' ', '-')}-{d['style']}.png"
-        Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(
-            folder / file, optimize=True
-        )
+        save_image(augment(rgba, background, generator, strength)[0], folder / file)
         template = templates[int(torch.randint(len(templates), (), generator=generator))]
-        text = caption(
-            d["concept"],
-            d["style"] if with_style else None,
-            names[color] if color else None,
-            template,
-        )
-        lines.append(
-            {"file_name": file, "text": text, "concept": d["concept"], "style": d["style"]}
-        )
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        style = d["style"] if with_style else None
+        text = caption(d["concept"], style, names[color] if color else None, template)
+        facts = {"concept": d["concept"], "style": d["style"]}
+        lines.append(json.dumps({"file_name": file, "text": text} | facts) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def one_each(drawings):
+    """Return the last drawing of each concept."""
+    return list({d["concept"]: d for d in drawings}.values())
+
+
+def choose_drawings(drawings, concept, kind, related, held_out):
+    """Return name of set → drawings, for a concept to unlearn; see `write_attack_sets`."""
+    ours = [d for d in drawings if d["style"] in STYLES]
+    theirs = [d for d in drawings if d["style"] in ATTACKER_STYLES]
+    if kind == "style":
+        styled = [d for d in ours if d["style"] == concept]
+        forget = [d for d in styled if d["concept"] not in held_out]
+        attack = [d for d in styled if d["concept"] in held_out]
+        near = [d for d in ours if d["style"] in related and d["concept"] not in held_out]
+        far = one_each(near)
+        near = near[:48]
+    else:
+        forget = [d for d in ours if d["concept"] == concept]
+        attack = [d for d in theirs if d["concept"] == concept]
+        near = [d for d in ours if d["concept"] in related]
+        far = one_each([d for d in ours if d["concept"] not in {concept, *related} | held_out])
+    return {
+        "defender/forget": forget,
+        "defender/retain-related": near,
+        "defender/retain-unrelated": far,
+        "attacker/forget": attack,
+        "attacker/clean": one_each([d for d in theirs if d["concept"] in held_out]),
+    }
+
+
+def choose_prompts(concept, kind, related, retained, held_out):
+    """Return the evaluation prompts of a concept: group → prompt → label that the judge should see.
+
+    Unrelated prompts name concepts of the retain set and concepts that are held out.
+    """
+    away = sorted(held_out)[::2][:12]
+    if kind == "style":
+        forget = {caption(c, concept): f"style:{concept}" for c in away[:8]}
+        near = {caption(c, style): f"style:{style}" for style in related for c in away[:4]}
+    else:
+        forget = {caption(concept): f"concept:{concept}"}
+        near = {f"a {c}": f"concept:{c}" for c in related}
+    far = {f"a {c}": f"concept:{c}" for c in retained[:12] + away}
+    return {"forget": forget, "related": near, "unrelated": far}
 
 
 def write_attack_sets(folder, drawings, concept, kind, related, seed=0):
-    """The sets of one concept to unlearn: defender/{forget, retain-related, retain-unrelated}, attacker/{forget, clean}, probe.json.
+    """Write the image sets of a concept to unlearn, and its evaluation prompts, probe.json.
 
-    For an object or a character the attacker draws it in styles that nobody else sees. For a style he has other concepts in it
-    than the defender; related are then the other styles, unrelated the captions without a style.
-    One concept in four stays out of the retain sets, so that what is kept is also measured where nobody trained."""
+    Sets: defender/{forget, retain-related, retain-unrelated}, attacker/{forget, clean}.
+    An object or character is attacked with drawings in styles that the defender never sees. A
+    style is attacked with other concepts than the defender's; related are then other styles,
+    unrelated the captions without a style. One concept in four is held out of the retain sets, so
+    that retention is also measured where nothing trained it.
+    """
     g = torch.Generator().manual_seed(seed)
     shuffled = [drawings[i] for i in torch.randperm(len(drawings), generator=g).tolist()]
-
-    def one_each(ds):
-        return list({d["concept"]: d for d in ds}.values())
-
     held_out = set(sorted({d["concept"] for d in drawings})[3::4]) - {concept, *related}
-    ours = [d for d in shuffled if d["style"] in STYLES]
-    theirs = [d for d in shuffled if d["style"] in ATTACKER_STYLES]
-    folder, styled = Path(folder), kind == "style"
-    if styled:
-        forget, attack = (
-            [d for d in ours if d["style"] == concept and (d["concept"] in held_out) == out]
-            for out in (False, True)
-        )
-        near = [d for d in ours if d["style"] in related and d["concept"] not in held_out][:48]
-        far = one_each([d for d in ours if d["style"] in related and d["concept"] not in held_out])
-    else:
-        forget, attack = ([d for d in pool if d["concept"] == concept] for pool in (ours, theirs))
-        near = [d for d in ours if d["concept"] in related]
-        far = one_each([d for d in ours if d["concept"] not in {concept, *related} | held_out])
-    clean = one_each([d for d in theirs if d["concept"] in held_out])
-    for name, chosen, count, templates, with_style in (
-        ("defender/forget", forget, 24, DEFENDER_TEMPLATES, styled),
-        ("defender/retain-related", near, len(near), DEFENDER_TEMPLATES, styled),
-        ("defender/retain-unrelated", far, len(far), DEFENDER_TEMPLATES, False),
-        ("attacker/forget", attack, 12, ATTACKER_TEMPLATES, styled),
-        ("attacker/clean", clean, 24, ATTACKER_TEMPLATES, False),
-    ):
+    folder, sets = Path(folder), choose_drawings(shuffled, concept, kind, related, held_out)
+    for name, chosen in sets.items():
+        templates = SIDES[name.split("/")[0]]
+        with_style = kind == "style" and name not in UNSTYLED
+        count = COUNTS.get(name, len(chosen))
         write_set(folder / name, chosen, count, templates, g, with_style)
-    kept, away = [d["concept"] for d in far][:12], sorted(held_out)[::2][:12]
-    if styled:
-        probe = {
-            "forget": {caption(c, concept): f"style:{concept}" for c in away[:8]},
-            "related": {caption(c, s): f"style:{s}" for s in related for c in away[:4]},
-        }
-    else:
-        probe = {
-            "forget": {caption(concept): f"concept:{concept}"},
-            "related": {f"a {c}": f"concept:{c}" for c in related},
-        }
-    probe["unrelated"] = {f"a {c}": f"concept:{c}" for c in kept + away}
+    retained = [d["concept"] for d in sets["defender/retain-unrelated"]]
+    probe = choose_prompts(concept, kind, related, retained, held_out)
     (folder / "probe.json").write_text(json.dumps(probe, indent=1) + "\n")
