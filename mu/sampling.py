@@ -1,11 +1,19 @@
 """Sample images with a pipeline."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from mu.models import predict_noise, stack
 from mu.parallel import gather_rows, local_shard
+
+
+class Sampling(NamedTuple):
+    """How judged images are sampled: DDIM with classifier-free guidance."""
+
+    guidance: float = 5.0  # scale; 1 is none
+    steps: int = 25
 
 
 def images_per_batch(pipe):

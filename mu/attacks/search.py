@@ -1,322 +1,254 @@
-"""Attacks that change no weight: a few words of the text encoder's own vocabulary that make an unlearned model draw its concept.
+"""Attacks by prompts: a few words that make an unlearned model draw its concept again.
 
-What they share: `words`, of which a prompt can be made that is read as it was meant, and `stand_in`, which lets the text encoder(s) read other vectors in the place of
-some words, with gradient. (One learned vector for a word, concept inversion, is trained: `mu.attacks.finetune.learned_word`.)"""
+No weight changes. The words come from the text encoder's own vocabulary, so a prompt is read as it
+was meant; `stand_in` makes the text encoders read other embeddings in their place, with gradient.
+(Learning one embedding is an attack by training: `mu.attacks.finetune.inversion`.)
+"""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from mu.attacks.tokens import embeddings, stand_in, swapped, words
-from mu.meta import descend
+from mu.attacks.tokens import embeddings, split_words, stand_in, swapped, words
+from mu.losses import Inputs, Term, draw_minibatch, gradients, predictions, squared_errors
 from mu.models import encode_prompts, select
-from mu.objectives import draw_minibatch, gradients, predictions, squared_errors
+from mu.optimizers import descend
+
+SEARCHES = ("random", "unlearn-diff-atk", "p4d", "ring-a-bell")
 
 
 @dataclass(frozen=True)
-class Sought:
-    step: int  # steps done, this one included
-    loss: float  # of the prompt below, on this step's noise; nan where the attack has none
-    prompt: str  # as it stands: at the step's start by gradient, the best so far by the genetic algorithm
+class SearchStep:
+    """What one step of a search found."""
+
+    step: int  # number of steps done, this one included
+    loss: float  # of the prompt, on this step's noise; nan if the search has none
+    prompt: str  # at the step's start by gradient, the best so far by the genetic algorithm
     passes: int  # forward passes of the UNet
     seconds: float
 
 
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search for words, as a notebook's parameters describe it."""
+
+    count: int = 3  # words before the prompt
+    steps: int = 40
+    lr: float = 0.1
+    batch_size: int = 8
+    strength: float = 3.0  # Ring-A-Bell: coefficient of the concept's direction
+    population: int = 64  # Ring-A-Bell: of the genetic algorithm
+    mutation: float = 0.25  # Ring-A-Bell: share of children with one random word
+    without: tuple[str, ...] = ()  # texts whose words may not be used
+    loss_scale: float = 1.0  # see `mu.losses.gradients`
+
+
 def opposed(captions, name, others):
-    """Pairs (caption, the caption with another thing in the place of `name`, the `others` in turn) for `ring_a_bell`. Raises ValueError for a caption without the name."""
-    pairs = [
-        (caption, swapped(caption, name, others[i % len(others)]))
-        for i, caption in enumerate(captions)
-    ]
-    for caption, other in pairs:
+    """Return pairs (caption, caption with another thing in place of `name`) for `ring_a_bell`.
+
+    Raises ValueError for a caption without the name.
+    """
+    pairs = []
+    for i, caption in enumerate(captions):
+        other = swapped(caption, name, others[i % len(others)])
         if caption == other:
             raise ValueError(
-                f"{caption!r} does not hold the word {name!r}, so that it shows no way to the concept: say what the captions call it (called)"
+                f"{caption!r} does not hold the word {name!r}: set concept_token to the concept's "
+                "name in the captions"
             )
+        pairs.append((caption, other))
     return pairs
 
 
-def _simplex(u):
-    """The nearest point to each row that is a probability: non-negative, with sum 1 (Duchi et al. 2008)."""
+def random_words(pipe, prompt, config, seed=0):
+    """Yield random words before a prompt: the baseline that a search has to beat."""
+    known, _ = known_words(pipe, prompt, config)
+    g = torch.Generator().manual_seed(seed)
+    for step in range(1, config.steps + 1):
+        index = torch.randint(len(known), (config.count,), generator=g)
+        found = " ".join([*(known[i] for i in index.tolist()), prompt])
+        yield SearchStep(step, float("nan"), found, 0, 0.0)
+
+
+def unlearn_diff_atk(pipe, concept_set, prompt, config, seed=0):
+    """Search words with which the unlearned model denoises the concept's images; yields steps.
+
+    UnlearnDiffAtk (Zhang et al. 2024): min over words w of E ‖ε − ε_θ(z_t, t, c(w, prompt))‖², a
+    mean over elements, t over all timesteps, z_0 from concept_set. Signed gradient steps on the
+    simplex over the vocabulary, projected back; straight through the likeliest word. Raises
+    ValueError for a vocabulary that is too small, FloatingPointError for a loss that is not finite.
+    """
+
+    def target(batch):
+        return batch.noise, 0
+
+    yield from search_by_gradient(pipe, concept_set, prompt, simplex_words, target, config, seed)
+
+
+def p4d(pipe, original, concept_set, prompt, config, seed=0):
+    """Search words with which the unlearned model predicts what the original does without them.
+
+    P4D (Chin et al. 2024): min over words w of E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(w,
+    prompt))‖². AdamW steps on free embeddings, straight through the nearest words' embeddings.
+    original: ε_0, the UNet before unlearning. Yields and raises as `unlearn_diff_atk`.
+    """
+    rows = torch.zeros(config.batch_size, dtype=torch.long)
+    plain = select(encode_prompts(pipe, [prompt]), rows)
+
+    def target(batch):
+        inputs = Inputs(batch.inputs.latents, batch.inputs.timesteps, plain)
+        return predictions(original, [inputs])[0], 1
+
+    yield from search_by_gradient(pipe, concept_set, prompt, free_words, target, config, seed)
+
+
+def search_by_gradient(pipe, concept_set, prompt, variables, target, config, seed):
+    """Search words by the gradient of E ‖target − ε_θ(z_t, t, c(words, prompt))‖²; yields steps.
+
+    variables: see `simplex_words`. target: minibatch → (tensor, passes of a UNet).
+    """
+    known, places = known_words(pipe, prompt, config)
+    text, g = " ".join([*places, prompt]), torch.Generator().manual_seed(seed)
+    start = torch.randint(len(known), (config.count,), generator=g)
+    read, update = variables(pipe, known, start, config.lr)
+    rows = torch.zeros(config.batch_size, dtype=torch.long)
+    for step in range(1, config.steps + 1):
+        began = time.perf_counter()
+        parameters, index, vectors = read()
+        with stand_in(pipe, places, vectors):
+            conditioning = select(encode_prompts(pipe, [text]), rows)
+        batch = draw_minibatch(concept_set, pipe.scheduler, config.batch_size, g)
+        wanted, passes = target(batch)
+        inputs = Inputs(batch.inputs.latents, batch.inputs.timesteps, conditioning)
+        loss = squared_errors(pipe.unet, [Term("prompt", 1.0, inputs, wanted)])[0]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of the prompt is {loss.item()} in step {step}: the model has diverged, "
+                f"or the search needs a lower lr than {config.lr:g}"
+            )
+        update(gradients(loss, parameters, config.loss_scale))
+        found = " ".join([*(known[i] for i in index.tolist()), prompt])
+        yield SearchStep(step, loss.item(), found, 1 + passes, time.perf_counter() - began)
+
+
+def simplex_words(pipe, known, start, lr):
+    """Return UnlearnDiffAtk's (read, update): per place a point on the simplex over the words.
+
+    read() returns (parameters, index of each place's word, embeddings with gradient).
+    """
+    tables = embeddings(pipe, known)
+    u = torch.nn.functional.one_hot(start, len(known)).float().to(tables[0].device)
+    u.requires_grad_(True)
+
+    def read():
+        index = u.argmax(-1)
+        hard = torch.nn.functional.one_hot(index, len(known)).float()
+        straight = hard + u - u.detach()
+        return [u], index, [straight.to(table) @ table for table in tables]
+
+    def update(gradient):
+        u.data = project_to_simplex(u.data - lr * gradient[0].sign())
+
+    return read, update
+
+
+def free_words(pipe, known, start, lr):
+    """Return P4D's (read, update): per place a free embedding, read as the nearest (cosine)."""
+    tables = embeddings(pipe, known)
+    vectors = [table[start.to(table.device)].clone().requires_grad_(True) for table in tables]
+    optimizer = torch.optim.AdamW(vectors, lr=lr, weight_decay=0.1)
+    unit = torch.nn.functional.normalize
+    pairs = list(zip(vectors, tables, strict=True))
+
+    def read():
+        index = sum(unit(v.detach()) @ unit(table).T for v, table in pairs).argmax(-1)
+        return vectors, index, [table[index] + v - v.detach() for v, table in pairs]
+
+    return read, partial(descend, vectors, optimizer=optimizer)
+
+
+def project_to_simplex(u):
+    """Return the nearest probabilities to each row (Duchi et al. 2008)."""
     ordered = u.sort(descending=True).values
     excess = (ordered.cumsum(-1) - 1) / torch.arange(1, u.shape[-1] + 1, device=u.device)
     last = (ordered > excess).sum(-1, keepdim=True) - 1
     return (u - excess.gather(-1, last)).clamp(min=0)
 
 
-def _known(pipe, prompt, without, count):
-    """The words that may be chosen, and `count` of them, none of the prompt's, that only mark the places in the text."""
-    known = words(pipe, without)
-    places = [word for word in known if word not in prompt.lower().replace(",", " ").split()][
-        :count
-    ]
-    if len(places) < count:
+def known_words(pipe, prompt, config):
+    """Return the words to choose from, and placeholders that do not occur in the prompt.
+
+    Raises ValueError if there are fewer than `config.count`.
+    """
+    known = words(pipe, config.without)
+    places = [word for word in known if word not in split_words(prompt)][: config.count]
+    if len(places) < config.count:
         raise ValueError(
-            f"{count} words before {prompt!r}: the vocabulary has only {len(known)} whole words that may be used; ask for fewer"
+            f"{config.count} words before {prompt!r}, but only {len(known)} whole words may be "
+            "used: choose a lower count, or forbid fewer words"
         )
     return known, places
 
 
-def _before(chosen, prompt):
-    return " ".join([*chosen, prompt])
-
-
-def _one_hot(pipe, known, start, lr):
-    """UnlearnDiffAtk's variables: (read, update). One row a place on the simplex over the words, moved by signed gradients; its likeliest word is read."""
-    tables = embeddings(pipe, known)
-    u = (
-        torch.nn.functional.one_hot(start, len(known))
-        .float()
-        .to(tables[0].device)
-        .requires_grad_(True)
-    )
-
-    def read():
-        index = u.argmax(-1)
-        hard = torch.nn.functional.one_hot(index, len(known)).float()
-        return [u], index, [(hard + u - u.detach()).to(table) @ table for table in tables]
-
-    def update(gradient):
-        u.data = _simplex(u.data - lr * gradient[0].sign())
-
-    return read, update
-
-
-def _free(pipe, known, start, lr):
-    """P4D's variables: (read, update). One free vector a place, moved by AdamW; the nearest word's vector (cosine) is read."""
-    tables = embeddings(pipe, known)
-    vectors = [table[start.to(table.device)].clone().requires_grad_(True) for table in tables]
-    optimizer, unit = (
-        torch.optim.AdamW(vectors, lr=lr, weight_decay=0.1),
-        torch.nn.functional.normalize,
-    )
-
-    def read():
-        index = sum(
-            unit(v.detach()) @ unit(table).T for v, table in zip(vectors, tables, strict=False)
-        ).argmax(-1)
-        return (
-            vectors,
-            index,
-            [table[index] + v - v.detach() for v, table in zip(vectors, tables, strict=False)],
-        )
-
-    return read, lambda gradient: descend(vectors, gradient, optimizer)
-
-
-def _descend(
-    pipe,
-    concept_set,
-    prompt,
-    variables,
-    target,
-    count,
-    steps,
-    lr,
-    batch_size,
-    without,
-    seed,
-    loss_scale,
-):
-    """Search words before a prompt by the gradient of E ‖target − ε_θ(z_t, t, c(words, prompt))‖², straight through the choice of words."""
-    known, places = _known(pipe, prompt, without, count)
-    g, text = torch.Generator().manual_seed(seed), _before(places, prompt)
-    read, update = variables(pipe, known, torch.randint(len(known), (count,), generator=g), lr)
-    for step in range(1, steps + 1):
-        began = time.perf_counter()
-        parameters, index, vectors = read()
-        with stand_in(pipe, places, vectors):
-            conditioning = select(
-                encode_prompts(pipe, [text]), torch.zeros(batch_size, dtype=torch.long)
-            )
-        batch = draw_minibatch(concept_set, pipe.scheduler, batch_size, g)
-        wanted, passes = target(batch)
-        loss = squared_errors(
-            pipe.unet, (batch.noisy_latents, batch.timesteps, conditioning, wanted)
-        )[0]
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"not finite: the loss of the prompt is {loss.item()} at step {step}; the model has diverged, or a lower lr than {lr:g} is needed"
-            )
-        update(gradients(loss, parameters, loss_scale))
-        yield Sought(
-            step,
-            loss.item(),
-            _before([known[i] for i in index.tolist()], prompt),
-            1 + passes,
-            time.perf_counter() - began,
-        )
-
-
-def unlearn_diff_atk(
-    pipe,
-    concept_set,
-    prompt,
-    *,
-    count=3,
-    steps=40,
-    lr=0.1,
-    batch_size=8,
-    without=(),
-    seed=0,
-    loss_scale=1.0,
-):
-    """UnlearnDiffAtk (Zhang et al. 2024): words before a prompt with which the unlearned model denoises the concept's images. Yields `Sought`.
-
-    min over words w of E ‖ε − ε_θ(z_t, t, c(w, prompt))‖² (mean over elements, t over all timesteps, z_0 from concept_set); signed gradient steps of `lr` on the simplex over the
-    vocabulary, projected back; straight through the likeliest word. It needs images of the concept and no other model. count: words; without: texts whose words
-    may not be used (those of the prompt may); loss_scale: of `mu.objectives.gradients`. The pipeline is left as it is. Raises ValueError where the vocabulary is too small,
-    FloatingPointError for a loss that is not finite."""
-    yield from _descend(
-        pipe,
-        concept_set,
-        prompt,
-        _one_hot,
-        lambda batch: (batch.noise, 0),
-        count,
-        steps,
-        lr,
-        batch_size,
-        without,
-        seed,
-        loss_scale,
-    )
-
-
-def p4d(
-    pipe,
-    original,
-    concept_set,
-    prompt,
-    *,
-    count=3,
-    steps=40,
-    lr=0.1,
-    batch_size=8,
-    without=(),
-    seed=0,
-    loss_scale=1.0,
-):
-    """P4D (Chin et al. 2024): words before a prompt with which the unlearned model predicts what the original one predicts for the prompt alone. Yields `Sought`.
-
-    min over words w of E ‖ε_0(z_t, t, c(prompt)) − ε_θ(z_t, t, c(w, prompt))‖²; AdamW steps of `lr` on free vectors, straight through the nearest words' vectors.
-    original: ε_0, the UNet before unlearning. The rest is as in `unlearn_diff_atk`."""
-    plain = select(encode_prompts(pipe, [prompt]), torch.zeros(batch_size, dtype=torch.long))
-
-    def target(batch):
-        return (
-            *predictions(original, (batch.noisy_latents, batch.timesteps, plain)),
-            1,
-        )
-
-    yield from _descend(
-        pipe,
-        concept_set,
-        prompt,
-        _free,
-        target,
-        count,
-        steps,
-        lr,
-        batch_size,
-        without,
-        seed,
-        loss_scale,
-    )
-
-
 @torch.no_grad()
-def ring_a_bell(
-    pipe,
-    prompt,
-    pairs,
-    *,
-    strength=3.0,
-    count=8,
-    steps=100,
-    population=64,
-    mutation=0.25,
-    without=(),
-    seed=0,
-):
-    """Words whose text encoding is that of the prompt moved towards the concept (Ring-A-Bell, Tsai et al. 2024). Yields `Sought`, one a generation.
+def ring_a_bell(pipe, prompt, pairs, config, seed=0):
+    """Search words whose encoding is the prompt's, moved towards the concept; yields generations.
 
-    min over words of ‖f(words) − f(prompt) − strength · mean_i [f(with_i) − f(without_i)]‖² (mean over elements), f: the states of the text encoder(s), by a genetic
-    algorithm: the better half stays, children take each word from one of two parents, and a share `mutation` of them one random word. pairs: (text with
-    the concept, the same text without). No UNet and no image is needed, so one result serves all models with this text encoder."""
-    known, _ = _known(pipe, prompt, without, count)
-    g, states = (
-        torch.Generator().manual_seed(seed),
-        lambda texts: encode_prompts(pipe, texts)["encoder_hidden_states"].float(),
-    )
-    target = states([prompt]) + strength * (
-        states([a for a, _ in pairs]) - states([b for _, b in pairs])
-    ).mean(0)
-    genes = torch.randint(len(known), (population, count), generator=g)
+    Ring-A-Bell (Tsai et al. 2024): min over words of ‖f(words) − f(prompt) − strength ·
+    mean_i [f(with_i) − f(without_i)]‖², a mean over elements, f: states of the text encoder. A
+    genetic algorithm: the better half survives, children take each word from one of two parents,
+    and some get one random word. pairs: (text with the concept, the same text without). Needs
+    neither UNet nor images, so one result serves all models with this text encoder.
+    """
+    known, _ = known_words(pipe, prompt, config)
+    g = torch.Generator().manual_seed(seed)
 
-    def said(gene):
+    def states(texts):
+        return encode_prompts(pipe, texts)["encoder_hidden_states"].float()
+
+    def text(gene):
         return " ".join(known[i] for i in gene.tolist())
 
-    for step in range(1, steps + 1):
+    direction = states([a for a, _ in pairs]) - states([b for _, b in pairs])
+    target = states([prompt]) + config.strength * direction.mean(0)
+    genes = torch.randint(len(known), (config.population, config.count), generator=g)
+    for step in range(1, config.steps + 1):
         began = time.perf_counter()
-        losses = (states([said(gene) for gene in genes]) - target).pow(2).mean((1, 2))
+        losses = (states([text(gene) for gene in genes]) - target).pow(2).mean((1, 2))
         order = losses.cpu().argsort()
         genes, best = genes[order], losses[order[0].to(losses.device)].item()
-        yield Sought(step, best, said(genes[0]), 0, time.perf_counter() - began)
-        kept = genes[: population // 2]
-        parents = kept[torch.randint(len(kept), (2, population - len(kept)), generator=g)]
-        children = torch.where(torch.rand(parents[0].shape, generator=g) < 0.5, *parents)
-        changed = torch.rand(len(children), generator=g) < mutation
-        where = torch.randint(count, (len(children),), generator=g)
-        children[changed, where[changed]] = torch.randint(
-            len(known), (int(changed.sum()),), generator=g
-        )
-        genes = torch.cat([kept, children])
+        yield SearchStep(step, best, text(genes[0]), 0, time.perf_counter() - began)
+        genes = next_generation(genes, len(known), config.mutation, g)
 
 
-def random_words(pipe, prompt, *, count=3, steps=40, without=(), seed=0):
-    """Random words before a prompt: the floor that an attack by prompts has to beat. Yields `Sought`, a new draw each step."""
-    known, _ = _known(pipe, prompt, without, count)
-    g = torch.Generator().manual_seed(seed)
-    for step in range(1, steps + 1):
-        chosen = [known[i] for i in torch.randint(len(known), (count,), generator=g).tolist()]
-        yield Sought(step, float("nan"), _before(chosen, prompt), 0, 0.0)
+def next_generation(genes, vocabulary, mutation, generator):
+    """Return the better half of sorted genes and its children."""
+    kept = genes[: len(genes) // 2]
+    index = torch.randint(len(kept), (2, len(genes) - len(kept)), generator=generator)
+    parents = kept[index]
+    children = torch.where(torch.rand(parents[0].shape, generator=generator) < 0.5, *parents)
+    mutated = torch.rand(len(children), generator=generator) < mutation
+    place = torch.randint(genes.shape[1], (len(children),), generator=generator)
+    new = torch.randint(vocabulary, (int(mutated.sum()),), generator=generator)
+    children[mutated, place[mutated]] = new
+    return torch.cat([kept, children])
 
 
-SEARCHES = ("random", "unlearn-diff-atk", "p4d", "ring-a-bell")
+def make_search(search, pipe, original, concept_set, pairs, config, seed=0) -> Callable:
+    """Return a function prompt → generator of `SearchStep` of a search by its name.
 
-
-def seeker(
-    search,
-    pipe,
-    original,
-    concept_set,
-    pairs=(),
-    *,
-    count=3,
-    steps=40,
-    lr=0.1,
-    batch_size=8,
-    strength=3.0,
-    population=64,
-    without=(),
-    seed=0,
-    loss_scale=1.0,
-):
-    """The function prompt → generator of `Sought` of a search by its name, with those of the parameters that it has. Raises ValueError for an unknown name."""
-    common = dict(count=count, steps=steps, without=without, seed=seed)
-    descent = dict(lr=lr, batch_size=batch_size, loss_scale=loss_scale)
-    found = {
-        "random": lambda prompt: random_words(pipe, prompt, **common),
-        "unlearn-diff-atk": lambda prompt: unlearn_diff_atk(
-            pipe, concept_set, prompt, **descent, **common
-        ),
-        "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, **descent, **common),
-        "ring-a-bell": lambda prompt: ring_a_bell(
-            pipe, prompt, pairs, strength=strength, population=population, **common
-        ),
+    original, concept_set, pairs: for the searches that need them. Raises ValueError for an unknown
+    name.
+    """
+    searches = {
+        "random": lambda prompt: random_words(pipe, prompt, config, seed),
+        "unlearn-diff-atk": lambda p: unlearn_diff_atk(pipe, concept_set, p, config, seed),
+        "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, config, seed),
+        "ring-a-bell": lambda prompt: ring_a_bell(pipe, prompt, pairs, config, seed),
     }
-    if search not in found:
-        raise ValueError(f"unknown search {search!r}: allowed are {', '.join(SEARCHES)}")
-    return found[search]
+    if search not in searches:
+        raise ValueError(f"unknown search {search!r}: choose {', '.join(SEARCHES)}")
+    return searches[search]

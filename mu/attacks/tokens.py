@@ -9,60 +9,62 @@ from mu.models import text_encoders
 
 
 def tokenizers(pipe):
-    """The one or two tokenizers of a pipeline, in the order of `text_encoders`."""
-    return [
-        part for part in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if part is not None
-    ]
+    """Return the one or two tokenizers of a pipeline, in the order of `text_encoders`."""
+    parts = (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
+    return [part for part in parts if part is not None]
+
+
+def split_words(text):
+    """Return the words of a prompt, in lower case."""
+    return text.lower().replace(",", " ").split()
 
 
 def words(pipe, without=()):
-    """Words that are one token of every tokenizer and are read as themselves, sorted; none that occurs in the texts `without`.
+    """Return the words that every tokenizer reads as one token; none of the texts `without`.
 
-    A prompt of such words is read as the attack meant it: pieces of words would be joined anew when their text is read."""
-    left_out = {word for text in without for word in text.lower().replace(",", " ").split()}
-    common = set.intersection(
-        *(
-            {t.removesuffix("</w>") for t in tokenizer.get_vocab() if t.endswith("</w>")}
-            for tokenizer in tokenizers(pipe)
-        )
-    )
-    known = sorted(
-        word
-        for word in common
-        if word.isascii() and word.isalpha() and word == word.lower() and word not in left_out
-    )
-    whole = (
-        [[len(ids) == 3 for ids in tokenizer(known).input_ids] for tokenizer in tokenizers(pipe)]
-        if known
-        else []
-    )
-    return [word for word, *fits in zip(known, *whole, strict=False) if all(fits)]
+    A prompt of such words is read as the attack meant it: pieces of words would merge.
+    """
+    vocabularies = [
+        {token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")}
+        for tokenizer in tokenizers(pipe)
+    ]
+    common = set.intersection(*vocabularies)
+    left_out = {word for text in without for word in split_words(text)}
+    plain = {word for word in common if word.isascii() and word.isalpha() and word == word.lower()}
+    known = sorted(plain - left_out)
+    for tokenizer in tokenizers(pipe):
+        if known:
+            ids = tokenizer(known).input_ids  # start, the word, end
+            known = [word for word, tokens in zip(known, ids, strict=True) if len(tokens) == 3]
+    return known
 
 
 def ids_of(pipe, chosen):
-    """Token ids of words, a list for each tokenizer."""
+    """Return the token ids of words, one list per tokenizer."""
     return [[tokenizer(word).input_ids[1] for word in chosen] for tokenizer in tokenizers(pipe)]
 
 
-def _whole(name):
-    return re.compile(
-        rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE
-    )  # as a tokenizer reads it: no part of a longer word, in any case
+def whole_word(name):
+    """Return a pattern of the whole word (or words) `name`, in any case, as tokenizers read it."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
 
 
 def holds(text, name):
-    """Whether the text has the whole word (or words) `name`, beside whatever marks."""
-    return bool(_whole(name).search(text))
+    """Return whether `name` occurs in the text as a whole word."""
+    return bool(whole_word(name).search(text))
 
 
 def swapped(text, name, other):
-    """The text with `other` in the place of the whole word (or words) `name`."""
-    return _whole(name).sub(lambda _: other, text)
+    """Return the text with `other` in place of the whole word `name`."""
+    return whole_word(name).sub(lambda _: other, text)
 
 
 @contextlib.contextmanager
 def stand_in(pipe, chosen, vectors):
-    """Inside the block the text encoder(s) read `vectors[e][k]` (e: encoder, k: word) where the k-th of the words `chosen` stands. Gradients reach the vectors."""
+    """Make the text encoders read `vectors[e][k]` for the k-th of the words `chosen`, in the block.
+
+    e: the text encoder. Gradients reach the vectors.
+    """
 
     def reader(ids, given):
         def replace(_, inputs, output):
@@ -72,11 +74,10 @@ def stand_in(pipe, chosen, vectors):
 
         return replace
 
+    parts = zip(text_encoders(pipe), ids_of(pipe, chosen), vectors, strict=True)
     hooks = [
         encoder.get_input_embeddings().register_forward_hook(reader(ids, given))
-        for encoder, ids, given in zip(
-            text_encoders(pipe), ids_of(pipe, chosen), vectors, strict=False
-        )
+        for encoder, ids, given in parts
     ]
     try:
         yield
@@ -86,8 +87,6 @@ def stand_in(pipe, chosen, vectors):
 
 
 def embeddings(pipe, chosen):
-    """Rows of the text encoders' embedding tables for words: a tensor (words, width) for each encoder."""
-    return [
-        encoder.get_input_embeddings().weight.detach()[ids]
-        for encoder, ids in zip(text_encoders(pipe), ids_of(pipe, chosen), strict=False)
-    ]
+    """Return the embeddings of words, a tensor (words, width) for each text encoder."""
+    parts = zip(text_encoders(pipe), ids_of(pipe, chosen), strict=True)
+    return [encoder.get_input_embeddings().weight.detach()[ids] for encoder, ids in parts]

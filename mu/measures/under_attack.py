@@ -1,273 +1,212 @@
-"""Carry out attacks and evaluate the model on the way."""
+"""Carry out attacks and evaluate the model on the way.
+
+An attack's folder gets step-NNNN.json (rows of `mu.measures.evaluate.evaluate`) and .png for each
+evaluated step, and budget.json: what the attacker has spent until then, without the evaluation.
+"""
 
 import math
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from mu.attacks.search import Sought
-from mu.concepts.probe import join, make_probe
+from mu.attacks.search import SearchStep
+from mu.concepts.probe import Probe, join, make_probe
 from mu.files import atomic, read_json, save_json
 from mu.measures.evaluate import evaluate, evaluate_step
 from mu.models import without_lora
+from mu.parallel import Runtime
 from mu.runs.folder import resume, run_loop
-from mu.sampling import images_per_batch
+from mu.sampling import Sampling, images_per_batch
 from mu.train import finetune
 
+CANDIDATE_SEED = 10_000  # first seed of the images that an attacker draws to choose a prompt
+COSTS = ("passes", "seconds")
 
-def _reached(checkpoint):
-    """Steps done where a checkpoint was saved; 0 without one."""
+
+@dataclass(frozen=True)
+class Schedule:
+    """How an attack proceeds, and when the model is evaluated."""
+
+    at: tuple[int, ...] = (0, 25, 50, 100)  # steps after which the probe is drawn and judged
+    batch_size: int = 8
+    runtime: Runtime = Runtime()
+    sampling: Sampling = Sampling()
+
+    def files(self, folder):
+        """Return step → file of its rows, in the order of steps."""
+        return {step: Path(folder) / f"step-{step:04d}.json" for step in sorted(self.at)}
+
+
+def attack_run(folder, pipe, judge, make_attack, schedule, before=None, progress=None):
+    """Carry out an attack on the pipeline; draw and judge its probe after each scheduled step.
+
+    make_attack: function without arguments that returns the `Attack`. before: (rows, PNG) of step
+    0 if it was evaluated already. progress: wraps the records (tqdm). A killed attack resumes to
+    the same numbers, from its start if the schedule has a new step before its checkpoint; a
+    finished one is only read (`open_run` compares parameters). The UNet gets its weights back.
+    Returns rows, each with its "step".
+    """
+    folder, files = Path(folder), schedule.files(folder)
+    if before and 0 in files and not files[0].exists():
+        with atomic(files[0].with_suffix(".png")) as temporary:
+            shutil.copyfile(before[1], temporary)
+        save_json([row | {"step": 0} for row in before[0]], files[0])
+    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
+        weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]
+        try:
+            attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress or iter)
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(without_lora(pipe.unet).parameters()), weights)
+    return [row for file in files.values() for row in read_json(file)]
+
+
+def attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress):
+    """Train to each scheduled step and evaluate where that is missing; write budget.json."""
+    files, checkpoint = schedule.files(folder), folder / "checkpoint.safetensors"
+    reached = steps_done(checkpoint)
+    if any(not file.exists() and step < reached for step, file in files.items()):
+        checkpoint.unlink()
+    began = time.perf_counter()
+    attack = make_attack()
+    prepared = {"passes": attack.passes, "seconds": time.perf_counter() - began}
+    state = resume(folder, attack.state)
+    options = dict(batch_size=schedule.batch_size, runtime=schedule.runtime)
+    options |= dict(mixed_set=attack.mixed_set, mixed_weight=attack.mixed_weight)
+    for step, file in files.items():
+        if state.step < step:  # also where it was evaluated: the budget is of the whole way
+            loop = finetune(state, pipe.scheduler, attack.concept_set, steps=step, **options)
+            for _ in progress(run_loop(folder, state, loop)):
+                pass
+        if not file.exists():
+            evaluate_step(pipe, judge, attack.probe(), step, file, *schedule.sampling)
+    records = read_json(folder / "records.json", [])
+    save_budget(folder, files, attack.images, records, prepared)
+    checkpoint.unlink(missing_ok=True)
+
+
+def steps_done(checkpoint):
+    """Return the number of steps of a saved state; 0 without one."""
     if not checkpoint.exists():
         return 0
     with safe_open(checkpoint, "pt") as saved:
         return int(saved.get_tensor("step"))
 
 
-def attack_run(
-    folder,
-    pipe,
-    judge,
-    attack,
-    *,
-    at=(0, 25, 50, 100),
-    batch_size=8,
-    guidance=5.0,
-    sampling_steps=25,
-    accumulation=1,
-    loss_scale=1.0,
-    before=None,
-    progress=lambda records: records,
-):
-    """Carry an attack out on `pipe`; draw and judge its probe after each number of steps in `at`.
+def save_budget(folder, steps, images, records, prepared=None):
+    """Write what an attack has cost until each of `steps`: images, UNet passes, seconds.
 
-    attack: a function without arguments that makes the `Attack`. Writes step-NNNN.json (rows of `evaluate`) and .png into `folder`, and a checkpoint: a killed attack goes
-    on with the same numbers (from its start where `at` has a new step that it had passed), a finished one is only read (whether it had the same parameters is `open_run`'s to
-    say). budget.json: what each of these steps had cost until then: images, passes of the UNet, seconds (of making and training, not of judging). The UNet has its old weights back
-    afterwards.
-    before: (rows, PNG) of the probe at step 0 where it has been judged already, as by another seed of the attack: it is not drawn again. `progress` wraps
-    the records (tqdm). Returns rows, each with its "step"."""
-    folder = Path(folder)
-    files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    weights = [
-        p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()
-    ]  # a GPU has better use for its memory
-    if before and 0 in files and not files[0].exists():
-        with atomic(files[0].with_suffix(".png")) as temporary:
-            shutil.copyfile(before[1], temporary)
-        save_json([row | {"step": 0} for row in before[0]], files[0])
-    try:
-        if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
-            checkpoint = folder / "checkpoint.safetensors"
-            if any(
-                not file.exists() and step < _reached(checkpoint) for step, file in files.items()
-            ):
-                checkpoint.unlink()
-            began = time.perf_counter()
-            made = attack()
-            seconds, state = time.perf_counter() - began, resume(folder, made.state)
-            for step, file in files.items():
-                if (
-                    state.step < step
-                ):  # where it has been judged too: the budget is of the whole way
-                    for _ in progress(
-                        run_loop(
-                            folder,
-                            state,
-                            finetune(
-                                state,
-                                pipe.scheduler,
-                                made.concept_set,
-                                steps=step,
-                                batch_size=batch_size,
-                                others=made.others,
-                                others_weight=made.others_weight,
-                                accumulation=accumulation,
-                                loss_scale=loss_scale,
-                            ),
-                        )
-                    ):
-                        pass
-                if not file.exists():
-                    evaluate_step(pipe, judge, made.probe(), step, file, guidance, sampling_steps)
-            done = read_json(folder / "records.json", [])
+    records: dicts of step, passes, seconds. prepared: costs before the first step.
+    """
+    budget = []
+    for step in steps:
+        spent = {"step": step, "images": images if step else 0}
+        for name in COSTS:
+            done = [record[name] for record in records if record["step"] <= step]
+            spent[name] = ((prepared or {}).get(name, 0) if step else 0) + sum(done)
+        budget.append(spent)
+    save_json(budget, folder / "budget.json")
 
-            def spent(step, name):
-                return sum(record[name] for record in done if record["step"] <= step)
 
-            save_json(
-                [
-                    {
-                        "step": step,
-                        "images": made.images if step else 0,
-                        "passes": (made.passes if step else 0) + spent(step, "passes"),
-                        "seconds": (seconds if step else 0) + spent(step, "seconds"),
-                    }
-                    for step in files
-                ],
-                folder / "budget.json",
+@dataclass(frozen=True)
+class Candidates:
+    """How an attacker chooses among the prompts that a search has found.
+
+    At each scheduled step it draws the latest different prompts, and the best one until then, with
+    seeds of its own, and keeps the one in which the judge recognises the concept most often. With
+    one candidate, or without a judge, it keeps the latest. Published searches choose at every step.
+    """
+
+    number: int = 4  # latest different prompts
+    images_per_prompt: int = 4
+    images: int = 0  # different images that the search uses, for the budget
+
+    def check(self):
+        """Raise ValueError for less than one candidate or image."""
+        if self.number < 1 or self.images_per_prompt < 1:
+            raise ValueError(
+                f"candidates={self.number}, images_per_prompt={self.images_per_prompt}: both must "
+                "be at least 1"
             )
-            checkpoint.unlink(missing_ok=True)
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(without_lora(pipe.unet).parameters()), weights)
-    return [row for file in files.values() for row in read_json(file)]
 
 
-LOOKS_FROM = 10_000  # an attacker's first seed
+def prompt_run(folder, pipe, judge, probe, search, schedule, candidates, progress=None):
+    """Search a prompt in place of each forget prompt; draw and judge it after scheduled steps.
 
-
-def look_at(pipe, judge, said, expected, looks, guidance, sampling_steps, labels=()):
-    """What an attacker sees who draws each of the texts `said` with `looks` seeds of his own, none of them a probe's; the judge chooses among the `labels` of the whole probe. Returns (share recognised for each text, passes of the UNet, seconds)."""
-    began = time.perf_counter()
-    seen = make_probe(
-        pipe, {"forget": dict.fromkeys(said, expected)}, range(LOOKS_FROM, LOOKS_FROM + looks)
-    )
-    rows, _ = evaluate(
-        pipe, judge, replace(seen, labels=labels or seen.labels), guidance, sampling_steps
-    )
-    hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / looks for text in said]
-    return (
-        hits,
-        sampling_steps * math.ceil(len(rows) / images_per_batch(pipe)),
-        time.perf_counter() - began,
-    )
-
-
-def prompt_run(
-    folder,
-    pipe,
-    judge,
-    probe,
-    seek,
-    *,
-    at=(0, 20, 40),
-    tries=4,
-    looks=4,
-    images=0,
-    guidance=5.0,
-    sampling_steps=25,
-    progress=lambda records: records,
-):
-    """Seek something to say in place of each forget prompt of a probe; draw and judge what is found after each number of steps in `at`, with the probe's seeds.
-
-    seek: prompt → generator of `Sought`. At each of these steps the attacker looks (`look_at`) at the last `tries` different prompts and at the best one until then, and keeps the one in which the concept
-    is recognised most often, the latest of equal ones; with one try, or without a judge, it is the last. Published searches do so at every step; random words get as many tries. images: different
-    images that the search uses. Writes into `folder` what `mu.measures.under_attack.attack_run` writes; a finished attack is only read, one that was stopped goes on with the next prompt; where
-    `at` is another, the choice is made anew from the same search, since each look depends on those before. Returns rows, each with its "step",
-    and with the forget prompt as "asked". Raises ValueError for less than one try or look."""
-    if tries < 1 or looks < 1:
-        raise ValueError(
-            f"an attacker tries at least one prompt and looks at least once, got tries={tries}, looks={looks}"
-        )
-    folder = Path(folder)
-    files = {step: folder / f"step-{step:04d}.json" for step in sorted(at)}
-    search, chosen = (
-        read_json(folder / "found.json", {}),
-        lambda made: list(made["kept"]) == [str(step) for step in files],
-    )
-    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]) or not all(
-        map(chosen, search.values())
-    ):
-        asked = {
-            item["prompt"]: item["expected"] for item in probe.items if item["group"] == "forget"
-        }
-        for prompt, expected in asked.items():
-            made = search.get(prompt)
-            if not made or not chosen(made):
-                enough = made and len(made["found"]) >= max(files)
-                found = (
-                    [Sought(**record) for record in made["found"]]
-                    if enough
-                    else list(progress(seek(prompt)))
-                )
-                search[prompt] = _search(
-                    pipe,
-                    judge,
-                    prompt,
-                    expected,
-                    found,
-                    list(files),
-                    tries,
-                    looks,
-                    guidance,
-                    sampling_steps,
-                    probe.labels,
-                )
-                (folder / "budget.json").unlink(
-                    missing_ok=True
-                )  # the last to be written: what another choice has left is not taken for this one's
-                save_json(search, folder / "found.json")
+    search: prompt → generator of `SearchStep`. The evaluation uses the probe's seeds. A stopped
+    attack resumes with the next prompt; for another schedule the prompts are chosen anew from the
+    same search, since each choice depends on the ones before. Returns rows, each with its "step"
+    and the forget prompt as "asked". Raises ValueError as `Candidates.check` does.
+    """
+    candidates.check()
+    folder, files = Path(folder), schedule.files(folder)
+    asked = {i["prompt"]: i["expected"] for i in probe.items if i["group"] == "forget"}
+    found = read_json(folder / "found.json", {})
+    stale = [p for p in asked if p not in found or list(found[p]["kept"]) != list(map(str, files))]
+    for prompt in stale:
+        steps = [SearchStep(**record) for record in found.get(prompt, {}).get("found", [])]
+        if len(steps) < max(files):
+            steps = list((progress or iter)(search(prompt)))
+        chooser = (pipe, judge, prompt, asked[prompt], probe.labels)
+        found[prompt] = choose_prompts(chooser, steps, schedule, candidates)
+        (folder / "budget.json").unlink(missing_ok=True)  # written last: marks a complete choice
+        save_json(found, folder / "found.json")
+    if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
         for step, file in files.items():
-            parts = []
-            for prompt, expected in asked.items():
-                said = search[prompt]["kept"][str(step)]
-                part = make_probe(
-                    pipe,
-                    {"forget": {said: expected}},
-                    [item["seed"] for item in probe.items if item["prompt"] == prompt],
-                )
-                parts.append(
-                    replace(
-                        part,
-                        items=[item | {"asked": prompt} for item in part.items],
-                        harmful=probe.harmful,
-                        show_unblurred=probe.show_unblurred,
-                        labels=probe.labels,
-                    )
-                )
-            evaluate_step(pipe, judge, join(*parts), step, file, guidance, sampling_steps)
-
-        def spent(step, name):
-            return sum(
-                cost[name]
-                for found in search.values()
-                for cost in found["costs"]
-                if cost["step"] <= step
-            )
-
-        save_json(
-            [
-                {
-                    "step": step,
-                    "images": images if step else 0,
-                    "passes": spent(step, "passes"),
-                    "seconds": spent(step, "seconds"),
-                }
-                for step in files
-            ],
-            folder / "budget.json",
-        )
+            chosen = {prompt: found[prompt]["kept"][str(step)] for prompt in asked}
+            replaced = replace_prompts(pipe, probe, chosen)
+            evaluate_step(pipe, judge, replaced, step, file, *schedule.sampling)
+        costs = [cost for prompt in found.values() for cost in prompt["costs"]]
+        save_budget(folder, files, candidates.images, costs)
     return [row for file in files.values() for row in read_json(file)]
 
 
-def _search(
-    pipe, judge, prompt, expected, found, at, tries, looks, guidance, sampling_steps, labels
-):
-    """One prompt's search as it is kept: every record, the prompt that the attacker keeps at each step of `at`, and what both cost."""
-    kept, costs, best = (
-        {},
-        [
-            {name: getattr(sought, name) for name in ("step", "passes", "seconds")}
-            for sought in found
-        ],
-        prompt,
-    )
+def replace_prompts(pipe, probe, chosen) -> Probe:
+    """Return the forget part of a probe with other prompts; items keep theirs as "asked"."""
+    parts = []
+    for prompt, other in chosen.items():
+        items = [item for item in probe.items if item["prompt"] == prompt]
+        groups = {"forget": {other: items[0]["expected"]}}
+        part = make_probe(pipe, groups, [item["seed"] for item in items])
+        parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items]))
+    blur = dict(harmful=probe.harmful, show_unblurred=probe.show_unblurred)
+    return replace(join(*parts), labels=probe.labels, **blur)
+
+
+def choose_prompts(chooser, steps, schedule, candidates):
+    """Return one prompt's search as it is saved: steps, kept prompts, and what both cost."""
+    pipe, judge, prompt, expected, labels = chooser
+    kept, best = {}, prompt
+    costs = [{name: getattr(step, name) for name in ("step", *COSTS)} for step in steps]
+    at = sorted(schedule.at)
     for before, step in zip([0, *at], at, strict=False):
-        said = list(dict.fromkeys(sought.prompt for sought in reversed(found[before:step])))[
-            :tries
-        ]  # the latest first
-        if said and (judge is None or tries == 1):
-            best = said[0]
-        elif said:
-            said = [*said, *({best} - {prompt} - set(said))]
-            hits, passes, seconds = look_at(
-                pipe, judge, said, expected, looks, guidance, sampling_steps, labels
-            )
-            best = said[hits.index(max(hits))]
-            costs.append({"step": step, "passes": passes, "seconds": seconds})
+        latest = dict.fromkeys(found.prompt for found in reversed(steps[before:step]))
+        texts = list(latest)[: candidates.number]
+        if texts and (judge is None or candidates.number == 1):
+            best = texts[0]
+        elif texts:
+            texts += [] if best == prompt or best in texts else [best]
+            hits, cost = recognised(pipe, judge, texts, expected, labels, schedule, candidates)
+            best = texts[hits.index(max(hits))]
+            costs.append({"step": step} | cost)
         kept[str(step)] = best if step else prompt
-    return {"found": [asdict(sought) for sought in found], "kept": kept, "costs": costs}
+    return {"found": [asdict(step) for step in steps], "kept": kept, "costs": costs}
+
+
+def recognised(pipe, judge, texts, expected, labels, schedule, candidates):
+    """Return the share of images of each text that the judge recognises, and what that cost.
+
+    labels: what the judge chooses among; empty: the expected label alone.
+    """
+    began, n = time.perf_counter(), candidates.images_per_prompt
+    seeds = range(CANDIDATE_SEED, CANDIDATE_SEED + n)
+    probe = make_probe(pipe, {"forget": dict.fromkeys(texts, expected)}, seeds)
+    probe = replace(probe, labels=labels or probe.labels)
+    rows, _ = evaluate(pipe, judge, probe, *schedule.sampling)
+    hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / n for text in texts]
+    passes = schedule.sampling.steps * math.ceil(len(rows) / images_per_batch(pipe))
+    return hits, {"passes": passes, "seconds": time.perf_counter() - began}
