@@ -27,7 +27,7 @@ from mu.models import load_pipeline
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_preset_builds_and_is_what_the_other_notebooks_read(model, tmp_path, name):
+def test_every_preset_builds_sets_that_the_notebooks_can_read(model, tmp_path, name):
     concept = override(concept_from(model, name), generator=model)
     folder = build(tmp_path / name, concept, model, options=BuildOptions(1, 1, steps=1))
     found = {role: read_folder(folder / place) for role, place in SIDES.items()}
@@ -75,7 +75,7 @@ def test_every_preset_builds_and_is_what_the_other_notebooks_read(model, tmp_pat
     assert made["versions"]
 
 
-def test_every_image_has_a_seed_of_its_own_and_another_seed_draws_others(model, tmp_path):
+def test_every_image_has_its_own_seed(model, tmp_path):
     one, same, other = (
         build(tmp_path / name, cat(model), model, options=replace(FEW, seed=seed))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
@@ -88,7 +88,7 @@ def test_every_image_has_a_seed_of_its_own_and_another_seed_draws_others(model, 
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_picture_starts_from_a_probes_seed_or_from_one_of_the_other_side(
+def test_seeds_differ_from_evaluation_seeds_and_between_the_sides(
     model, tmp_path, monkeypatch, seed
 ):
     asked = []
@@ -113,7 +113,7 @@ def test_no_picture_starts_from_a_probes_seed_or_from_one_of_the_other_side(
     assert len(asked) == len(seeds[0] | seeds[1])
 
 
-def test_a_finished_folder_is_marked_as_harmful_once_and_a_record_is_left_alone(tmp_path):
+def test_mark_harmful_writes_concept_json_but_keeps_a_record(tmp_path):
     assert not is_harmful(tmp_path)
     assert "concept.json declares the concept harmful: all notebooks" in mark_harmful(tmp_path)
     assert is_harmful(tmp_path)
@@ -124,7 +124,7 @@ def test_a_finished_folder_is_marked_as_harmful_once_and_a_record_is_left_alone(
     assert read_json(tmp_path / "concept.json") == {"harmful": False, "name": "cat"}
 
 
-def test_a_stopped_build_goes_on_and_ends_with_the_same_files(model, tmp_path, monkeypatch):
+def test_an_interrupted_build_resumes_with_identical_files(model, tmp_path, monkeypatch):
     whole = build(tmp_path / "whole", cat(model), model, options=FEW)
     asked = []
 
@@ -180,7 +180,7 @@ def versions(image):
     ]
 
 
-def test_the_same_picture_saved_anew_is_found_and_another_drawing_is_not():
+def test_resaved_images_are_duplicates_and_other_drawings_are_not():
     files = {
         file.name[4:]: file for file in sorted(SETS.glob("*/*/*/*.png"))
     }  # one picture of each drawing
@@ -200,7 +200,7 @@ def test_the_same_picture_saved_anew_is_found_and_another_drawing_is_not():
     assert found["of"] == "other", "the distance is the caller's"
 
 
-def test_a_near_duplicate_on_either_side_is_left_out_and_drawn_again(model, tmp_path, monkeypatch):
+def test_near_duplicates_on_either_side_are_replaced(model, tmp_path, monkeypatch):
     first = {}
 
     # the attacker's first image is the defender's first, a little brighter
@@ -232,7 +232,7 @@ def test_a_near_duplicate_on_either_side_is_left_out_and_drawn_again(model, tmp_
         build(tmp_path / "y", cat(model), model, options=FEW)
 
 
-def test_any_pipeline_of_diffusers_draws(model, tmp_path):
+def test_any_diffusers_pipeline_can_draw(model, tmp_path):
     flux = str(tiny.make_flux_pipeline(tmp_path / "flux"))
     concept = cat(flux, unrelated=["book"], forget=["a cat"], attack=["cat"], steps=1, guidance=0.0)
     folder = build(tmp_path / "x", concept, model, options=BuildOptions(1, 1))
@@ -243,7 +243,7 @@ def test_any_pipeline_of_diffusers_draws(model, tmp_path):
     assert one.tobytes() == again.tobytes() != other.tobytes()
 
 
-def test_a_model_that_cannot_be_had_says_why(model, tmp_path, monkeypatch):
+def test_unavailable_models_are_explained(model, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="unknown model 'nobody': choose pocket"):
         build(tmp_path / "x", cat("nobody"), model, options=FEW)
     flux = "black-forest-labs/FLUX.1-schnell"
@@ -273,7 +273,7 @@ def test_a_model_that_cannot_be_had_says_why(model, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_built_is_refused_before_anything_is_drawn(
+def test_invalid_builds_are_refused_before_drawing(
     model, tmp_path, monkeypatch, changes, options, words
 ):
     monkeypatch.setattr(builder, "draw", lambda *_, **__: pytest.fail("drawn"))

@@ -7,16 +7,12 @@ import pytest
 from concepts.builds import FEW, cat, save_emoji
 from PIL import Image
 
-from mu.concepts.build import (
-    build,
-    open_image,
-    read_imports,
-)
+from mu.concepts.build import build, open_image, read_imports
 from mu.concepts.sets import read_folder
 from mu.files import read_json
 
 
-def test_images_of_ones_own_are_shared_between_the_sides(model, tmp_path):
+def test_imported_images_are_split_between_the_sides(model, tmp_path):
     source = save_emoji(
         tmp_path / "mine", [f"{i}.png" for i in range(11)] + ["deep.jpg", "more.webp"]
     )
@@ -33,7 +29,7 @@ def test_images_of_ones_own_are_shared_between_the_sides(model, tmp_path):
     assert all(Image.open(p).tobytes() in originals for p in [*ours[0], *theirs[0]])
 
 
-def test_captions_of_ones_own_go_whole_to_one_side(model, tmp_path):
+def test_each_caption_goes_to_one_side(model, tmp_path):
     captions = ["my cat"] * 5 + ["your cat"] * 3 + ["a sleeping cat"] * 2
     source = save_emoji(tmp_path / "mine", [f"{i}.png" for i in range(10)])
 
@@ -60,7 +56,7 @@ def test_captions_of_ones_own_go_whole_to_one_side(model, tmp_path):
         build(tmp_path / "y", cat(model), model, images=str(source), options=FEW)
 
 
-def test_copies_among_ones_images_count_once(model, tmp_path):
+def test_imported_near_duplicates_count_once(model, tmp_path):
     source = save_emoji(tmp_path / "mine", [f"{i}.png" for i in range(10)])
     for i in range(4):
         Image.open(source / f"{i}.png").resize((90, 90)).save(source / f"copy-{i}.jpg", quality=80)
@@ -76,7 +72,7 @@ def test_copies_among_ones_images_count_once(model, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
-def test_images_of_other_sizes_are_cropped_upright_on_white(tmp_path):
+def test_images_are_cropped_turned_upright_and_put_on_white(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = (255, 0, 0)
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -96,7 +92,7 @@ def test_images_of_other_sizes_are_cropped_upright_on_white(tmp_path):
     assert turned[-10:].min() > 200
 
 
-def test_a_folder_without_images_and_a_broken_image_are_named(model, tmp_path):
+def test_missing_and_broken_images_are_named(model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images in .*empty: add .png"):
         build(tmp_path / "x", cat(model), model, images=str(tmp_path / "empty"), options=FEW)

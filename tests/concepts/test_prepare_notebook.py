@@ -11,16 +11,14 @@ import pytest
 from concepts.builds import ROOT, SETS, save_emoji
 from PIL import Image
 
-from mu.concepts.presets import (
-    PRESETS,
-)
+from mu.concepts.presets import PRESETS
 from mu.concepts.sets import is_harmful
 from mu.files import read_json
 from mu.notebooks.run import execute
 
 
 def run(folder, **parameters):
-    """10_prepare_concepts with the pocket model: (what it printed, its pictures)."""
+    """Run 10_prepare_concepts on the pocket model; returns its text, images and cells."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -54,12 +52,12 @@ def run(folder, **parameters):
 
 
 def changing(png):
-    """The share of neighbouring pixels of a picture's first row of tiles that differ."""
+    """Return the share of differing neighbour pixels in an image's first row of tiles."""
     row = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), float)[:90]
     return (np.abs(np.diff(row, axis=1)).max(-1) > 0).mean()
 
 
-def test_the_notebook_proposes_and_stops(tmp_path):
+def test_the_notebook_suggests_related_concepts_and_stops(tmp_path):
     text, shown, executed = run(tmp_path, concept="dragon")
     assert "crocodile" in text
     assert "Nothing is built yet" in text
@@ -90,7 +88,7 @@ def test_the_notebook_builds_a_preset(tmp_path):
     assert changing(shown[-1]) > 0.5
 
 
-def test_the_notebook_imports_a_folder_and_veils_what_is_harmful(tmp_path):
+def test_the_notebook_imports_a_folder_and_blurs_a_harmful_concept(tmp_path):
     source = save_emoji(tmp_path / "mine", [f"{i}.png" for i in range(6)])
     text, shown, _ = run(
         tmp_path,
@@ -107,7 +105,7 @@ def test_the_notebook_imports_a_folder_and_veils_what_is_harmful(tmp_path):
     assert changing(shown[-1]) < 0.3, "blurred beyond recognition"
 
 
-def test_the_notebook_veils_a_finished_folder_on_request_and_the_others_then_do_so_too(tmp_path):
+def test_the_notebook_declares_a_finished_folder_harmful(tmp_path):
     shutil.copytree(SETS / "cat", tmp_path / "mine")
     text, shown, _ = run(tmp_path, sets=str(tmp_path / "mine"), harmful=True)
     assert "concept.json declares the concept harmful" in text

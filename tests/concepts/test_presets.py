@@ -27,7 +27,7 @@ PAPER = {"nudity", "nudity-hrm-s", "spongebob", "snoopy", "thomas-kinkade", "kel
 
 
 @pytest.mark.parametrize("name", ["pocket", "pocket-sdxl"])
-def test_kin_are_among_the_nearest_far_more_often_than_by_chance(pocket, name):
+def test_related_concepts_are_nearest_more_often_than_by_chance(pocket, name):
     kin = dict(zip(KNOWN.concept, KNOWN.group, strict=True))
     found = [
         neighbours(pocket[name], concept, KNOWN.concept, count=5).concept
@@ -46,7 +46,7 @@ def test_kin_are_among_the_nearest_far_more_often_than_by_chance(pocket, name):
     assert {"tiger", "leopard"} <= set(found[list(KNOWN.concept).index("cat")])
 
 
-def test_a_cosine_is_that_of_the_pooled_outputs_and_the_mean_of_both_encoders(pocket):
+def test_cosines_are_of_pooled_outputs_averaged_over_encoders(pocket):
     one, two = pocket["pocket"], pocket["pocket-sdxl"]
     words = ["tiger", "pine tree", "ice cream"]
     texts = ["a cat", "a tiger", "a pine tree", "a ice cream"]
@@ -68,7 +68,7 @@ def test_a_cosine_is_that_of_the_pooled_outputs_and_the_mean_of_both_encoders(po
         assert found.cosine.tolist() == pytest.approx(expected[order].tolist(), abs=1e-5)
 
 
-def test_without_candidates_the_words_of_the_tokenizer_are_asked_and_never_the_concept_itself(
+def test_candidates_default_to_the_vocabulary_without_the_concept(
     pocket,
 ):
     found = neighbours(pocket["pocket"], "teddy bear", count=1000)
@@ -80,7 +80,7 @@ def test_without_candidates_the_words_of_the_tokenizer_are_asked_and_never_the_c
     }
 
 
-def test_words_that_a_small_model_does_not_know_are_named(pocket):
+def test_unknown_words_of_a_small_model_are_named(pocket):
     with pytest.raises(
         ValueError, match="know the words sofa, woman: use its words.*, or another model"
     ):
@@ -91,7 +91,7 @@ def test_words_that_a_small_model_does_not_know_are_named(pocket):
     check_words(large, ["SpongeBob"])  # it knows parts of every word
 
 
-def test_a_concept_has_prompts_that_differ_on_both_sides():
+def test_the_two_sides_have_different_prompts():
     concept = make_concept("cat", {"related": ["tiger"]}, kind="object")
     assert concept.prompts["forget"] == {"cat": ["a cat", "a photo of a cat", "a drawing of a cat"]}
     assert concept.prompts["attack"] == {"cat": ["cat", "a picture of a cat"]}
@@ -130,12 +130,12 @@ def test_a_concept_has_prompts_that_differ_on_both_sides():
         (dict(kind="style", unrelated=["apple"]), "at least two unrelated things, got ..apple"),
     ],
 )
-def test_a_concept_that_contradicts_itself_is_refused(changes, words):
+def test_contradictory_concepts_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         cat("pocket", **changes)
 
 
-def test_parameters_choose_a_preset_or_ones_own_and_not_both():
+def test_parameters_choose_a_preset_or_a_concept_but_not_both():
     own = override(concept_from("m", concept=" dragon ", related="snake, crocodile,"), harmful=True)
     assert (own.name, own.generator, own.harmful) == ("dragon", "m", True)
     assert list(own.prompts["related"]) == ["snake", "crocodile"]
@@ -154,7 +154,7 @@ def test_parameters_choose_a_preset_or_ones_own_and_not_both():
         concept_from("m", "dog")
 
 
-def test_the_presets_are_those_of_the_paper_and_of_the_pocket_model(pocket):
+def test_presets_match_the_paper_and_the_pocket_sets(pocket):
     concepts = {name: read_preset(name) for name in NAMES}
     assert set(NAMES) == PAPER | {"cat", "santa-claus", "openmoji"}
     assert {name for name in NAMES if concepts[name].harmful} == {"nudity", "nudity-hrm-s"}

@@ -20,7 +20,7 @@ def write(tmp_path):
     return write
 
 
-def test_any_csv_with_prompts_will_do(write):
+def test_csv_files_are_read(write):
     table = read_prompts(write('prompt,label\n"a cat, asleep", cat\na tiger,tiger\n'))
     assert table.prompt.tolist() == ["a cat, asleep", "a tiger"]
     assert table.seed.tolist() == [0, 1] == table.row.tolist()
@@ -56,12 +56,12 @@ def test_any_csv_with_prompts_will_do(write):
         ("prompt\n", "holds no prompt"),
     ],
 )
-def test_a_csv_that_will_not_do_says_why(write, text, words):
+def test_invalid_csv_files_are_explained(write, text, words):
     with pytest.raises(ValueError, match=words):
         read_prompts(write(text))
 
 
-def test_without_seeds_every_row_has_its_own_and_keeps_it(write):
+def test_the_default_seed_is_the_row_number(write):
     file = write("prompt\na\nb\nc\n")
     assert read_prompts(file).seed.tolist() == [0, 1, 2]
     assert read_prompts(file, rows=[2, 0]).seed.tolist() == [2, 0]
@@ -70,7 +70,7 @@ def test_without_seeds_every_row_has_its_own_and_keeps_it(write):
     )
 
 
-def test_a_blank_guidance_is_not_given(write):
+def test_blank_guidance_is_left_out(write):
     table = read_prompts(write("prompt,guidance\na,7.5\nb,\nc, \n"))
     assert to_rows(table) == [
         {"prompt": "a", "seed": 0, "guidance": 7.5},
@@ -84,13 +84,13 @@ def test_a_blank_guidance_is_not_given(write):
     )
 
 
-def test_a_file_that_is_not_utf_8_is_named_with_the_mend(tmp_path):
+def test_encodings_other_than_utf_8_are_named(tmp_path):
     (tmp_path / "p.csv").write_bytes("prompt\na café\n".encode("latin1"))
     with pytest.raises(ValueError, match=r"p.csv is not a CSV file .*: save it as UTF-8"):
         read_prompts(tmp_path / "p.csv")
 
 
-def test_what_is_not_there_is_named(write):
+def test_missing_files_and_rows_are_named(write):
     with pytest.raises(
         FileNotFoundError, match="no file of prompts 'nothing.csv': .*i2p-nudity, i2p, coco"
     ):
@@ -101,7 +101,7 @@ def test_what_is_not_there_is_named(write):
         read_prompts(write("prompt\na\n"), limit=0)
 
 
-def test_a_hub_out_of_reach_says_what_to_fetch_and_where_to_put_it():
+def test_an_unreachable_hub_names_the_download_command():
     with pytest.raises(
         FileNotFoundError,
         match="(?s)AIML-TUDA/i2p is out of reach.*"
@@ -137,14 +137,14 @@ def i2p(tmp_path, monkeypatch):
     return save, table
 
 
-def test_the_rows_are_a_hundred_and_forty_two_with_seeds():
+def test_the_nudity_file_has_142_rows_and_seeds():
     table = pd.read_csv(DATA / "i2p_nudity_142.csv")
     assert len(table) == 142 == table.i2p_row.nunique()
     assert table.i2p_row.between(0, 4702).all()
     assert table.evaluation_seed.between(0, 2**32 - 1).all()
 
 
-def test_the_nudity_prompts_are_those_rows_with_those_seeds(i2p):
+def test_nudity_prompts_have_the_rows_and_seeds_of_the_file(i2p):
     chosen, table = pd.read_csv(DATA / "i2p_nudity_142.csv"), read_prompts("i2p-nudity")
     assert table.prompt.tolist() == [f"prompt {i}" for i in chosen.i2p_row]
     assert table.row.tolist() == chosen.i2p_row.tolist()
@@ -155,7 +155,7 @@ def test_the_nudity_prompts_are_those_rows_with_those_seeds(i2p):
     assert read_prompts("i2p", rows=[3]).guidance.tolist() == [8.0]
 
 
-def test_another_version_of_the_set_is_refused(i2p):
+def test_another_version_of_i2p_is_refused(i2p):
     save, table = i2p
     save(table.drop(index=0))
     with pytest.raises(ValueError, match="has 4702 rows, not 4703 .another version"):
@@ -172,7 +172,7 @@ def test_another_version_of_the_set_is_refused(i2p):
 # --- COCO
 
 
-def test_captions_come_with_their_pictures(monkeypatch):
+def test_captions_come_with_their_images(monkeypatch):
     picture, asked = Image.fromarray(np.zeros((4, 4, 3), np.uint8)), []
 
     class Stream(list):

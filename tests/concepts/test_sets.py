@@ -36,7 +36,7 @@ def equal(a, b):
     )
 
 
-def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
+def test_sets_hold_scaled_posteriors_and_encoded_prompts(pipe, folder):
     found = encode_folder(pipe, folder)
     assert len(found) == 12
     assert found.mean.shape == found.std.shape == (12, 4, 8, 8)
@@ -55,7 +55,7 @@ def test_a_set_is_what_the_pipeline_encodes_in_units_of_the_unet(pipe, folder):
     assert not any(t.requires_grad for t in (found.mean, found.std, *found.conditioning.values()))
 
 
-def test_fewer_images_come_from_the_whole_set(pipe, folder):
+def test_fewer_images_are_evenly_spaced(pipe, folder):
     whole = encode_folder(pipe, folder)
     some = take_images(whole, 3)
     assert len(some) == 3
@@ -68,9 +68,7 @@ def test_fewer_images_come_from_the_whole_set(pipe, folder):
         take_images(whole, 13)
 
 
-def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weights(
-    pipe, tmp_path, monkeypatch
-):
+def test_drawn_sets_are_cached_per_weights(pipe, tmp_path, monkeypatch):
     options = dict(
         prompts=["a tiger", "a cat"],
         count=3,
@@ -93,7 +91,7 @@ def test_pictures_that_the_model_draws_itself_are_drawn_once_for_the_same_weight
     assert not equal(second, drawn_set(pipe, **options | {"seed": 6}))
 
 
-def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_path):
+def test_sdxl_sets_keep_all_conditioning(sdxl_folder, folder, tmp_path):
     from mu.models import load_pipeline
 
     pipe = load_pipeline(str(sdxl_folder))
@@ -107,7 +105,7 @@ def test_a_set_of_sdxl_keeps_all_of_its_conditioning(sdxl_folder, folder, tmp_pa
     assert equal(first, again)
 
 
-def test_it_is_encoded_once(pipe, folder, tmp_path, monkeypatch):
+def test_folders_are_encoded_once(pipe, folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = encode_folder(pipe, folder, cache)
     (file,) = cache.iterdir()
@@ -122,7 +120,7 @@ def test_it_is_encoded_once(pipe, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["image", "caption", "vae", "text encoder"])
-def test_whatever_changes_is_encoded_anew(pipe, folder, tmp_path, change):
+def test_changed_inputs_are_encoded_again(pipe, folder, tmp_path, change):
     cache = tmp_path / "cache"
     first = encode_folder(pipe, folder, cache)
     if change == "image":
@@ -196,7 +194,7 @@ def spoil(folder, how):
         ("broken header", ValueError, "3.png is not a readable image"),
     ],
 )
-def test_bad_folders_are_refused_and_earlier_sets_stay_whole(
+def test_bad_folders_are_refused_and_the_cache_stays_intact(
     pipe, folder, tmp_path, how, kind, message
 ):
     cache = tmp_path / "cache"
@@ -211,7 +209,7 @@ def test_bad_folders_are_refused_and_earlier_sets_stay_whole(
 @pytest.mark.parametrize(
     "error", [SyntaxError("broken PNG file"), ValueError("bad mode"), OSError("truncated")]
 )
-def test_every_way_in_which_pil_gives_up_names_the_file(tmp_path, monkeypatch, error):
+def test_all_pil_errors_name_the_file(tmp_path, monkeypatch, error):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
     def fail(*_):
@@ -222,12 +220,12 @@ def test_every_way_in_which_pil_gives_up_names_the_file(tmp_path, monkeypatch, e
         read_image(tmp_path / "a.png", 4)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere has no metadata.jsonl"):
         read_folder(tmp_path / "nowhere")
 
 
-def test_random_prompts_are_words_of_the_vocabulary_and_never_the_concepts():
+def test_random_prompts_use_the_vocabulary_without_the_concepts():
     tokenizer = CLIPTokenizer.from_pretrained("data/pocket-sd/tokenizer")
     found = random_prompts(tokenizer, 2000, without=["a cat", "Santa Claus"])
     words = {word for text in found for word in text.split()}

@@ -1,4 +1,4 @@
-"""Pictures of a harmful concept: what is saved and shown has nothing of them but colours. The concepts used here are harmless."""
+"""Blur of harmful concepts' images, tested with harmless concepts."""
 
 import json
 from dataclasses import replace
@@ -28,39 +28,38 @@ def noise(*shape, seed=0):
 
 
 def likeness(a, b):
-    """Correlation at the finest scale: of the differences between neighbouring pixels."""
+    """Return the correlation of differences between neighbouring pixels."""
     a, b = (np.diff(np.asarray(x, float), axis=-2).ravel() for x in (a, b))
     return abs(np.corrcoef(a, b)[0, 1])
 
 
-def test_a_veil_keeps_colours_and_nothing_finer():
+def test_blur_keeps_field_means_only():
     images = noise(3, 3, 64, 48)
     hidden = blur(images)
-    assert hidden.shape == images.shape and all(
-        len(hidden[i].flatten(1).unique(dim=1).T) == 16 for i in range(3)
-    ), "four by four plain fields each"
+    assert hidden.shape == images.shape
+    assert all(len(hidden[i].flatten(1).unique(dim=1).T) == 16 for i in range(3)), (
+        "four by four plain fields each"
+    )
     torch.testing.assert_close(hidden.mean((2, 3)), images.mean((2, 3)))
     torch.testing.assert_close(hidden[1, 0, :16, :12], images[1, 0, :16, :12].mean().expand(16, 12))
     assert likeness(hidden.permute(0, 2, 3, 1), images.permute(0, 2, 3, 1)) < 0.1
 
 
-def test_a_veil_returns_what_it_was_given():
+def test_blur_returns_the_type_of_its_input():
     grid = to_grid(noise(4, 3, 20, 20), 2)
     array = np.asarray(grid)
-    assert (
-        isinstance(blur(grid), Image.Image)
-        and blur(grid).size == (40, 40)
-        and blur(grid.convert("L")).mode == "RGB"
-    )
-    assert (
-        blur(array).dtype == np.uint8
-        and np.array_equal(blur(array), np.asarray(blur(grid)))
-        and not np.array_equal(blur(array), array)
-    )
+    assert isinstance(blur(grid), Image.Image)
+    assert blur(grid).size == (40, 40)
+    assert blur(grid.convert("L")).mode == "RGB"
+    assert blur(array).dtype == np.uint8
+    assert np.array_equal(blur(array), np.asarray(blur(grid)))
+    assert not np.array_equal(blur(array), array)
     both = blur([array, grid])
-    assert np.array_equal(both[0], blur(array)) and isinstance(both[1], Image.Image)
+    assert np.array_equal(both[0], blur(array))
+    assert isinstance(both[1], Image.Image)
     np.testing.assert_allclose(blur(array / 255.0), blur(array) / 255.0, atol=1 / 255)
-    assert blur(noise(2, 3, 7, 5).half()).dtype == torch.half and blur(noise(0, 3, 8, 8)).shape == (
+    assert blur(noise(2, 3, 7, 5).half()).dtype == torch.half
+    assert blur(noise(0, 3, 8, 8)).shape == (
         0,
         3,
         8,
@@ -70,7 +69,7 @@ def test_a_veil_returns_what_it_was_given():
         blur(noise(3, 8, 8))
 
 
-def test_not_even_the_judge_knows_the_drawings_that_it_was_trained_on():
+def test_the_judge_does_not_recognise_its_own_blurred_training_images():
     sets, judge = Path(__file__).parents[2] / "data" / "pocket-sets", load_judge()
     lines = [
         line | {"path": file.parent / line["file_name"]}
@@ -83,20 +82,18 @@ def test_not_even_the_judge_knows_the_drawings_that_it_was_trained_on():
         return np.mean(
             [
                 seen == f"concept:{line['concept']}"
-                for seen, line in zip(judge_images(judge, pictures), lines, strict=False)
+                for seen, line in zip(judge_images(judge, pictures), lines, strict=True)
             ]
         )
 
-    assert (
-        len(lines) > 500
-        and known(images) > 0.95
-        and known(blur(images)) < 0.2 < known(blur(images, 8))
-    )
+    assert len(lines) > 500
+    assert known(images) > 0.95
+    assert known(blur(images)) < 0.2 < known(blur(images, 8))
 
 
 @pytest.fixture
 def drawn(pipe, judge, sets, monkeypatch):
-    """A function that measures and attacks with a probe, the pictures being noise. Returns the noise that each PNG was made from."""
+    """Return a function that measures and attacks on noise images: PNG name → its noise."""
 
     def run(folder, probe):
         made = []
@@ -131,7 +128,7 @@ def drawn(pipe, judge, sets, monkeypatch):
     "harmful, show_unblurred, shown",
     [(False, False, True), (True, True, True), (True, False, False)],
 )
-def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(
+def test_saved_images_of_a_harmful_concept_are_blurred(
     pipe, drawn, tmp_path, harmful, show_unblurred, shown
 ):
     probe = replace(make_probe(pipe, PROBE, (0, 1)), harmful=harmful, show_unblurred=show_unblurred)
@@ -144,7 +141,7 @@ def test_nothing_in_the_folders_of_a_harmful_concept_looks_like_its_pictures(
     assert others == {".json"}, "other files may hold pictures"
 
 
-def test_the_judge_sees_the_real_pictures(pipe, judge, sets, monkeypatch, tmp_path):
+def test_the_judge_sees_unblurred_images(pipe, judge, sets, monkeypatch, tmp_path):
     probe, seen = make_probe(pipe, PROBE, (0, 1)), []
     real = mu.measures.evaluate.judge_images
     monkeypatch.setattr(
@@ -156,12 +153,11 @@ def test_the_judge_sees_the_real_pictures(pipe, judge, sets, monkeypatch, tmp_pa
         measure(tmp_path / str(h), pipe, judge, replace(probe, harmful=h), 2.0, 2, {})
         for h in (False, True)
     ]
-    assert rows[0] == rows[1] and torch.equal(seen[0], seen[1])
+    assert rows[0] == rows[1]
+    assert torch.equal(seen[0], seen[1])
 
 
-def test_asked_for_differently_pictures_are_drawn_anew_and_else_not(
-    pipe, judge, monkeypatch, tmp_path
-):
+def test_images_are_drawn_again_only_if_blur_settings_change(pipe, judge, monkeypatch, tmp_path):
     plain, calls, real = make_probe(pipe, PROBE, (0,)), [], mu.measures.evaluate.evaluate
     monkeypatch.setattr(mu.measures.evaluate, "evaluate", lambda *a: calls.append(1) or real(*a))
     found = []
@@ -179,24 +175,24 @@ def test_asked_for_differently_pictures_are_drawn_anew_and_else_not(
     assert "blurred" not in json.loads((tmp_path / "metrics.json").read_text())["protocol"]
 
 
-def test_a_concepts_folder_says_whether_it_is_harmful(pipe, tmp_path):
+def test_a_concept_folder_declares_harmful_concepts(pipe, tmp_path):
     (tmp_path / "probe.json").write_text(json.dumps(PROBE))
-    assert not is_harmful(tmp_path) and not load_probe(pipe, tmp_path, "1,1").blurred
+    assert not is_harmful(tmp_path)
+    assert not load_probe(pipe, tmp_path, "1,1").blurred
     (tmp_path / "concept.json").write_text('{"harmful": true}')
-    assert (
-        is_harmful(tmp_path)
-        and load_probe(pipe, tmp_path, "1,1").blurred
-        and not load_probe(pipe, tmp_path, "1,1", show_unblurred=True).blurred
-    )
+    assert is_harmful(tmp_path)
+    assert load_probe(pipe, tmp_path, "1,1").blurred
+    assert not load_probe(pipe, tmp_path, "1,1", show_unblurred=True).blurred
     (tmp_path / "concept.json").write_text('{"name": "cat"}')
     assert not is_harmful(tmp_path)
 
 
-def test_a_comparison_hides_pictures_that_were_saved_as_they_are(tmp_path):
+def test_comparisons_blur_images_that_were_saved_unblurred(tmp_path):
     rows = [{"group": "forget", "prompt": f"p{i}", "seed": 0} for i in range(2)]
     to_grid(noise(2, 3, 64, 64)).save(tmp_path / "x.png")
     shown, hidden = (
         compare({"x": (rows, tmp_path / "x.png")}, blurred=v).axes[0].images[0].get_array()
         for v in (False, True)
     )
-    assert likeness(shown, hidden) < 0.1 and np.array_equal(blur(np.asarray(shown)), hidden)
+    assert likeness(shown, hidden) < 0.1
+    assert np.array_equal(blur(np.asarray(shown)), hidden)
