@@ -13,6 +13,7 @@ import pytest
 
 from mu.files import read_json
 from mu.notebooks.run import execute
+from mu.notebooks.setup import setup
 from mu.reports import figures, tables
 from mu.reports.collect import deduplicate, read_results
 from mu.reports.page import save_table
@@ -84,7 +85,8 @@ def curves(svg):
 def test_the_relearning_figure_is_reproduced(at_lr, tmp_path):
     committed = (REPORT / "figures" / "relearning.svg").read_text()
     with matplotlib.rc_context():
-        figure = figures.by_method(at_lr, ["HRM-m", "HRM-s"])
+        setup()  # the theme of the notebooks
+        figure = figures.score_figure(at_lr, ["HRM-m", "HRM-s"])
         again = save_figure(figure, tmp_path, "relearning").read_text()
     plt.close("all")
     assert len(curves(committed)) >= 20
