@@ -6,8 +6,7 @@ import pandas as pd
 from matplotlib.ticker import MultipleLocator
 
 from mu.measures.comparison import mean_interval, picture_areas
-from mu.reports.figures import legend_below
-from mu.reports.plots import COLORS
+from mu.reports.plots import COLORS, legend_below
 
 PAIRED = ["training", "asked", "seed"]
 ENDS = ("", ", low", ", high")  # of a column: the value and its 95 % interval

@@ -14,7 +14,7 @@ from mu.files import atomic, read_json, save_json
 from mu.measures.attack_results import SHARED_FACTS
 from mu.measures.card import same_protocol
 from mu.params import ASIDE
-from mu.reports.explorer import read_course, save_sheet
+from mu.reports.explorer import read_progress, save_sprite_sheet
 from mu.reports.plots import label
 from mu.reports.tables import VARIANTS
 
@@ -187,7 +187,7 @@ def _save_sheets(rows, cards, panels, folder, main, show_unblurred):
         first_run = part.drop_duplicates("model").set_index("model").run
         models = [model for model in VARIANTS if model in first_run]
         harmful = bool(cards[f"{panel}/attack/{name}"].get("harmful"))
-        course = read_course(
+        course = read_progress(
             panels[panel],
             name,
             [first_run[model] for model in models],
@@ -195,7 +195,8 @@ def _save_sheets(rows, cards, panels, folder, main, show_unblurred):
             blurred=harmful and not show_unblurred,
         )
         course = replace(course, models=[*course.models[: -len(models)], *models])
-        sheet = save_sheet(course, folder.parent.parent, "-".join(filter(None, (panel, name))))
+        title = "-".join(filter(None, (panel, name)))
+        sheet = save_sprite_sheet(course, folder.parent.parent, title)
         row = part.iloc[0]
         facts = {"panel": panel, "attack": row.attack, "method": row.method}
         sheets.append(sheet | facts | {"lr": float(row.lr), "training": str(row.training)})
@@ -210,7 +211,7 @@ class Results:
     records: pd.DataFrame  # the same facts of a run, step, and the losses of that step
     cards: dict  # folder → {"<panel>/<run>" or "<panel>/attack/<name>": protocol}
     numbers: dict  # folder → {place: {"numbers", "protocol"}} of 50_evaluate
-    courses: list  # of `mu.reports.explorer.save_sheet`, of the first training with images
+    courses: list  # of `mu.reports.explorer.save_sprite_sheet`, of the first training with images
 
 
 def read_results(folder, trainings=()):

@@ -1,140 +1,126 @@
-"""The paper's figures: relearning and self-destruction, the two gradients, searches for words, panels of pictures. Of `mu.reports.collect` and of `mu.reports.explorer.Course`s, no wider than a page."""
+"""The figures of the paper: relearning and self-destruction, gradients, prompt searches, images.
 
-from itertools import product
+They are drawn from `mu.reports.collect` and `mu.reports.explorer.AttackProgress` and are no wider
+than a page.
+"""
+
+import math
+from collections import Counter
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from mu.measures.comparison import mean_interval
-from mu.reports.plots import COLORS, panel, trend
+from mu.reports.plots import COLORS, intervals, legend_below, panel, trend
 from mu.reports.tables import VARIANTS, display_name, sort_like_paper
 from mu.reports.training_tables import angle_change, merge_phases
 
+MARKERS = dict(zip(VARIANTS, "os", strict=True))
 
-def lines(rows, ax, legend=False):
-    """Score against steps, a line a variant, with the 95 % interval of each point (`mu.measures.comparison.mean_interval`)."""
+
+def draw_scores(rows, ax, legend=False):
+    """Draw the score of each variant against the steps of fine-tuning and return the axes.
+
+    Bands are the 95 % intervals of `mu.measures.comparison.mean_interval`.
+    """
     for model in VARIANTS:
-        points = [
-            (step, *mean_interval(part)) for step, part in rows[rows.model == model].groupby("step")
-        ]
+        by_step = rows[rows.model == model].groupby("step")
+        points = [(step, *mean_interval(part)) for step, part in by_step]
         if points:
-            step, value, low, high = zip(*points, strict=False)
-            ax.plot(
-                step,
-                value,
-                color=COLORS[model],
-                label=model,
-                marker="os"[VARIANTS.index(model)],
-                ms=4,
-            )
-            ax.fill_between(step, low, high, color=COLORS[model], alpha=0.15, lw=0)
+            step, value, low, high = zip(*points, strict=True)
+            color = COLORS[model]
+            ax.plot(step, value, color=color, label=model, marker=MARKERS[model], ms=4)
+            ax.fill_between(step, low, high, color=color, alpha=0.15, lw=0)
     ax.set(ylim=(-0.03, 1.03))
     if legend:
         ax.legend(fontsize=8)
     return ax
 
 
-def facets(methods, whats, xlabel, width=7.2, columns=4):
-    """A figure of panels, a row a `what` and a column a method, no wider than a page: of more than `columns` methods each `what` has several rows. Returns (figure, {(what, method): axes})."""
-    deep, columns = -(-len(methods) // columns), min(columns, len(methods))
-    fig, axes = plt.subplots(
-        deep * len(whats),
-        columns,
-        figsize=(width * max(columns, 2) / 4, 1.55 * deep * len(whats) + 0.5),
-        squeeze=False,
-        layout="constrained",
+def method_grid(methods, quantities, xlabel, width=7.2, columns=4):
+    """Create a grid of axes, one row per quantity and one column per method.
+
+    More than `columns` methods take several rows per quantity. width: inches of four columns.
+    Returns (figure, {(quantity, method): axes}).
+    """
+    rows, columns = math.ceil(len(methods) / columns), min(columns, len(methods))
+    size = (width * max(columns, 2) / 4, 1.55 * rows * len(quantities) + 0.5)
+    fig, grid = plt.subplots(
+        rows * len(quantities), columns, figsize=size, squeeze=False, layout="constrained"
     )
-    place = {
-        (what, method): axes[i * deep + j // columns][j % columns]
-        for i, what in enumerate(whats)
-        for j, method in enumerate(methods)
-    }
-    for (what, method), ax in place.items():
-        ax.set_title(method, fontsize=9)
-        ax.tick_params(labelsize=7)
-        ax.set_ylabel(what if ax in axes[:, 0] else "", fontsize=8)
-    for method in methods[-columns:]:  # the lowest of each column
-        place[whats[-1], method].set_xlabel(xlabel, fontsize=8)
-    for ax in {*axes.flat} - {*place.values()}:
+    axes = {}
+    for i, quantity in enumerate(quantities):
+        for j, method in enumerate(methods):
+            ax = axes[quantity, method] = grid[i * rows + j // columns][j % columns]
+            ax.set_title(method, fontsize=9)
+            ax.tick_params(labelsize=7)
+            ax.set_ylabel(quantity if j % columns == 0 else "", fontsize=8)
+    for method in methods[-columns:]:  # the lowest axes of each column
+        axes[quantities[-1], method].set_xlabel(xlabel, fontsize=8)
+    for ax in {*grid.flat} - {*axes.values()}:
         ax.remove()
-    return fig, place
+    return fig, axes
 
 
-def legend_below(fig, *axes):
-    """The lines and marks of these panels, each name once, below all of them."""
-    named = {
-        label: handle
-        for ax in axes
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=False)
-    }
-    fig.legend(
-        named.values(),
-        named.keys(),
-        loc="outside lower center",
-        ncols=min(len(named), 4) or 1,
-        fontsize=8,
-        frameon=False,
-    )
+def _methods(rows):
+    """Return the display names of the methods of rows, in the paper's order."""
+    names = pd.DataFrame({"method": rows.method.map(display_name).unique()})
+    return list(sort_like_paper(names).method)
 
 
-def by_method(rows, attacks, group="forget"):
-    """Figure: `lines` of one group of concepts, a block an attack, a panel a method."""
+def score_figure(rows, attacks, group="forget"):
+    """Draw the scores of one group of concepts, one axes per attack and method.
+
+    rows: of `mu.reports.collect.deduplicate`, at one learning rate of each attack.
+    """
     rows = rows[(rows.panel == "") & (rows.group == group) & rows.attack.isin(attacks)]
-    methods = list(
-        sort_like_paper(pd.DataFrame({"method": rows.method.map(display_name).unique()})).method
-    )
-    fig, place = facets(
-        methods, [f"recognised, {attack}" for attack in attacks], "steps of fine-tuning"
-    )
-    for attack, method in product(attacks, methods):
-        ax = place[f"recognised, {attack}", method]
-        lines(
-            rows[(rows.attack == attack) & (rows.method.map(display_name) == method)], ax
-        ).set_xlim(-0.04 * rows.step.max(), 1.04 * rows.step.max())
-    legend_below(fig, place[f"recognised, {attacks[0]}", methods[0]])
+    rows = rows.assign(method=rows.method.map(display_name))
+    methods = _methods(rows)
+    quantities = [f"recognised, {attack}" for attack in attacks]
+    fig, axes = method_grid(methods, quantities, "steps of fine-tuning")
+    last = rows.step.max()
+    for quantity, attack in zip(quantities, attacks, strict=True):
+        for method in methods:
+            part = rows[(rows.attack == attack) & (rows.method == method)]
+            draw_scores(part, axes[quantity, method]).set_xlim(-0.04 * last, 1.04 * last)
+    legend_below(fig, axes[quantities[0], methods[0]])
     return fig
 
 
-def angles(records):
-    """Figure: inner product and angle of the gradients of the concept's and the related loss over training, with regression lines, a panel a method. Returns (figure, table of `angle_change`)."""
+def angle_figure(records):
+    """Draw inner product and angle of the two gradients over the training, one axes per method.
+
+    The gradients are those of the loss of the concept and of the related loss, see `trend`.
+    Returns (figure, table of `angle_change`).
+    """
     records = merge_phases(records[records.panel.eq("")]).dropna(subset=["cosine"])
     records = records[records.model.isin(VARIANTS)]
-    methods = list(
-        sort_like_paper(pd.DataFrame({"method": records.method.map(display_name).unique()})).method
-    )
-    fig, place = facets(methods, ["inner product", "angle, degrees"], "step of training")
-    for (what, method), ax in place.items():
-        part, words = (
-            records[records.method.map(display_name) == method],
-            {"title": method, "xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()},
-        )
+    methods = _methods(records)
+    fig, axes = method_grid(methods, ["inner product", "angle, degrees"], "step of training")
+    names = records.method.map(display_name)
+    for (quantity, method), ax in axes.items():
+        part = records[names == method]
+        # The plain variant is drawn first, below the other one.
         part = part.assign(model=pd.Categorical(part.model, VARIANTS)).sort_values("model")
-        trend(part.assign(model=part.model.astype(str)), what.split(",")[0], ax, legend=False)
-        ax.set(**words)  # trend has its own
+        labels = {"title": method, "xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
+        trend(part.astype({"model": str}), quantity.split(",")[0], ax, legend=False)
+        ax.set(**labels)  # instead of those of `trend`
         ax.title.set_fontsize(9)
-    legend_below(fig, place["inner product", methods[0]])
+    legend_below(fig, axes["inner product", methods[0]])
     return fig, angle_change(records)
 
 
 def search_figure(table):
-    """Figure of `search_table`: a dot a method, variant and search, with its interval."""
+    """Draw `mu.reports.tables.search_table`: a dot with its interval per method and variant."""
     searches = list(dict.fromkeys(table.search))
-    fig, axes = plt.subplots(
-        1,
-        len(searches),
-        figsize=(3.2 * len(searches), 0.3 * table.method.nunique() + 1.3),
-        sharey=True,
-        squeeze=False,
-    )
     methods = list(dict.fromkeys(table.method))[::-1]
-    for ax, search in zip(axes[0], searches, strict=False):
-        for k, model in enumerate(VARIANTS):
+    size = (3.2 * len(searches), 0.3 * len(methods) + 1.3)
+    fig, axes = plt.subplots(1, len(searches), figsize=size, sharey=True, squeeze=False)
+    for ax, search in zip(axes[0], searches, strict=True):
+        for model, shift in zip(VARIANTS, (0.18, -0.18), strict=True):
             part = table[(table.search == search) & (table.variant == model)]
-            y = [methods.index(m) + 0.18 * (0.5 - k) * 2 for m in part.method]
-            ax.hlines(y, part.low, part.high, color=COLORS[model], lw=2, alpha=0.5)
-            ax.scatter(
-                part.score, y, color=COLORS[model], label=model, s=24, marker="os"[k], zorder=3
-            )
+            y = [methods.index(method) + shift for method in part.method]
+            intervals(ax, part, "score", y, model, s=24, marker=MARKERS[model])
         ax.set(
             yticks=range(len(methods)),
             yticklabels=methods,
@@ -146,69 +132,78 @@ def search_figure(table):
     return fig
 
 
-def panels(course, step=None, prompts=(2, 2, 1)):
-    """Figure of one course, as the paper's panels: the original, then each model before and after `step` steps of the attack (the last by default).
+def attack_images(progress, step=None, prompts=(2, 2, 1)):
+    """Draw images of the original, then of each model before and after an attack.
 
-    course: a `mu.reports.explorer.Course` that begins with the original. prompts: how many lines of the concept, of related and of unrelated concepts.
-    Raises ValueError for a step that was not drawn."""
-    if step not in (None, *course.steps):
-        raise ValueError(
-            f"{course.name} was not drawn after {step} steps; there are: {', '.join(map(str, course.steps))}"
-        )
-    at, chosen = course.steps.index(step) if step is not None else -1, []
-    for group, most in zip(("forget", "related", "unrelated"), prompts, strict=False):
-        mine = [i for i, item in enumerate(course.items) if item["group"] == group]
-        chosen += sorted(
-            mine,
-            key=lambda i: [course.items[k]["prompt"] for k in mine if k < i].count(
-                course.items[i]["prompt"]
-            ),
-        )[:most]  # each prompt once before a second seed
-    columns = [
-        (m, s)
-        for m in range(len(course.models))
-        for s in ([0] if course.models[m] == "original" else [0, at])
-    ]
-    cells = [[course.pictures[m, s, i] for m, s in columns] for i in chosen]
-    titles = [course.models[m] + (f"\n+ {course.steps[at]} steps" if s else "") for m, s in columns]
-    return panel(cells, [course.items[i]["prompt"] for i in chosen], titles)
+    progress: a `mu.reports.explorer.AttackProgress` whose first model is the original.
+    step: steps of the attack, by default all. prompts: number of rows of the forget, related and
+    unrelated group. Raises ValueError for a step without images.
+    """
+    if step is None:
+        step = progress.steps[-1]
+    if step not in progress.steps:
+        steps = ", ".join(map(str, progress.steps))
+        raise ValueError(f"no images of {progress.name} after {step} steps: choose from {steps}")
+    items = []
+    for group, count in zip(("forget", "related", "unrelated"), prompts, strict=True):
+        items += _first_of_each_prompt(progress.items, group, count)
+    columns, titles = [], []
+    for model, images in zip(progress.models, progress.pictures, strict=True):
+        columns.append(images[0])
+        titles.append(model)
+        if model != "original":
+            columns.append(images[progress.steps.index(step)])
+            titles.append(f"{model}\n+ {step} steps")
+    cells = [[images[i] for images in columns] for i in items]
+    return panel(cells, [progress.items[i]["prompt"] for i in items], titles)
 
 
-def destruction_panel(attack, clean):
-    """Figure: related concepts as each model draws them before, after the attack, and after CLEAN, at the last step that both have.
+def _first_of_each_prompt(items, group, count):
+    """Return the indices of `count` items of a group: each prompt once before a second seed."""
+    seeds, ranked = Counter(), []
+    for i, item in enumerate(items):
+        if item["group"] == group:
+            ranked.append((seeds[item["prompt"]], i))
+            seeds[item["prompt"]] += 1
+    return [i for _, i in sorted(ranked)[:count]]
 
-    attack, clean: `mu.reports.explorer.Course`s of the same models. Raises ValueError where they share no related picture or no step of fine-tuning."""
+
+def destruction_images(attack, clean):
+    """Draw related concepts of each model: before, after the attack, and after CLEAN.
+
+    attack, clean: `mu.reports.explorer.AttackProgress` of the same models; both are shown at the
+    last step that they share. Raises ValueError if they share no related image or no step.
+    """
     step = max(set(attack.steps) & set(clean.steps), default=0)
-    place = {
-        course.name: {
-            (item["prompt"], item["seed"]): i
-            for i, item in enumerate(course.items)
-            if item["group"] == "related"
-        }
-        for course in (attack, clean)
-    }
-    shared = [key for key in place[attack.name] if key in place[clean.name]]
+    shared = [key for key in _related(attack) if key in _related(clean)]
     if not step or not shared or attack.models != clean.models:
         raise ValueError(
-            f"{attack.name} and {clean.name} have no related picture of the same models and step in common"
+            f"{attack.name} and {clean.name} share no related image of the same models and step: "
+            "run both on the same models for the same number of steps"
         )
-    columns = [
-        (attack, m, s, words)
-        for m, model in enumerate(attack.models)
-        for s, words in ((0, model), (step, f"{model}\n+ {step} steps\nHRM"))
-        if model != "original" or not s
-    ]
-    after = [
-        (clean, m, step, f"{model}\n+ {step} steps\nCLEAN")
-        for m, model in enumerate(clean.models)
-        if model != "original"
-    ]
-    columns = sorted([*columns, *after], key=lambda column: column[1])  # each model's together
-    cells = [
-        [
-            course.pictures[m, course.steps.index(s), place[course.name][key]]
-            for course, m, s, _ in columns
-        ]
-        for key in shared
-    ]
-    return panel(cells, [prompt for prompt, _ in shared], [words for *_, words in columns])
+    columns, titles = [], []
+    for m, model in enumerate(attack.models):
+        columns.append(_images(attack, m, 0, shared))
+        titles.append(model)
+        if model != "original":
+            columns.append(_images(attack, m, step, shared))
+            columns.append(_images(clean, m, step, shared))
+            after = f"{model}\n+ {step} steps\n"
+            titles += [f"{after}HRM", f"{after}CLEAN"]
+    return panel(list(zip(*columns, strict=True)), [prompt for prompt, _ in shared], titles)
+
+
+def _related(progress):
+    """Return (prompt, seed) → index of the related items."""
+    return {
+        (item["prompt"], item["seed"]): i
+        for i, item in enumerate(progress.items)
+        if item["group"] == "related"
+    }
+
+
+def _images(progress, model, step, keys):
+    """Return the images of related items, given by (prompt, seed), of one model and step."""
+    images = progress.pictures[model, progress.steps.index(step)]
+    places = _related(progress)
+    return [images[places[key]] for key in keys]

@@ -177,7 +177,7 @@ def write_report(
 
     title: one line. claim: sentences, each a paragraph, with the measured figures.
     terms: {word: what it means here}, below the headline. caveats: sentences that belong to the claim, a list after the explorer.
-    courses: what `mu.reports.explorer.save_sheet` returned, for a slider over the steps of attacks.
+    courses: what `mu.reports.explorer.save_sprite_sheet` returned, for a slider over the steps of attacks.
     headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
     tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists.
     notebooks: paths (HTML or ipynb) or (path, words); those that a repository does not keep (`not_kept`) are named, and not linked.

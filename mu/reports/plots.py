@@ -1,5 +1,6 @@
-"""Pictures: grids of samples, what hides them, curves with intervals."""
+"""Plots of any model and attack: image grids, score curves with intervals, confusion matrices."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from mu.images import blur, from_grid
 
+# Display name of each model → its colour in all figures; models without one share OTHER.
 COLORS = {
     "original": "#4d4d4d",
     "unlearned": "#d55e00",
@@ -22,34 +24,95 @@ COLORS = {
     "ascent only, strong": "#8f3f6d",
     "meta-unlearned, first phase": "#7fb8d8",
 }
-OTHER = "#009e73"  # of a model that has no colour of its own
+OTHER = "#009e73"
+# Run name without its seed → display name of the model.
+LABELS = {
+    "meta": "meta-unlearned",
+    "first": "meta-unlearned, first phase",
+    "stronger": "unlearned, stronger",
+    "longer": "unlearned, longer",
+    "ascent": "ascent only",
+    "ascent-weak": "ascent only, weak",
+    "ascent-strong": "ascent only, strong",
+}
+
+
+def label(run):
+    """Return the display name of a run, its key in COLORS.
+
+    The training seed is dropped: "meta-0" and "meta-1" are both "meta-unlearned". A run that is not
+    in LABELS keeps its name, as "esd-u-1" for "esd-u-1-0".
+    """
+    base = re.sub(r"-\d+$", "", run)
+    return LABELS.get(base, base)
+
+
+def model_color(model):
+    """Return the colour of a model, given its display name."""
+    return COLORS.get(model, OTHER)
+
+
+def saved_images(rows, png):
+    """Return the images of evaluation rows, arrays (size, size, 3), from their saved grid."""
+    size = Image.open(png).width // min(len(rows), 16)
+    return from_grid(png, len(rows), size)
 
 
 def panel(cells, row_labels, column_labels, cell=1.0):
-    """A table of pictures: cells[row][column] is an image array. Returns the figure."""
-    fig, axes = plt.subplots(
-        len(cells),
-        len(cells[0]),
-        figsize=(cell * len(cells[0]) + 0.6, cell * len(cells) + 0.3),
-        squeeze=False,
-    )
-    for i, line in enumerate(cells):
-        for j, image in enumerate(line):
-            axes[i][j].imshow(
-                image, interpolation="none"
-            )  # vector formats then keep the picture itself, not an enlarged copy
-            axes[i][j].set(xticks=[], yticks=[])
-            sns.despine(ax=axes[i][j], left=True, bottom=True)
+    """Draw a table of images and return the figure.
+
+    cells: cells[row][column] is an image array. cell: side of an image in inches.
+    """
+    rows, columns = len(cells), len(cells[0])
+    size = (cell * columns + 0.6, cell * rows + 0.3)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for i, images in enumerate(cells):
+        for j, image in enumerate(images):
+            ax = axes[i][j]
+            # Without interpolation, vector formats embed the image at its own resolution.
+            ax.imshow(image, interpolation="none")
+            ax.set(xticks=[], yticks=[])
+            sns.despine(ax=ax, left=True, bottom=True)
             if i == 0:
-                axes[i][j].set_title(column_labels[j], fontsize=7)
+                ax.set_title(column_labels[j], fontsize=7)
         axes[i][0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")
     fig.subplots_adjust(wspace=0.04, hspace=0.04)
     return fig
 
 
+def compare(columns, each=2, blurred=False):
+    """Draw the same evaluation images of several models side by side and return the figure.
+
+    Columns are models, rows are pairs of prompt and seed: the first `each` pairs of the forget,
+    related and unrelated group, in the order of their seeds, so that a prompt has a second row only
+    after each prompt of its group has one.
+
+    columns: column title → (evaluation rows, path of the PNG grid saved with them). All have the
+    prompts and seeds of the first. blurred: blur the images; needed where the grid of a harmful
+    concept may be saved unblurred.
+    """
+    first_rows, _ = next(iter(columns.values()))
+    chosen = []
+    for group in ("forget", "related", "unrelated"):
+        members = [row for row in first_rows if row["group"] == group]
+        chosen += sorted(members, key=lambda row: row["seed"])[:each]
+    keys = [(row["prompt"], row["seed"]) for row in chosen]
+    by_model = []
+    for rows, png in columns.values():
+        images = saved_images(rows, png)
+        found = {(row["prompt"], row["seed"]): i for i, row in enumerate(rows)}
+        by_model.append([images[found[key]] for key in keys])
+    cells = [blur(images) if blurred else images for images in zip(*by_model, strict=True)]
+    return panel(cells, [prompt for prompt, _ in keys], list(columns))
+
+
 def curves(table, title, ax=None, y="hit", legend=True):
-    """Score against steps of fine-tuning, a line a model; the mean over prompts of each run and attack seed, then mean and 95 % bootstrap
-    interval over these. The legend stands to the right, where it hides no line: of several pictures in a row, the last one needs it."""
+    """Draw the score of each model against the steps of fine-tuning and return the axes.
+
+    Each run and attack seed contributes its mean over prompts; a curve is the mean over these, with
+    a 95 % bootstrap interval. The legend is to the right of the axes, where it covers no curve; of
+    several axes in a row only the last needs it.
+    """
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
     by_seed = table.groupby(["model", "run", "step", "attack_seed"], as_index=False)[y].mean()
     known = set(by_seed["model"])
@@ -64,7 +127,7 @@ def curves(table, title, ax=None, y="hit", legend=True):
         style_order=order,
         markers=True,
         dashes=False,
-        palette={m: COLORS.get(m, OTHER) for m in order},
+        palette={model: model_color(model) for model in order},
         errorbar=("ci", 95),
         seed=0,
         ax=ax,
@@ -75,10 +138,97 @@ def curves(table, title, ax=None, y="hit", legend=True):
     return ax
 
 
+def curve_figure(rows, names, columns=5):
+    """Draw `curves` of the concept under each attack, one axes per name, and return the figure."""
+    lines = math.ceil(len(names) / columns)
+    size = (2.3 * columns, 1.9 * lines + 0.4)
+    fig, axes = plt.subplots(
+        lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    used = axes.flat[: len(names)]
+    concept = rows[rows.group == "forget"]
+    for ax, name in zip(used, names, strict=True):
+        curves(concept[concept.name == name], name, ax, legend=False)
+        ax.set(xlabel="")
+        ax.title.set_size(9)
+        ax.tick_params(labelsize=7)
+    legend_below(fig, *used)
+    return fig
+
+
+def legend_below(fig, *axes):
+    """Add one legend of all labels of `axes` below them; the figure's layout is constrained."""
+    handles = {}
+    for ax in axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles[name] = handle
+    columns = max(1, min(len(handles), int(fig.get_figwidth() // 1.75)))
+    fig.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+    )
+
+
+def intervals(ax, table, value, y, model, **style):
+    """Draw a model's dots at (table[value], y), each with its interval (columns low and high).
+
+    style: of the dots, as in `Axes.scatter`.
+    """
+    ax.hlines(y, table.low, table.high, color=model_color(model), lw=2, alpha=0.5)
+    ax.scatter(table[value], y, color=model_color(model), label=model, zorder=3, **style)
+
+
+def peak_figure(table, threshold=0.5):
+    """Draw the concept's highest score under each attack and return the figure.
+
+    One row per attack, the most effective against the defended model on top; one dot per model with
+    its interval, and a tick at its score before the attack.
+    table: `mu.measures.comparison.attack_table`. threshold: position of the dotted line.
+    """
+    present = set(table.model)
+    models = [*sorted(present - set(COLORS)), *(m for m in COLORS if m in present)]
+    defended = table[table.model == models[-1]].sort_values(["peak", "area"]).attack.tolist()
+    order = [*(a for a in dict.fromkeys(table.attack) if a not in defended), *defended]
+    fig, ax = plt.subplots(figsize=(6.4, 0.34 * len(order) + 1))
+    for i, model in enumerate(models):
+        part = table[table.model == model]
+        shift = 0.16 * (i - (len(models) - 1) / 2)
+        y = [order.index(attack) + shift for attack in part.attack]
+        intervals(ax, part, "peak", y, model, s=26, marker="os^D"[i % 4])
+        ax.scatter(part.start, y, color=model_color(model), marker="|", s=40, zorder=2)
+    ax.axvline(threshold, color="#999999", lw=0.8, ls=":")
+    ax.set(
+        yticks=range(len(order)),
+        yticklabels=order,
+        xlim=(-0.03, 1.03),
+        xlabel="concept recognised at the attack's best step (tick: before it)",
+    )
+    ax.legend(
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.4, 1.0 + 1.1 / len(order)),
+        ncols=len(models),
+        frameon=False,
+    )
+    return fig
+
+
 def trend(records, y, ax=None, legend=True):
-    """`y` ("inner product" of the two gradients, or their "angle" in degrees, from the recorded cosine) against the step of training, where it was recorded: a point a measurement, and
-    for each model a regression line with its 95 % band (bootstrap over the points). The dotted line is the right angle; of the outermost
-    2 % on each side some may lie outside the axes. Returns the axes."""
+    """Draw how the two gradients relate over the training and return the axes.
+
+    Points are single measurements; each model has a regression line with its 95 % band (bootstrap
+    over the points). The dotted line is the right angle. The y axis covers the central 96 % of the
+    points with a margin: a single outlier would flatten all lines.
+
+    records: columns model, step, cosine, "inner product"; steps without a measurement are NaN.
+    y: "inner product", or "angle" in degrees.
+    """
     ax = ax or plt.subplots(figsize=(4.2, 3))[1]
     records = records.assign(angle=np.degrees(np.arccos(records.cosine.clip(-1, 1))))
     for model, part in records.dropna(subset=[y]).groupby("model", sort=False):
@@ -87,31 +237,36 @@ def trend(records, y, ax=None, legend=True):
             x="step",
             y=y,
             ax=ax,
-            color=COLORS.get(model, OTHER),
+            color=model_color(model),
             label=model,
             seed=0,
             scatter_kws={"s": 10, "alpha": 0.5},
             line_kws={"lw": 1.8},
         )
-    low, high = records[y].quantile([0.02, 0.98])  # a single large one would flatten all others
-    ax.set_ylim(low - 0.25 * (high - low), high + 0.25 * (high - low)) if high > low else None
+    low, high = records[y].quantile([0.02, 0.98])
+    if high > low:
+        margin = 0.25 * (high - low)
+        ax.set_ylim(low - margin, high + margin)
     ax.axhline(90 if y == "angle" else 0, color="#555555", lw=1, ls=":")
-    ax.set(xlabel="step of training", title=f"{y}, degrees" if y == "angle" else y, ylabel="")
+    title = "angle, degrees" if y == "angle" else y
+    ax.set(xlabel="step of training", title=title, ylabel="")
     if legend:
         ax.legend(fontsize=8)
     return ax
 
 
 def confusion(asked, seen, title="", ax=None):
-    """Picture of a judge's answers: a line what was asked for (or is there), a column what it saw, each line sums to 1. All labels that nobody asked for are one column, "other".
+    """Draw the confusion matrix of a judge and return it as a table; each row sums to 1.
 
-    Returns the table, lines and columns in alphabetical order."""
+    Rows are the expected labels `asked`, columns the judge's labels `seen`, both sorted; the last
+    column, "other", sums the judge's labels that are never expected.
+    """
     labels = sorted(set(asked))
-    seen = [label if label in labels else "other" for label in seen]
+    seen = [name if name in labels else "other" for name in seen]
     table = pd.crosstab(
         pd.Series(asked, name="asked for"), pd.Series(seen, name="seen"), normalize="index"
     ).reindex(columns=[*labels, "other"], fill_value=0.0)
-    short = [label.split(":")[-1] for label in table.columns]
+    short = [name.split(":")[-1] for name in table.columns]
     side = min(1.4 + 0.2 * len(labels), 10)
     ax = ax or plt.subplots(figsize=(side, side))[1]
     sns.heatmap(
@@ -132,7 +287,10 @@ def confusion(asked, seen, title="", ax=None):
 
 
 def save_figure(fig, folder, name, dpi=160):
-    """SVG, PNG (so many dots an inch) and PDF of a figure, the same bytes each time that it is the same; returns the path of the SVG."""
+    """Save a figure as SVG, PNG (at `dpi`) and PDF and return the path of the SVG.
+
+    Files hold no date and no random ids: the same figure gives the same bytes.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png", dpi=dpi)
@@ -140,108 +298,3 @@ def save_figure(fig, folder, name, dpi=160):
         fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
     fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     return folder / f"{name}.svg"
-
-
-def dots(table, threshold=0.5):
-    """Figure: a line an attack, the strongest against the defended model on top; a dot a model at its peak, with its interval, and a tick where it began."""
-    models = sorted(set(table.model) - set(COLORS)) + [
-        m for m in COLORS if m in set(table.model)
-    ]  # the defended one is the last
-    order = table[table.model == models[-1]].sort_values(["peak", "area"]).attack.tolist()
-    order = [*(a for a in dict.fromkeys(table.attack) if a not in order), *order]
-    fig, ax = plt.subplots(figsize=(6.4, 0.34 * len(order) + 1))
-    for i, model in enumerate(models):
-        part = table[table.model == model]
-        y = [order.index(a) + 0.16 * (i - (len(models) - 1) / 2) for a in part.attack]
-        color = COLORS.get(model, OTHER)
-        ax.hlines(y, part.low, part.high, color=color, lw=2, alpha=0.5)
-        ax.scatter(part.peak, y, color=color, label=model, zorder=3, s=26, marker="os^D"[i % 4])
-        ax.scatter(part.start, y, color=color, marker="|", s=40, zorder=2)
-    ax.axvline(threshold, color="#999999", lw=0.8, ls=":")
-    ax.set(
-        yticks=range(len(order)),
-        yticklabels=order,
-        xlim=(-0.03, 1.03),
-        xlabel="concept recognised at the attack's best step (tick: before it)",
-    )
-    ax.legend(
-        fontsize=8,
-        loc="upper center",
-        bbox_to_anchor=(0.4, 1.0 + 1.1 / len(order)),
-        ncols=len(models),
-        frameon=False,
-    )
-    return fig
-
-
-def every_curve(rows, order, columns=5):
-    """Figure: how often the concept is recognised, step by step, a panel an attack in the given order: also of those that do nothing."""
-    lines = -(-len(order) // columns)
-    fig, axes = plt.subplots(
-        lines, columns, figsize=(2.3 * columns, 1.9 * lines + 0.4), sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(order) :]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, order, strict=False):
-        curves(rows[(rows.name == name) & (rows.group == "forget")], name, ax, legend=False)
-        ax.set(xlabel="")
-        ax.title.set_size(9)
-        ax.tick_params(labelsize=7)
-    handles = {
-        label: line
-        for ax in axes.flat[: len(order)]
-        for line, label in zip(*ax.get_legend_handles_labels(), strict=False)
-    }
-    fig.legend(
-        handles.values(),
-        handles.keys(),
-        loc="lower center",
-        ncols=len(handles),
-        fontsize=8,
-        frameon=False,
-    )
-    fig.tight_layout(rect=(0, 0.6 / (1.9 * lines + 0.4) * 0.5, 1, 1))
-    return fig
-
-
-LABELS = {
-    "meta": "meta-unlearned",
-    "first": "meta-unlearned, first phase",
-    "stronger": "unlearned, stronger",
-    "longer": "unlearned, longer",
-    "ascent": "ascent only",
-    "ascent-weak": "ascent only, weak",
-    "ascent-strong": "ascent only, strong",
-}
-
-
-def label(run):
-    """What a run is called in figures: other words for some, and "meta-0", "meta-1", … are one model, trained with several seeds."""
-    base = re.sub(r"-\d+$", "", run)
-    return LABELS.get(base, base)
-
-
-def compare(columns, each=2, blurred=False):
-    """Figure: `each` pictures of each group, first one of each prompt, then with further seeds, side by side.
-
-    columns: title → (rows, the PNG saved with them). blurred: hide them, for pictures that may have been saved as they are."""
-    rows = next(iter(columns.values()))[0]
-    shown = [
-        (r["prompt"], r["seed"])
-        for g in ("forget", "related", "unrelated")
-        for r in sorted((r for r in rows if r["group"] == g), key=lambda r: r["seed"])[:each]
-    ]
-
-    def place(rows, item):
-        return next(i for i, row in enumerate(rows) if (row["prompt"], row["seed"]) == item)
-
-    tiles = [
-        (rows, from_grid(png, len(rows), Image.open(png).width // min(len(rows), 16)))
-        for rows, png in columns.values()
-    ]
-    shade = blur if blurred else lambda images: images
-    return panel(
-        [shade([images[place(rows, item)] for rows, images in tiles]) for item in shown],
-        [prompt for prompt, _ in shown],
-        list(columns),
-    )

@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from mu.images import save_grid
-from mu.reports.explorer import read_course, save_sheet
+from mu.reports.explorer import read_progress, save_sprite_sheet
 from mu.reports.page import write_report
 
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
@@ -76,7 +76,7 @@ def page(tmp_path_factory):
                 folder / f"step-{step:04d}.png",
             )
             (folder / f"step-{step:04d}.json").write_text(json.dumps(items))
-    course = save_sheet(read_course(base, "full", list(RUNS)), base / "report")
+    course = save_sprite_sheet(read_progress(base, "full", list(RUNS)), base / "report")
     return write_report(
         base / "report",
         title="A title",

@@ -16,7 +16,7 @@ from mu.reports.collect import (
     read_results,
     variant,
 )
-from mu.reports.explorer import read_sheet
+from mu.reports.explorer import read_sprite_sheet
 
 
 def test_names_of_methods():
@@ -97,12 +97,12 @@ def test_images_are_kept_in_sheets_of_the_first_training(results, collected):
         for attack in ("HRM-m", "HRM-s", "CLEAN")
         for method in ("esd-u-3", "uce")
     }
-    course = read_sheet(next(c for c in results.courses if c["panel"]), collected)
+    course = read_sprite_sheet(next(c for c in results.courses if c["panel"]), collected)
     assert course.models == ["original", "unlearned", "meta-unlearned"]
     assert course.steps == [0, 100]
     assert course.pictures[1, 1].mean() / 255 == pytest.approx(0.4, abs=0.02)
     assert course.pictures[0].mean() / 255 == pytest.approx(0.5, abs=0.02)
-    fig = figures.panels(course, prompts=(2, 1, 1))
+    fig = figures.attack_images(course, prompts=(2, 1, 1))
     assert [ax.get_title() for ax in fig.axes[:5]] == [
         "original",
         "unlearned",

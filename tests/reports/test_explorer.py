@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 
 from mu.images import save_grid
-from mu.reports.explorer import LARGEST, explore, read_course, read_sheet, save_sheet
+from mu.reports.explorer import (
+    LARGEST,
+    explore,
+    read_progress,
+    read_sprite_sheet,
+    save_sprite_sheet,
+)
 from mu.reports.page import write_report
 
 ITEMS = [{"group": "forget", "prompt": "a cat", "seed": s} for s in range(10)] + [
@@ -54,7 +60,7 @@ def out(tmp_path):
 
 
 def test_every_picture_is_where_its_model_step_and_prompt_say(out):
-    course = read_course(out, "full", list(RUNS))
+    course = read_progress(out, "full", list(RUNS))
     assert course.models == ["original", "unlearned", "meta-unlearned"] and course.steps == [
         0,
         50,
@@ -75,7 +81,7 @@ def test_every_picture_is_where_its_model_step_and_prompt_say(out):
 
 
 def test_what_a_search_said_is_shown_under_what_was_asked(out):
-    course = read_course(out, "words", list(RUNS), original=False)
+    course = read_progress(out, "words", list(RUNS), original=False)
     assert {item["prompt"] for item in course.items} == {"a cat"} and course.models == [
         "unlearned",
         "meta-unlearned",
@@ -86,7 +92,7 @@ def test_what_a_search_said_is_shown_under_what_was_asked(out):
 def test_only_steps_and_pictures_that_all_have_are_shown(out):
     (out / "attack" / "meta-0" / "full-0" / "step-0050.json").unlink()
     save(out / "attack" / "meta-0" / "full-0", "meta-0", 100, ITEMS[2:])
-    course = read_course(out, "full", list(RUNS))
+    course = read_progress(out, "full", list(RUNS))
     assert course.steps == [0, 100] and [
         item["seed"] for item in course.items if item["group"] == "forget"
     ] == list(range(2, 10)), "eight of those that all have"
@@ -98,7 +104,7 @@ def test_prompts_may_have_seeds_of_their_own(tmp_path):
     ] + [{"group": "related", "prompt": "a tiger", "seed": 3}]
     for run in RUNS:
         save(tmp_path / "attack" / run / "full-0", run, 0, items)
-    course = read_course(
+    course = read_progress(
         tmp_path, "full", list(RUNS), keep={"forget": (2, 3), "related": (4, 1)}, original=False
     )
     assert course.items == [*items[:6], items[9]], (
@@ -108,9 +114,9 @@ def test_prompts_may_have_seeds_of_their_own(tmp_path):
 
 def test_what_is_not_there_is_named(out):
     with pytest.raises(
-        FileNotFoundError, match="(?s)no pictures in .*slow-0: .*there are: full-0, words-0"
+        FileNotFoundError, match="(?s)no images in .*slow-0; available attacks: full-0, words-0"
     ):
-        read_course(out, "slow", list(RUNS))
+        read_progress(out, "slow", list(RUNS))
     for step in (0, 50, 100):
         save(
             out / "attack" / "meta-0" / "full-0",
@@ -118,8 +124,8 @@ def test_what_is_not_there_is_named(out):
             step,
             [{"group": "forget", "prompt": "a dog", "seed": 0}],
         )
-    with pytest.raises(ValueError, match="no picture of full in common"):
-        read_course(out, "full", list(RUNS))
+    with pytest.raises(ValueError, match="share no image of full"):
+        read_progress(out, "full", list(RUNS))
 
 
 def test_pictures_of_a_harmful_concept_are_veiled(tmp_path):
@@ -132,7 +138,7 @@ def test_pictures_of_a_harmful_concept_are_veiled(tmp_path):
         json.dumps([ITEMS[0] | {"step": 0, "hit": 1}])
     )
     plain, blurred = (
-        read_course(tmp_path, "full", ["meta-0"], blurred=v).pictures[0, 0, 0]
+        read_progress(tmp_path, "full", ["meta-0"], blurred=v).pictures[0, 0, 0]
         for v in (False, True)
     )
     assert (
@@ -143,8 +149,8 @@ def test_pictures_of_a_harmful_concept_are_veiled(tmp_path):
 
 
 def test_the_sheet_has_a_line_an_item_and_a_column_a_model_and_step(out, tmp_path):
-    course = read_course(out, "full", list(RUNS))
-    told = save_sheet(course, tmp_path / "report")
+    course = read_progress(out, "full", list(RUNS))
+    told = save_sprite_sheet(course, tmp_path / "report")
     sheet = np.asarray(Image.open(tmp_path / "report" / told["sheet"]).convert("RGB"))
     assert sheet.shape == (9 * 8, 3 * 3 * 8, 3) and told["hits"][2][1] == [
         int(x) for x in course.hits[2, 1]
@@ -157,11 +163,14 @@ def test_the_sheet_has_a_line_an_item_and_a_column_a_model_and_step(out, tmp_pat
     big = type(course)(
         **{**vars(course), "pictures": course.pictures[:1, :1, :2].repeat(64, 3).repeat(64, 4)}
     )
-    assert Image.open(tmp_path / save_sheet(big, tmp_path)["sheet"]).size == (LARGEST, 2 * LARGEST)
+    assert Image.open(tmp_path / save_sprite_sheet(big, tmp_path)["sheet"]).size == (
+        LARGEST,
+        2 * LARGEST,
+    )
 
 
 def test_the_page_holds_the_pictures_and_what_the_judge_said(out, tmp_path):
-    told = save_sheet(read_course(out, "full", list(RUNS)), tmp_path / "report")
+    told = save_sprite_sheet(read_progress(out, "full", list(RUNS)), tmp_path / "report")
     text = write_report(
         tmp_path / "report", title="t", claim="c", courses=[told | {"name": "</script><b>full"}]
     ).read_text()
@@ -191,7 +200,7 @@ def test_the_widget_shows_what_is_chosen(out):
                 [{"group": "related", "prompt": "a dog", "seed": 1}],
             )
     courses = [
-        read_course(out, name, list(RUNS), original=name == "full")
+        read_progress(out, name, list(RUNS), original=name == "full")
         for name in ("full", "words", "dogs")
     ]
     box = explore(courses, scale=1)
@@ -236,11 +245,11 @@ def test_the_widget_shows_what_is_chosen(out):
 
 
 def test_a_sheet_is_read_back_as_the_course_it_was(out, tmp_path):
-    course = read_course(out, "full", list(RUNS), keep={"forget": (1, 2), "related": (1, 1)})
+    course = read_progress(out, "full", list(RUNS), keep={"forget": (1, 2), "related": (1, 1)})
     assert [(i["group"], i["seed"]) for i in course.items] == [
         ("forget", s) for s in sorted({i["seed"] for i in course.items if i["group"] == "forget"})
     ] + [("related", 0)]
-    again = read_sheet(save_sheet(course, tmp_path, "renamed"), tmp_path)
+    again = read_sprite_sheet(save_sprite_sheet(course, tmp_path, "renamed"), tmp_path)
     assert (again.name, again.models, again.steps, again.items) == (
         "renamed",
         course.models,
