@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 import mu.measures.judges
+from mu.attacks.config import Sampling, SearchConfig
 from mu.attacks.search import random_words
 from mu.concepts.probe import join, make_probe
 from mu.measures.clip import zero_shot
 from mu.measures.evaluate import evaluate, label_images, load_judge
 from mu.measures.judges import ClipJudge, NudityJudge, named_judge
-from mu.measures.under_attack import prompt_run
+from mu.measures.under_attack import Selection, prompt_run
 
 
 class Detector:
@@ -106,17 +107,15 @@ def test_a_part_of_the_prompts_is_judged_among_all_labels(pipe, tmp_path):
         offered.append(labels)
         return ["concept:cat"] * len(items)
 
+    config = SearchConfig(count=1, steps=2)
     prompt_run(
         tmp_path / "run",
         pipe,
         SimpleNamespace(label=label),
         probe,
-        lambda prompt: random_words(pipe, prompt, count=1, steps=2),
-        at=(0, 2),
-        tries=2,
-        looks=1,
-        guidance=2.0,
-        sampling_steps=2,
+        lambda prompt: random_words(pipe, prompt, config),
+        Selection(at=(0, 2), candidates=2, images_per_prompt=1),
+        Sampling(guidance=2.0, steps=2),
     )
     assert offered == [probe.labels] * 3
 
