@@ -12,13 +12,14 @@ from PIL import Image
 
 import mu.attacks.finetune
 import mu.measures.evaluate
-from mu.attacks.finetune import fine_tuning
+from mu.attacks.finetune import AttackConfig, fine_tuning
 from mu.concepts.probe import load_probe, make_probe
 from mu.concepts.sets import is_harmful, read_image, read_metadata
 from mu.images import blur, to_grid
 from mu.measures.evaluate import judge_images, load_judge, measure
-from mu.measures.under_attack import attack_run
+from mu.measures.under_attack import Schedule, attack_run
 from mu.reports.plots import compare
+from mu.sampling import Sampling
 
 PROBE = {"forget": {"a cat": "concept:cat"}, "related": {"a tiger": "concept:tiger"}}
 
@@ -104,15 +105,10 @@ def drawn(pipe, judge, sets, monkeypatch):
 
         monkeypatch.setattr("mu.measures.evaluate.draw_images", draw)
         rows = measure(folder / "before", pipe, judge, probe, 2.0, 2, {"model": "tiny"})
-        attack_run(
-            folder / "attack",
-            pipe,
-            judge,
-            partial(fine_tuning, pipe, sets[0], probe),
-            at=(0, 1, 2),
-            before=(rows, folder / "before" / "samples.png"),
-            sampling_steps=2,
-        )
+        make_attack = partial(fine_tuning, pipe, sets[0], probe, AttackConfig())
+        schedule = Schedule(at=(0, 1, 2), sampling=Sampling(steps=2))
+        before = (rows, folder / "before" / "samples.png")
+        attack_run(folder / "attack", pipe, judge, make_attack, schedule, before)
         before, one, two = (to_grid(images) for images in made)
         return {
             "before/samples.png": before,
