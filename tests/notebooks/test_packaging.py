@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from mu.files import read_json
 from mu.notebooks.book import overview
+from mu.reports.caveats import caveats
 from mu.reports.collect import deduplicate, read_results
-from mu.reports.words import caveats
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

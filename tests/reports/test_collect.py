@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import synthetic
 
-from mu.reports import figures, tables, words
+from mu.reports import captions, figures, tables
 from mu.reports.collect import (
     attack_name,
     collect,
@@ -178,7 +178,7 @@ def test_a_model_that_trainings_share_counts_once(results, published):
     uce = rows[(rows.method == "uce") & rows.attack.eq("HRM-m")].groupby("model")
     assert uce.training.nunique().to_dict() == {"unlearned": 1, "meta-unlearned": 2}
     assert uce.size()["meta-unlearned"] == 2 * uce.size()["unlearned"]
-    count = words.count(rows[rows.attack.eq("HRM-m") & rows.panel.eq("")])
+    count = captions.count(rows[rows.attack.eq("HRM-m") & rows.panel.eq("")])
     assert count.startswith("2 trainings (seeds 0, 1), attack seed 0; ")
     assert count.endswith("; of fewer trainings: UCE unlearned 1")
     quality = tables.quality_table(rows, results.numbers, published["quality"])

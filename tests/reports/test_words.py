@@ -5,7 +5,8 @@ import re
 import pandas as pd
 import pytest
 
-from mu.reports import tables, training_tables, words
+from mu.reports import captions, tables, training_tables, words
+from mu.reports.caveats import caveats
 from mu.reports.collect import deduplicate
 
 
@@ -19,8 +20,8 @@ def cards(results):
     return results.cards["0"]
 
 
-def caveats(rows, cards):
-    return "\n".join(words.caveats(rows, cards, "uce", 6e-5))
+def caveats_text(rows, cards):
+    return "\n".join(caveats(rows, cards, "uce", 6e-5))
 
 
 def test_self_destruction_is_ordered_by_certainty():
@@ -41,7 +42,7 @@ def test_self_destruction_is_ordered_by_certainty():
 def test_angle_and_search(results):
     change = training_tables.angle_change(results.records[results.records.panel == ""])
     assert "ESD-u-3 78° → 102°" in words.turning(change)
-    search = words.said_by_words(tables.search_table(results.rows))
+    search = words.search_words(tables.search_table(results.rows))
     assert "ESD-u-3 unlearned (50%, random words 0%)" in search
 
 
@@ -60,15 +61,15 @@ def test_methods_are_compared(results, published):
 def test_images_at_several_learning_rates_are_counted_once(results):
     rows = results.rows
     part = rows[(rows.panel == "") & (rows.attack == "HRM-m") & (rows.group == "forget")]
-    count = words.count(part)
-    assert count == words.count(pd.concat([part, part.assign(lr=2e-5)]))
+    count = captions.count(part)
+    assert count == captions.count(pd.concat([part, part.assign(lr=2e-5)]))
     assert "10 of the concept" in count
 
 
 def test_cost_and_learning_rates(results):
     rows = results.rows
     attacked = rows[(rows.panel == "") & (rows.method == "uce") & rows.attack.eq("HRM-m")]
-    cost = words.price_words(attacked)
+    cost = words.cost_words(attacked)
     assert "lost of the related: unlearned 0%, meta-unlearned 50%" in cost
     assert re.fullmatch(
         r"The concept is recognised at 6e-05, after 100 steps, "
@@ -78,7 +79,7 @@ def test_cost_and_learning_rates(results):
 
 
 def test_caveats_of_two_trainings(rows, cards):
-    text = caveats(rows, cards)
+    text = caveats_text(rows, cards)
     assert (
         "after 100 steps of the attack they have lost 50, 50 points of their related concepts"
     ) in text
@@ -91,7 +92,7 @@ def test_caveats_of_two_trainings(rows, cards):
 
 
 def test_caveats_of_one_training(rows, cards):
-    text = caveats(rows[rows.training == "0"], cards)
+    text = caveats_text(rows[rows.training == "0"], cards)
     assert (
         "After 100 steps of the attack the one training has lost 50 points "
         "of its related concepts (95 % interval "
@@ -106,7 +107,7 @@ def test_caveats_of_controls(rows, cards):
     poorer = plain.assign(
         model="ascent only, strong", run="ascent-strong", hit=plain.hit.mask(lost, 0)
     )
-    text = caveats(pd.concat([rows, equal, poorer]), cards)
+    text = caveats_text(pd.concat([rows, equal, poorer]), cards)
     assert (
         "after 50, 100 steps: unlearned 40, 85; ascent only 40, 85; "
         "ascent only, strong 0, 0; meta-unlearned 0, 20"
@@ -119,7 +120,7 @@ def test_caveats_of_controls(rows, cards):
 
 
 def test_caveats_name_the_phases(rows, two_phases):
-    assert words.caveats(rows, two_phases, "uce", 6e-5)[0] == (
+    assert caveats(rows, two_phases, "uce", 6e-5)[0] == (
         "UCE is meta-unlearned for 40 steps in 2 phases, the other methods for 7."
     )
 
@@ -133,7 +134,7 @@ def test_lost_concepts_are_named(rows):
 
 
 def test_a_panel_is_described(rows):
-    assert words.panel_words(rows, "robot-pocket") == (
+    assert captions.panel_words(rows, "robot-pocket") == (
         "Recognised before → after 100 steps. "
         "unlearned: concept 0% → 90%, related 100% → 100%, unrelated 100% → 100%; "
         "meta-unlearned: concept 0% → 20%, related 100% → 100%, unrelated 100% → 100%."
