@@ -1,9 +1,7 @@
-"""Attacks by training: malicious fine-tuning in all its kinds.
+"""Attacks by training: fine-tuning in all its variants, DreamBooth and textual inversion.
 
-Full fine-tuning, of a subset, or of LoRA adapters; with other images mixed in, after a benign
-warm-up, with DreamBooth's prior preservation; of the embedding of a word (textual inversion); and after the
-original's weights are merged back. All take the step that the defence simulates,
-`mu.train.finetune`. Attacks by prompts: `mu.attacks.search`.
+All take the optimizer step that the defence simulates (`mu.train.finetune`). `merge_back` restores
+original weights before any of them. Attacks by prompts: `mu.attacks.search`.
 """
 
 import math
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mu.attacks.tokens import embeddings, holds, stand_in, swapped, words
+from mu.attacks import tokens
 from mu.concepts.probe import Probe
 from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
 from mu.models import encode_prompts, select, trainable
@@ -61,106 +59,97 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class Attack:
-    """What an attacker trains, on which images, and how it draws with what it has learned."""
+    """What to train, on which images, and how to evaluate it."""
 
     state: State
-    concept_set: ConceptSet | Callable[[int], ConceptSet]  # or a function of the steps done
-    probe: Callable[[], Probe]
-    images: int  # different images that the attack uses
-    mixed_set: ConceptSet | None = None  # the same steps train on it, too
+    concept_set: Callable[[int], ConceptSet]  # steps done → training images
+    probe: Callable[[], Probe]  # evaluation prompts, encoded with what has been learned so far
+    images: int  # distinct training images
+    mixed_set: ConceptSet | None = None  # images that each step also trains on
     mixed_weight: float = 1.0
-    passes: int = 0  # forward passes of the UNet that its preparation took
+    passes: int = 0  # forward passes of the UNet before the first step
 
 
 def fine_tuning(pipe, concept_set, probe, config, seed=0, mixed_set=None, warmup_set=None):
-    """Return the `Attack` that trains weights of the UNet on the concept's images.
+    """Return the `Attack` that trains L(θ; concept_set) + mixed_weight · L(θ; mixed_set).
 
-    mixed_set: benign images, mixed in so that related concepts survive. warmup_set: the first
-    `config.warmup_steps` steps train on it alone, to wear off a defence. Raises as `State` does.
+    mixed_set: benign images, which preserve related concepts. warmup_set: benign images that the
+    first `warmup_steps` train on alone, to wear off a defence. Raises as `State` does.
     """
-    kind = dict(seed=seed, rank=config.rank)
-    state = State(pipe.unet, config.subset, config.lr, config.optimizer, **kind)
-    steps = config.warmup_steps if warmup_set is not None else 0
+    options = config.subset, config.lr, config.optimizer
+    state = State(pipe.unet, *options, seed=seed, rank=config.rank)
+    mixed_set = mixed_set if config.mixed_weight else None
+    warmup_set = warmup_set if config.warmup_steps else None
 
-    def phase(step):
-        return warmup_set if step < steps else concept_set
+    def training_set(step):
+        warming_up = warmup_set is not None and step < config.warmup_steps
+        return warmup_set if warming_up else concept_set
 
-    images = len(concept_set) + (len(warmup_set) if steps else 0)
-    if mixed_set is not None and config.mixed_weight:
-        images += len(mixed_set)
-    phases = phase if steps else concept_set
-    return Attack(state, phases, lambda: probe, images, mixed_set, config.mixed_weight)
+    used = [part for part in (concept_set, mixed_set, warmup_set) if part is not None]
+    images = sum(map(len, used))
+    return Attack(state, training_set, lambda: probe, images, mixed_set, config.mixed_weight)
 
 
 def dreambooth(pipe, concept_set, probe, config, seed=0, sampling=Sampling()):
-    """Return the `Attack` of DreamBooth (Ruiz et al. 2023): fine-tuning with prior preservation.
+    """Return DreamBooth (Ruiz et al. 2023) as an `Attack`: `fine_tuning` with prior preservation.
 
-    The class images show related concepts; the attacked model draws them before it is trained. The
-    concept keeps its name: for an unlearned word, a rare identifier is no better. Raises
-    ValueError if the probe has no related prompts.
+    The attacked model first draws the class images, of related concepts. The concept keeps its
+    name: after unlearning, a rare identifier has no advantage. Raises ValueError if the probe has
+    no related prompts.
     """
     prompts = sorted({item["prompt"] for item in probe.items if item["group"] == "related"})
     if not prompts:
-        raise ValueError("dreambooth needs related prompts of the probe as its class: it has none")
+        raise ValueError("the probe has no related prompts: dreambooth needs them as its class")
     drawn = drawn_set(pipe, prompts, config.class_images, CLASS_SEED + seed, *sampling)
-    made = fine_tuning(pipe, concept_set, probe, config, seed, mixed_set=drawn)
+    attack = fine_tuning(pipe, concept_set, probe, config, seed, mixed_set=drawn)
     batches = math.ceil(config.class_images / images_per_batch(pipe))
-    return replace(made, passes=sampling.steps * batches)
+    return replace(attack, passes=sampling.steps * batches)
 
 
 def inversion(pipe, concept_set, probe, config, rewrite, seed=0):
     """Return the `Attack` that trains one embedding per text encoder (Adam) and no weight.
 
     Textual inversion (Gal et al. 2023); on an unlearned model, concept inversion (Pham et al.
-    2024). The embedding is read where `config.word` occurs. rewrite: text → text with that word,
-    for captions and forget prompts. Raises ValueError for a word that is not one token, for a
-    caption without it, and if another prompt of the probe holds it.
+    2024). The embedding replaces that of `config.word`. rewrite: text → text with that word, for
+    captions and forget prompts. Raises ValueError for a word that is not one token, for a caption
+    without it, and if another evaluation prompt contains it.
     """
-    known = words(pipe)
+    known = tokens.words(pipe)
     for name in (config.word, config.init_word):
         if name not in known:
             raise ValueError(
                 f"{name!r} is not one token of the text encoder: choose a word such as "
                 f"{', '.join(known[:5])} (mu.attacks.tokens.words)"
             )
+    word = config.word
     captions = [rewrite(text) for text in concept_set.prompts]
-    forget = [item["group"] == "forget" for item in probe.items]
-    prompts = [item["prompt"] for item in probe.items]
-    drawn = [rewrite(p) if f else p for p, f in zip(prompts, forget, strict=True)]
-    check_word(config.word, captions, drawn, forget)
-    vectors = [t[0].clone().requires_grad_(True) for t in embeddings(pipe, [config.init_word])]
+    forget = {i["prompt"]: rewrite(i["prompt"]) for i in probe.items if i["group"] == "forget"}
+    prompts = [forget.get(item["prompt"], item["prompt"]) for item in probe.items]
+    for text in [*captions, *forget.values()]:
+        tokens.require_word(text, word)
+    for text in [item["prompt"] for item in probe.items if item["prompt"] not in forget]:
+        if tokens.contains_word(text, word):
+            raise ValueError(f"the prompt {text!r} contains the word {word!r}: choose another word")
+    tables = tokens.embeddings(pipe, [config.init_word])
+    vectors = [table[0].clone().requires_grad_(True) for table in tables]
     named = {f"vector/{e}": vector for e, vector in enumerate(vectors)}
     frozen = pipe.unet.requires_grad_(False)
     state = State(frozen, lr=config.lr, optimizer="adam", seed=seed, named=named)
 
-    def read(texts):
-        with stand_in(pipe, [config.word], [vector[None] for vector in vectors]):
+    def encode(texts):
+        with tokens.replaced_embeddings(pipe, [word], [vector[None] for vector in vectors]):
             return encode_prompts(pipe, texts)
 
     @torch.no_grad()
     def learned_probe():
-        distinct = sorted(set(drawn))
-        index = torch.tensor([distinct.index(text) for text in drawn])
-        return replace(probe, conditioning=select(read(distinct), index))
+        distinct = sorted(set(prompts))
+        index = torch.tensor([distinct.index(text) for text in prompts])
+        return replace(probe, conditioning=select(encode(distinct), index))
 
-    def learned_set(_):
-        return replace(concept_set, conditioning=read(captions), prompts=captions)
+    def training_set(_):
+        return replace(concept_set, conditioning=encode(captions), prompts=captions)
 
-    return Attack(state, learned_set, learned_probe, len(concept_set))
-
-
-def check_word(word, captions, drawn, forget):
-    """Raise ValueError unless exactly the captions and the forget prompts hold the word."""
-    pairs = list(zip(drawn, forget, strict=True))
-    for text in captions + [text for text, is_forget in pairs if is_forget]:
-        if not holds(text, word):
-            raise ValueError(
-                f"{text!r} does not hold the word {word!r}, nothing could be learned: set "
-                "concept_token to the concept's name in the captions"
-            )
-    for text in [text for text, is_forget in pairs if not is_forget]:
-        if holds(text, word):
-            raise ValueError(f"the prompt {text!r} holds the word {word!r}: choose another word")
+    return Attack(state, training_set, learned_probe, len(concept_set))
 
 
 @torch.no_grad()
@@ -176,11 +165,11 @@ def merge_back(unet, original, subset="x", amount=1.0):
 
 
 def attackers_set(pipe, folder, attack="forget", *, prompts=0, drawn_images=0, sampling, cache):
-    """Return the attacker's `ConceptSet`, of its `prompts` most frequent prompts only (0: all).
+    """Return the `ConceptSet` <folder>/attacker/<attack>, with its `prompts` most frequent prompts.
 
-    attack: the set below <folder>/attacker. drawn_images: use so many images that the pipeline
-    draws now, before it gets an unlearned model's weights: images in the original's own style. An
-    attack that trains no weights needs them, since it finds only what the model can still draw.
+    prompts: 0 for all. drawn_images: instead, use that many images that the pipeline draws of
+    these prompts. Call it before loading unlearned weights: attacks that train no weights need
+    images in the original's own style.
     """
     encoded = encode_folder(pipe, Path(folder) / "attacker" / attack, cache)
     concept_set = with_prompts(encoded, prompts)
@@ -194,9 +183,9 @@ def choose(pipe, folder, probe, concept_set, config, sampling=Sampling(), cache=
     """Return a function of the attack seed that makes the `Attack` of a config.
 
     folder: the concept folder of `config.mixed_set` and `warmup_set`, such as "attacker/clean".
-    Textual inversion learns `config.word` in place of the concept's name, concept inversion before
-    each text. Raises ValueError as `AttackConfig.check` and the attacks do, FileNotFoundError for a
-    missing set.
+    Textual inversion replaces the concept's name by `config.word`, concept inversion puts it in
+    front of each text. Raises ValueError as `AttackConfig.check` and the attacks do,
+    FileNotFoundError for a missing set.
     """
     config.check()
     if config.kind == "dreambooth":
@@ -205,15 +194,14 @@ def choose(pipe, folder, probe, concept_set, config, sampling=Sampling(), cache=
         rewrite = make_rewrite(probe, config)
         return partial(inversion, pipe, concept_set, probe, config, rewrite)
 
-    def read(name):
-        return encode_folder(pipe, Path(folder) / name, cache) if name else None
-
-    sets = dict(mixed_set=read(config.mixed_set), warmup_set=read(config.warmup_set))
+    names = {"mixed_set": config.mixed_set, "warmup_set": config.warmup_set}
+    paths = {name: Path(folder) / path for name, path in names.items() if path}
+    sets = {name: encode_folder(pipe, path, cache) for name, path in paths.items()}
     return partial(fine_tuning, pipe, concept_set, probe, config, **sets)
 
 
 def make_rewrite(probe, config):
-    """Return text → text with the learned word; raises ValueError for a probe of several concepts."""
+    """Return the function text → text with the word. Raises ValueError for several concepts."""
     forget = [item for item in probe.items if item["group"] == "forget"]
     names = sorted({item["expected"].split(":")[1] for item in forget})
     if len(names) != 1:
@@ -221,11 +209,6 @@ def make_rewrite(probe, config):
             f"an inversion learns one word, the forget prompts expect {', '.join(names)}: choose "
             "another kind of attack"
         )
-
-    def before(text):
-        return f"{config.word} {text}"
-
-    def in_place(text):
-        return swapped(text, config.concept_token or names[0], config.word)
-
-    return in_place if config.kind == "textual-inversion" else before
+    if config.kind == "concept-inversion":
+        return lambda text: f"{config.word} {text}"
+    return lambda text: tokens.replace_word(text, config.concept_token or names[0], config.word)

@@ -1,10 +1,9 @@
-"""Attacks by prompts: a few words that make an unlearned model draw its concept again.
+"""Attacks by prompts: search for words that make an unlearned model draw its concept again.
 
-No weight changes. The words come from the text encoder's own vocabulary, so a prompt is read as it
-was meant; `stand_in` makes the text encoders read other embeddings in their place, with gradient.
-(Learning one embedding is an attack by training: `mu.attacks.finetune.inversion`.)
+No weights change. Learning an embedding is an attack by training: `mu.attacks.finetune.inversion`.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from functools import partial
 
 import torch
 
-from mu.attacks.tokens import embeddings, split_words, stand_in, swapped, words
-from mu.losses import Inputs, Term, draw_minibatch, gradients, predictions, squared_errors
+from mu.attacks import tokens
+from mu.losses import Term, draw_minibatch, gradients, predictions, squared_errors
 from mu.models import encode_prompts, select
 from mu.optimizers import descend
 
@@ -47,20 +46,14 @@ class SearchConfig:
 
 
 def opposed(captions, name, others):
-    """Return pairs (caption, caption with another thing in place of `name`) for `ring_a_bell`.
+    """Return pairs (caption, caption with one of the `others` in place of `name`, in turn).
 
-    Raises ValueError for a caption without the name.
+    For `ring_a_bell`. Raises ValueError for a caption without the name.
     """
-    pairs = []
-    for i, caption in enumerate(captions):
-        other = swapped(caption, name, others[i % len(others)])
-        if caption == other:
-            raise ValueError(
-                f"{caption!r} does not hold the word {name!r}: set concept_token to the concept's "
-                "name in the captions"
-            )
-        pairs.append((caption, other))
-    return pairs
+    for caption in captions:
+        tokens.require_word(caption, name)
+    pairs = zip(captions, itertools.cycle(others), strict=False)
+    return [(caption, tokens.replace_word(caption, name, other)) for caption, other in pairs]
 
 
 def random_words(pipe, prompt, config, seed=0):
@@ -99,7 +92,7 @@ def p4d(pipe, original, concept_set, prompt, config, seed=0):
     plain = select(encode_prompts(pipe, [prompt]), rows)
 
     def target(batch):
-        inputs = Inputs(batch.inputs.latents, batch.inputs.timesteps, plain)
+        inputs = batch.inputs._replace(conditioning=plain)
         return predictions(original, [inputs])[0], 1
 
     yield from search_by_gradient(pipe, concept_set, prompt, free_words, target, config, seed)
@@ -111,18 +104,19 @@ def search_by_gradient(pipe, concept_set, prompt, variables, target, config, see
     variables: see `simplex_words`. target: minibatch → (tensor, passes of a UNet).
     """
     known, places = known_words(pipe, prompt, config)
-    text, g = " ".join([*places, prompt]), torch.Generator().manual_seed(seed)
+    text = " ".join([*places, prompt])
+    g = torch.Generator().manual_seed(seed)
     start = torch.randint(len(known), (config.count,), generator=g)
     read, update = variables(pipe, known, start, config.lr)
     rows = torch.zeros(config.batch_size, dtype=torch.long)
     for step in range(1, config.steps + 1):
         began = time.perf_counter()
         parameters, index, vectors = read()
-        with stand_in(pipe, places, vectors):
+        with tokens.replaced_embeddings(pipe, places, vectors):
             conditioning = select(encode_prompts(pipe, [text]), rows)
         batch = draw_minibatch(concept_set, pipe.scheduler, config.batch_size, g)
         wanted, passes = target(batch)
-        inputs = Inputs(batch.inputs.latents, batch.inputs.timesteps, conditioning)
+        inputs = batch.inputs._replace(conditioning=conditioning)
         loss = squared_errors(pipe.unet, [Term("prompt", 1.0, inputs, wanted)])[0]
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -139,7 +133,7 @@ def simplex_words(pipe, known, start, lr):
 
     read() returns (parameters, index of each place's word, embeddings with gradient).
     """
-    tables = embeddings(pipe, known)
+    tables = tokens.embeddings(pipe, known)
     u = torch.nn.functional.one_hot(start, len(known)).float().to(tables[0].device)
     u.requires_grad_(True)
 
@@ -157,7 +151,7 @@ def simplex_words(pipe, known, start, lr):
 
 def free_words(pipe, known, start, lr):
     """Return P4D's (read, update): per place a free embedding, read as the nearest (cosine)."""
-    tables = embeddings(pipe, known)
+    tables = tokens.embeddings(pipe, known)
     vectors = [table[start.to(table.device)].clone().requires_grad_(True) for table in tables]
     optimizer = torch.optim.AdamW(vectors, lr=lr, weight_decay=0.1)
     unit = torch.nn.functional.normalize
@@ -183,12 +177,12 @@ def known_words(pipe, prompt, config):
 
     Raises ValueError if there are fewer than `config.count`.
     """
-    known = words(pipe, config.without)
-    places = [word for word in known if word not in split_words(prompt)][: config.count]
+    known = tokens.words(pipe, config.without)
+    places = [word for word in known if word not in tokens.split_words(prompt)][: config.count]
     if len(places) < config.count:
         raise ValueError(
-            f"{config.count} words before {prompt!r}, but only {len(known)} whole words may be "
-            "used: choose a lower count, or forbid fewer words"
+            f"{config.count} words before {prompt!r}, but the vocabulary has only {len(known)} "
+            "words to use: choose a smaller count, or exclude fewer words"
         )
     return known, places
 
@@ -240,14 +234,15 @@ def next_generation(genes, vocabulary, mutation, generator):
 def make_search(search, pipe, original, concept_set, pairs, config, seed=0) -> Callable:
     """Return a function prompt → generator of `SearchStep` of a search by its name.
 
-    original, concept_set, pairs: for the searches that need them. Raises ValueError for an unknown
-    name.
+    original: for p4d. concept_set: for p4d and unlearn-diff-atk. pairs: for ring-a-bell. Raises
+    ValueError for an unknown name.
     """
+    options = dict(config=config, seed=seed)
     searches = {
-        "random": lambda prompt: random_words(pipe, prompt, config, seed),
-        "unlearn-diff-atk": lambda p: unlearn_diff_atk(pipe, concept_set, p, config, seed),
-        "p4d": lambda prompt: p4d(pipe, original, concept_set, prompt, config, seed),
-        "ring-a-bell": lambda prompt: ring_a_bell(pipe, prompt, pairs, config, seed),
+        "random": partial(random_words, pipe, **options),
+        "unlearn-diff-atk": partial(unlearn_diff_atk, pipe, concept_set, **options),
+        "p4d": partial(p4d, pipe, original, concept_set, **options),
+        "ring-a-bell": partial(ring_a_bell, pipe, pairs=pairs, **options),
     }
     if search not in searches:
         raise ValueError(f"unknown search {search!r}: choose {', '.join(SEARCHES)}")

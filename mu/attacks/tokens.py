@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from functools import partial
 
 import torch
 
@@ -20,9 +21,9 @@ def split_words(text):
 
 
 def words(pipe, without=()):
-    """Return the words that every tokenizer reads as one token; none of the texts `without`.
+    """Return the words that are one token of every tokenizer, sorted; none of the texts `without`.
 
-    A prompt of such words is read as the attack meant it: pieces of words would merge.
+    A prompt of such words is tokenized word by word; pieces of words could merge.
     """
     vocabularies = [
         {token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")}
@@ -30,7 +31,7 @@ def words(pipe, without=()):
     ]
     common = set.intersection(*vocabularies)
     left_out = {word for text in without for word in split_words(text)}
-    plain = {word for word in common if word.isascii() and word.isalpha() and word == word.lower()}
+    plain = {word for word in common if word.isascii() and word.isalpha() and word.islower()}
     known = sorted(plain - left_out)
     for tokenizer in tokenizers(pipe):
         if known:
@@ -39,54 +40,55 @@ def words(pipe, without=()):
     return known
 
 
-def ids_of(pipe, chosen):
+def token_ids(pipe, chosen):
     """Return the token ids of words, one list per tokenizer."""
     return [[tokenizer(word).input_ids[1] for word in chosen] for tokenizer in tokenizers(pipe)]
 
 
 def whole_word(name):
-    """Return a pattern of the whole word (or words) `name`, in any case, as tokenizers read it."""
+    """Return a pattern of the whole word (or words) `name`, in any case."""
     return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
 
 
-def holds(text, name):
+def contains_word(text, name):
     """Return whether `name` occurs in the text as a whole word."""
     return bool(whole_word(name).search(text))
 
 
-def swapped(text, name, other):
+def replace_word(text, name, other):
     """Return the text with `other` in place of the whole word `name`."""
     return whole_word(name).sub(lambda _: other, text)
 
 
+def require_word(text, name):
+    """Raise ValueError for a text without the whole word `name`."""
+    if not contains_word(text, name):
+        fix = "set concept_token to the concept's name in captions and forget prompts"
+        raise ValueError(f"{text!r} does not contain the word {name!r}: {fix}")
+
+
 @contextlib.contextmanager
-def stand_in(pipe, chosen, vectors):
-    """Make the text encoders read `vectors[e][k]` for the k-th of the words `chosen`, in the block.
+def replaced_embeddings(pipe, chosen, vectors):
+    """Replace the embeddings of words in the block; gradients reach the vectors.
 
-    e: the text encoder. Gradients reach the vectors.
+    vectors: one tensor (words, width) per text encoder.
     """
-
-    def reader(ids, given):
-        def replace(_, inputs, output):
-            for k, token in enumerate(ids):
-                output = torch.where((inputs[0] == token)[..., None], given[k].to(output), output)
-            return output
-
-        return replace
-
-    parts = zip(text_encoders(pipe), ids_of(pipe, chosen), vectors, strict=True)
-    hooks = [
-        encoder.get_input_embeddings().register_forward_hook(reader(ids, given))
-        for encoder, ids, given in parts
-    ]
-    try:
+    parts = zip(text_encoders(pipe), token_ids(pipe, chosen), vectors, strict=True)
+    with contextlib.ExitStack() as hooks:
+        for encoder, ids, rows in parts:
+            hook = partial(replace_rows, ids, rows)
+            hooks.enter_context(encoder.get_input_embeddings().register_forward_hook(hook))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def replace_rows(ids, rows, _, inputs, output):
+    """Forward hook of an embedding table: return `rows` where the input is one of `ids`."""
+    for token, row in zip(ids, rows, strict=True):
+        output = torch.where((inputs[0] == token)[..., None], row.to(output), output)
+    return output
 
 
 def embeddings(pipe, chosen):
-    """Return the embeddings of words, a tensor (words, width) for each text encoder."""
-    parts = zip(text_encoders(pipe), ids_of(pipe, chosen), strict=True)
+    """Return the embeddings of words: one tensor (words, width) per text encoder."""
+    parts = zip(text_encoders(pipe), token_ids(pipe, chosen), strict=True)
     return [encoder.get_input_embeddings().weight.detach()[ids] for encoder, ids in parts]

@@ -1,4 +1,4 @@
-"""Carry out attacks and evaluate the model on the way.
+"""Run attacks and evaluate the model at chosen steps.
 
 An attack's folder gets step-NNNN.json (rows of `mu.measures.evaluate.evaluate`) and .png for each
 evaluated step, and budget.json: what the attacker has spent until then, without the evaluation.
@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,13 +43,13 @@ class Schedule:
 
 
 def attack_run(folder, pipe, judge, make_attack, schedule, before=None, progress=None):
-    """Carry out an attack on the pipeline; draw and judge its probe after each scheduled step.
+    """Attack the pipeline; draw and judge the evaluation prompts after each scheduled step.
 
     make_attack: function without arguments that returns the `Attack`. before: (rows, PNG) of step
     0 if it was evaluated already. progress: wraps the records (tqdm). A killed attack resumes to
     the same numbers, from its start if the schedule has a new step before its checkpoint; a
-    finished one is only read (`open_run` compares parameters). The UNet gets its weights back.
-    Returns rows, each with its "step".
+    finished one is only read (`mu.params.open_run` compares parameters). Restores the UNet's
+    weights. Returns rows, each with its "step".
     """
     folder, files = Path(folder), schedule.files(folder)
     if before and 0 in files and not files[0].exists():
@@ -56,6 +57,7 @@ def attack_run(folder, pipe, judge, make_attack, schedule, before=None, progress
             shutil.copyfile(before[1], temporary)
         save_json([row | {"step": 0} for row in before[0]], files[0])
     if not all(file.exists() for file in [*files.values(), folder / "budget.json"]):
+        # on the CPU: the attack needs the GPU's memory
         weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]
         try:
             attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress or iter)
@@ -78,7 +80,7 @@ def attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress):
     options = dict(batch_size=schedule.batch_size, runtime=schedule.runtime)
     options |= dict(mixed_set=attack.mixed_set, mixed_weight=attack.mixed_weight)
     for step, file in files.items():
-        if state.step < step:  # also where it was evaluated: the budget is of the whole way
+        if state.step < step:  # even if it is evaluated: the budget covers all steps
             loop = finetune(state, pipe.scheduler, attack.concept_set, steps=step, **options)
             for _ in progress(run_loop(folder, state, loop)):
                 pass
@@ -116,14 +118,15 @@ def save_budget(folder, steps, images, records, prepared=None):
 class Candidates:
     """How an attacker chooses among the prompts that a search has found.
 
-    At each scheduled step it draws the latest different prompts, and the best one until then, with
-    seeds of its own, and keeps the one in which the judge recognises the concept most often. With
-    one candidate, or without a judge, it keeps the latest. Published searches choose at every step.
+    At each scheduled step it draws the latest distinct prompts and the best one so far, with seeds
+    of its own, and keeps the one in which the judge recognises the concept most often, the latest
+    on ties. With one candidate, or without a judge, it keeps the latest prompt. Published searches
+    choose at every step.
     """
 
-    number: int = 4  # latest different prompts
+    number: int = 4  # latest distinct prompts
     images_per_prompt: int = 4
-    images: int = 0  # different images that the search uses, for the budget
+    images: int = 0  # distinct images that the search uses, for the budget
 
     def check(self):
         """Raise ValueError for less than one candidate or image."""
@@ -182,18 +185,18 @@ def choose_prompts(chooser, steps, schedule, candidates):
     pipe, judge, prompt, expected, labels = chooser
     kept, best = {}, prompt
     costs = [{name: getattr(step, name) for name in ("step", *COSTS)} for step in steps]
-    at = sorted(schedule.at)
-    for before, step in zip([0, *at], at, strict=False):
+    for before, step in pairwise([0, *sorted(schedule.at)]):
         latest = dict.fromkeys(found.prompt for found in reversed(steps[before:step]))
         texts = list(latest)[: candidates.number]
         if texts and (judge is None or candidates.number == 1):
             best = texts[0]
         elif texts:
-            texts += [] if best == prompt or best in texts else [best]
+            if best not in (prompt, *texts):
+                texts.append(best)
             hits, cost = recognised(pipe, judge, texts, expected, labels, schedule, candidates)
             best = texts[hits.index(max(hits))]
             costs.append({"step": step} | cost)
-        kept[str(step)] = best if step else prompt
+        kept[str(step)] = best
     return {"found": [asdict(step) for step in steps], "kept": kept, "costs": costs}
 
 

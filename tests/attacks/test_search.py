@@ -16,7 +16,7 @@ from mu.attacks.search import (
     seeker,
     unlearn_diff_atk,
 )
-from mu.attacks.tokens import embeddings, stand_in, tokenizers, words
+from mu.attacks.tokens import embeddings, replaced_embeddings, tokenizers, words
 from mu.concepts.probe import make_probe
 from mu.concepts.sets import encode_images
 from mu.files import read_json
@@ -51,7 +51,7 @@ def test_a_prompt_of_words_is_read_word_by_word(either):
 def test_a_vector_stands_in_for_a_word(either):
     """With the vector of another word in its place, a word is read as the other one, in every encoder; afterwards as itself."""
     before = encode_prompts(either, ["a cat", "a banana", "a photo of a cat"])
-    with stand_in(either, ["cat"], [table for table in embeddings(either, ["banana"])]):
+    with replaced_embeddings(either, ["cat"], [table for table in embeddings(either, ["banana"])]):
         inside = encode_prompts(either, ["a cat", "a banana", "a photo of a cat"])
     after, expected = (
         encode_prompts(either, ["a cat", "a banana", "a photo of a cat"]),
@@ -66,7 +66,7 @@ def test_gradients_reach_the_vectors_and_are_right(either):
     vectors = [table.clone().requires_grad_(True) for table in embeddings(either, ["cat"])]
 
     def value():
-        with stand_in(either, ["cat"], vectors):
+        with replaced_embeddings(either, ["cat"], vectors):
             return sum(
                 v.float().pow(2).sum()
                 for v in encode_prompts(either, ["a photo of a cat"]).values()
