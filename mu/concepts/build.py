@@ -217,26 +217,26 @@ def run_job(folder, job, sample, duplicate, batch):
     Existing files are not drawn again. sample: (text, seeds) → images. Returns the kept files and
     the near-duplicates. Raises ValueError if most images are near-duplicates.
     """
-    spare, attempt, kept, removed = folder / "near-duplicates", 0, [], []
+    duplicates, attempt, kept, removed = folder / "near-duplicates", 0, [], []
     while len(kept) < job.count:
         if attempt > 4 * job.count:
             raise ValueError(
                 f"{job.text!r} gave {len(kept)} of {job.count} images in {attempt} attempts, the "
-                f"rest are near-duplicates (see {spare}): build another folder with fewer images, "
-                "more prompts, or a lower distance"
+                f"rest are near-duplicates (see {duplicates}): build another folder with fewer "
+                "images, more prompts, or a lower distance"
             )
         numbers = range(attempt, attempt + min(batch, job.count - len(kept)))
         files = {Path(f"{job.stem}-{i}.png"): job.seed + i for i in numbers}
-        missing = [f for f in files if not (folder / f).exists() and not (spare / f).exists()]
+        missing = [f for f in files if not (folder / f).exists() and not (duplicates / f).exists()]
         images = sample(job.text, [files[f] for f in missing]) if missing else []
         for file, image in zip(missing, images, strict=True):
             save_image(image, folder / file)
         for file in files:
-            moved = (spare / file).exists()
-            near = duplicate(Image.open((spare if moved else folder) / file), str(file))
+            moved = (duplicates / file).exists()
+            near = duplicate(Image.open((duplicates if moved else folder) / file), str(file))
             if near and not moved:
-                (spare / file).parent.mkdir(parents=True, exist_ok=True)
-                (folder / file).rename(spare / file)
+                (duplicates / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).rename(duplicates / file)
             if near:
                 removed.append({"file": f"near-duplicates/{file}"} | near)
             else:
@@ -246,9 +246,9 @@ def run_job(folder, job, sample, duplicate, batch):
 
 
 def probe_groups(concept):
-    """Return evaluation prompts, group → {prompt: label}: all of the concept, else the first.
+    """Return group → {prompt: label}: all prompts of the concept, the first of other things.
 
-    A related style has four, since it is shown on things.
+    Related styles have four, since they are shown on things.
     """
     style = concept.kind == "style"
     kind, first = ("style", 4) if style else ("concept", 1)
@@ -270,7 +270,7 @@ def mark_harmful(folder):
     return f'only this notebook blurs the images: add "harmful": true to {file} for the others'
 
 
-def make_sampler(concept, model, pipe, size, how):
+def make_sampler(concept, model, pipe, size, sampler):
     """Return a function (text, seeds) → images, which loads the generator on its first call."""
 
     @cache
@@ -278,7 +278,7 @@ def make_sampler(concept, model, pipe, size, how):
         return pipe if concept.generator == model else load_generator(concept.generator)
 
     def sample(text, seeds):
-        images = draw(generator(), text, seeds, size, **how)
+        images = draw(generator(), text, seeds, size, **sampler)
         return [ImageOps.fit(image, (size, size), Image.LANCZOS) for image in images]
 
     return sample
@@ -299,8 +299,8 @@ def build(folder, concept, model="pocket", images="", options=BuildOptions()):
     check_lengths(pipe.tokenizer, concept.texts())
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     guidance = options.guidance if concept.guidance is None else concept.guidance
-    how = {"steps": concept.steps or options.steps, "guidance": guidance}
-    facts = asdict(concept) | {"size": size} | asdict(options) | how
+    sampler = {"steps": concept.steps or options.steps, "guidance": guidance}
+    facts = asdict(concept) | {"size": size} | asdict(options) | sampler
     duplicate = partial(find_duplicate, hashes={}, options=options)
     imported, removed = {}, []
     if images and not done.exists():
@@ -310,7 +310,7 @@ def build(folder, concept, model="pocket", images="", options=BuildOptions()):
         return folder
     lines = save_imports(folder, imported, concept, size)
     jobs = plan_jobs(concept, options, [role for role in SIDES if role not in imported])
-    sample = make_sampler(concept, model, pipe, size, how)
+    sample = make_sampler(concept, model, pipe, size, sampler)
     for job in tqdm(jobs, f"{concept.name}: prompts", file=sys.stdout):
         files, similar = run_job(folder, job, sample, duplicate, images_per_batch(pipe))
         removed += similar

@@ -1,8 +1,7 @@
 """Unlearning without training: UCE and RECE edit cross-attention keys and values in closed form.
 
 Only `attn2.to_k` and `attn2.to_v` of the UNet change. All of them act on the same text-encoder
-states (`mu.models.encode_prompts`), so one right factor edits them all, for SD and SDXL alike.
-SDXL's pooled text embedding is not edited.
+states, so one right factor edits them all. SDXL's pooled text embedding is not edited.
 """
 
 import dataclasses
@@ -61,8 +60,8 @@ def concept_vectors(pipe, texts, tokens="rest"):
     tokens: "last" is the last token before end-of-text (UCE's newer code), "rest" all positions
     from there (UCE's first code), "all" every position (RECE's code). The last token of an empty
     text is start-of-text, as in the official code. An empty text is encoded as " ": some SDXL
-    models encode "" as zeros, which would set keys and values to zero.
-    Raises ValueError for other `tokens` and for texts that are too long.
+    models encode "" as zeros, which would set keys and values to zero. Raises ValueError for other
+    `tokens` and for texts that are too long.
     """
     if tokens not in ("last", "rest", "all"):
         raise ValueError(f"unknown tokens {tokens!r}: choose last, rest, all")
@@ -104,7 +103,6 @@ def edit_matrices(matrices, c, targets, kept, config):
     The objective is e Σ ‖W c − W₀ c*‖² + p Σ ‖W k − W₀ k‖² + λ ‖W − W₀‖². Its minimiser is
     W = (λ W₀ + e Σ W₀ c* cᵀ + p Σ W₀ k kᵀ) A⁻¹ = W₀ [I + e Σ (c* − c) cᵀ A⁻¹], where
     A = λ I + e Σ c cᵀ + p Σ k kᵀ.
-
     matrices: name → W₀ (out, width). c, targets (c*): (n, width). kept (k): (m, width), m may be 0.
     Returns name → ‖W − W₀‖ / ‖W₀‖. Raises ValueError for weights without a unique minimum and for
     a result that is not finite, before any matrix changes.
