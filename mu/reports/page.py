@@ -1,4 +1,4 @@
-"""Pages that open from disk and load nothing from elsewhere: the report, and each executed notebook."""
+"""Pages that open from disk and load nothing: the report and the executed notebooks."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from mu.files import atomic
 
-# nbconvert's page, less what it would load from the network
+# The page of nbconvert without the blocks that load scripts from the network.
 NOTEBOOK_PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(
     f"{{% block {name} %}}{{% endblock %}}"
     for name in (
@@ -24,137 +24,146 @@ NOTEBOOK_PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(
     )
 )
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+LATEX = {
+    "–": "--",
+    "→": r"$\to$",
+    "✓": "yes",
+    "✗": "no",
+    "÷": r"$\div$",
+    "−": "$-$",
+    "ζ": r"$\zeta$",
+    "τ": r"$\tau$",
+    "η": r"$\eta$",
+}
 
 
 def inside(file, folder, what):
-    """The link from `folder`'s index.html to `file`, which may be named from `folder` or from the working directory.
+    """Return the link from `folder`'s index.html to `file`.
 
-    A notebook that is running now counts as there: its page appears when it ends. Raises FileNotFoundError for a file that is not there, ValueError for one outside the folder: the link would break when
-    the folder is moved."""
+    file: relative to `folder` or to the working directory; a running notebook counts as present,
+    because its page appears when it ends. what: name of the file in error messages.
+    Raises FileNotFoundError for a missing file, and ValueError for one outside the folder, whose
+    link would break when the folder is moved.
+    """
     folder = Path(folder).resolve()
-
-    def there(path):
-        return path.is_file() or path.with_name(f"{path.stem}.unfinished.ipynb").is_file()
-
-    found = next((path for path in (folder / file, Path(file)) if there(path)), None)
+    found = next((path for path in (folder / file, Path(file)) if _present(path)), None)
     if found is None:
         raise FileNotFoundError(
-            f"{what}: {file} is neither in {folder} nor in {Path.cwd()}: save it before the report is written"
+            f"{what}: {file} is neither in {folder} nor in {Path.cwd()}: "
+            "save it before the report is written"
         )
     link = Path(os.path.relpath(found.resolve(), folder)).as_posix()
     if link.startswith("../"):
         raise ValueError(
-            f"{what}: {file} lies outside {folder}: save it below that folder, so that the report can be moved as a whole"
+            f"{what}: {file} is outside {folder}: save it below that folder, "
+            "so that the report can be moved as a whole"
         )
     return link
 
 
+def _present(path):
+    return path.is_file() or path.with_name(f"{path.stem}.unfinished.ipynb").is_file()
+
+
 def executed(folder, running):
-    """Links (page, words) to the executed notebooks below `folder`/notebooks and, of the ablations, `folder`/ablations/notebooks, for `write_report`; with the one that is `running` now (its name),
-    whose page appears when it ends."""
+    """Return links (page, title) to the executed notebooks of a report, for `write_report`.
+
+    They are below `<folder>/notebooks` and, of the ablations, `<folder>/ablations/notebooks`.
+    running: name of the notebook that is running, whose page appears when it ends.
+    """
     folder = Path(folder)
     pages = {page.stem: page for page in sorted((folder / "notebooks").glob("*.html"))}
-    me = folder / "notebooks" / f"{running}.html"
-    if me.with_name(f"{running}.unfinished.ipynb").exists():
-        pages[running] = me
-    return [(page, words) for words, page in pages.items()] + [
-        (page, f"ablations: {page.stem}")
-        for page in sorted((folder / "ablations" / "notebooks").glob("*.html"))
-    ]
+    page = folder / "notebooks" / f"{running}.html"
+    if page.with_name(f"{running}.unfinished.ipynb").exists():
+        pages[running] = page
+    links = [(page, title) for title, page in pages.items()]
+    for page in sorted((folder / "ablations" / "notebooks").glob("*.html")):
+        links.append((page, f"ablations: {page.stem}"))
+    return links
 
 
 def not_kept(folder, files):
-    """Those of a page's files (named from its folder) that Git ignores although it keeps the page: who clones the repository has the page without them. None where the whole folder is
-    ignored, or is in no repository."""
-    asked = (
-        subprocess.run(
-            ["git", "check-ignore", "-z", "--stdin"],
-            cwd=folder,
-            input="\0".join(["index.html", *files]),
-            capture_output=True,
-            text=True,
-        )
-        if shutil.which("git")
-        else None
+    """Return the files, relative to `folder`, that Git ignores although it keeps index.html.
+
+    A clone of the repository has the page without them. Empty if Git ignores the whole folder or
+    does not know it.
+    """
+    if not shutil.which("git"):
+        return set()
+    result = subprocess.run(
+        ["git", "check-ignore", "-z", "--stdin"],
+        cwd=folder,
+        input="\0".join(["index.html", *files]),
+        capture_output=True,
+        text=True,
     )
-    ignored = set(filter(None, asked.stdout.split("\0"))) if asked else set()
+    ignored = set(filter(None, result.stdout.split("\0")))
     return set() if "index.html" in ignored else ignored
 
 
 def picture(card, folder, what):
-    """A card with its figure as a link, and with an alt text."""
+    """Return a card with its figure as a link and an alt text; without a figure, unchanged.
+
+    Raises ValueError for a figure without any text.
+    """
     if "figure" not in card:
         return card
-    alt = (
-        card.get("alt") or card.get("question") or card.get("caption") or card.get("answer")
-    )  # the answer stands beside it
+    # The answer is the last choice, because it is next to the figure.
+    alt = card.get("alt") or card.get("question") or card.get("caption") or card.get("answer")
     if not alt:
         raise ValueError(
-            f"{what}: {card['figure']} has no words: give it an alt, a question, a caption or an answer"
+            f"{what}: {card['figure']} has no text: add an alt, a question, a caption or an answer"
         )
     return card | {"figure": inside(card["figure"], folder, what), "alt": alt}
 
 
-def as_table(table):
-    """{"caption", "head", "rows", "numeric"} of a DataFrame or of a CSV file; empty cells are shown as a dash."""
-    caption, data = table if isinstance(table, tuple) else ("", table)
-    data = data if isinstance(data, pd.DataFrame) else pd.read_csv(data)
+def _cell(value, digits):
+    """Return a table cell as text; a missing value is a dash."""
+    if pd.isna(value):
+        return "–"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def as_table(table, caption=""):
+    """Return {"caption", "links", "head", "rows", "numeric"} of a DataFrame or a CSV file."""
+    data = table if isinstance(table, pd.DataFrame) else pd.read_csv(table)
     if data.index.nlevels > 1 or data.index.name is not None:
         data = data.reset_index()
-
-    def text(value):
-        return "–" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else str(value)
-
     return {
         "caption": caption,
         "links": [],
         "head": [str(name) for name in data.columns],
         "numeric": [pd.api.types.is_numeric_dtype(kind) for kind in data.dtypes],
-        "rows": [[text(value) for value in row] for row in data.itertuples(index=False)],
+        "rows": [[_cell(value, 3) for value in row] for row in data.itertuples(index=False)],
     }
 
 
 def save_table(table, folder, name, caption=""):
-    """A table as `<folder>/tables/<name>.csv`, .md and .tex (booktabs; wide ones scaled by graphicx), numbers to four figures, missing ones as a dash. Returns it."""
+    """Save a table as `<folder>/tables/<name>.csv`, .md and .tex, and return it.
+
+    Numbers have four significant digits, missing values are dashes. The LaTeX table uses booktabs,
+    and graphicx if it is wider than a page.
+    """
     folder = Path(folder) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
 
     def rounded(value):
-        return (
-            float(f"{value:.4g}") if isinstance(value, float) else value
-        )  # also in a column that has words, which float_format passes over
+        # `float_format` skips columns that also hold text.
+        return float(f"{value:.4g}") if isinstance(value, float) else value
 
     table.map(rounded).to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
-
-    def text(value):
-        return "–" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [
-        [str(column) for column in table.columns],
-        ["---"] * len(table.columns),
-        *(map(text, line) for line in table.itertuples(index=False)),
-    ]
-    (folder / f"{name}.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
-    latex = (
-        table.map(text)
-        .replace("–", "--")
-        .to_latex(index=False, escape=True, caption=caption or None, label=f"tab:{name}")
-    )
+    text = table.map(lambda value: _cell(value, 4))
+    lines = [map(str, table.columns), ["---"] * len(table.columns), *text.itertuples(index=False)]
+    markdown = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    (folder / f"{name}.md").write_text(markdown)
+    latex = text.to_latex(index=False, escape=True, caption=caption or None, label=f"tab:{name}")
     if len(table.columns) > 7:  # wider than a page
-        latex = latex.replace(
-            r"\begin{tabular}", "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}"
-        ).replace(r"\end{tabular}", r"\end{tabular}}")
-    (folder / f"{name}.tex").write_text(
-        latex.replace("–", "--")
-        .replace("→", r"$\to$")
-        .replace("✓", "yes")
-        .replace("✗", "no")
-        .replace("÷", r"$\div$")
-        .replace("−", "$-$")
-        .replace("ζ", r"$\zeta$")
-        .replace("τ", r"$\tau$")
-        .replace("η", r"$\eta$")
-    )
+        start, end = r"\begin{tabular}", r"\end{tabular}"
+        latex = latex.replace(start, "\\resizebox{\\linewidth}{!}{%\n" + start)
+        latex = latex.replace(end, end + "}")
+    for character, command in LATEX.items():
+        latex = latex.replace(character, command)
+    (folder / f"{name}.tex").write_text(latex)
     return table
 
 
@@ -173,36 +182,23 @@ def write_report(
     notebooks=(),
     language="en",
 ):
-    """Write `folder`/index.html, whole or not at all, and return its path.
+    """Write `folder`/index.html atomically and return its path.
 
-    title: one line. claim: sentences, each a paragraph, with the measured figures.
-    terms: {word: what it means here}, below the headline. caveats: sentences that belong to the claim, a list after the explorer.
-    courses: what `mu.reports.explorer.save_sprite_sheet` returned, for a slider over the steps of attacks.
-    headline, cards: {"question", "answer", "figure", "caption", "alt"}: figure a SVG or PNG below `folder`, each word optional.
-    tables: {caption: DataFrame or CSV path, or (one of them, the name that `save_table` gave its files), which are linked then}. protocol: a dict, nested ones as lists.
-    notebooks: paths (HTML or ipynb) or (path, words); those that a repository does not keep (`not_kept`) are named, and not linked.
-    Everything is text and is escaped; nothing is loaded from elsewhere. Raises FileNotFoundError or ValueError that names the figure,
-    the notebook or the card that is missing, outside the folder or without words."""
+    title: one line. claim: sentences, one paragraph each. terms: {term: meaning}, below the
+    headline. caveats: sentences, a list after the explorer.
+    headline, cards: {"question", "answer", "figure", "caption", "alt"}, each optional; figure is an
+    SVG or PNG below `folder`. courses: of `mu.reports.explorer.save_sprite_sheet`.
+    tables: {caption: table}, a DataFrame or CSV path, or (table, name) to link the files of
+    `save_table`. protocol: a dict; nested ones become lists.
+    notebooks: paths (HTML or ipynb) or (path, title); those `not_kept` are listed without a link.
+    All text is escaped. Raises FileNotFoundError or ValueError for a file that is missing or
+    outside the folder, and for a figure without text.
+    """
     folder = Path(folder)
     for course in courses:
         inside(course["sheet"], folder, f"pictures of {course['name']}")
-    links = []
-    for entry in notebooks:
-        file, words = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
-        links.append({"href": inside(file, folder, "notebook"), "words": words})
+    links = [_notebook_link(entry, folder) for entry in notebooks]
     gone = not_kept(folder, [link["href"] for link in links])
-    shown = []
-    for caption, table in (tables or {}).items():
-        table, name = table if isinstance(table, tuple) else (table, "")
-        files = (
-            [
-                (kind, inside(f"tables/{name}.{kind}", folder, f"table {name}"))
-                for kind in ("csv", "md", "tex")
-            ]
-            if name
-            else []
-        )
-        shown.append(as_table((caption, table)) | {"links": files})
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -221,7 +217,7 @@ def write_report(
         ],
         terms=terms or {},
         caveats=list(caveats),
-        tables=shown,
+        tables=[_linked_table(*entry, folder) for entry in (tables or {}).items()],
         protocol=protocol or {},
         notebooks=[link for link in links if link["href"] not in gone],
         others=[link for link in links if link["href"] in gone],
@@ -232,7 +228,26 @@ def write_report(
     return folder / "index.html"
 
 
+def _notebook_link(entry, folder):
+    file, title = (entry, Path(entry).stem) if isinstance(entry, (str, Path)) else entry
+    return {"href": inside(file, folder, "notebook"), "words": title}
+
+
+def _linked_table(caption, table, folder):
+    """Return `as_table` of a table, with links to the files of (table, name)."""
+    if not isinstance(table, tuple):
+        return as_table(table, caption)
+    table, name = table
+    files = [
+        (kind, inside(f"tables/{name}.{kind}", folder, f"table {name}"))
+        for kind in ("csv", "md", "tex")
+    ]
+    return as_table(table, caption) | {"links": files}
+
+
 class _Exporter(HTMLExporter):
+    """nbconvert's HTML exporter, with formulas as MathML, which browsers draw without a script."""
+
     @pass_context
     def markdown2html(self, context, source):
         class Renderer(IPythonRenderer):
@@ -249,16 +264,13 @@ class _Exporter(HTMLExporter):
 
 
 def notebook_page(executed, notebook):
-    """HTML text of an executed notebook: pictures are in the page, formulas are MathML, which browsers draw by themselves.
+    """Return the HTML page of an executed notebook, with its images embedded.
 
-    executed: the nbformat node; notebook: the path that it came from, where the pictures that its text cells link to are looked for."""
-    title = next(
-        (
-            cell.source.splitlines()[0].lstrip("# ")
-            for cell in executed.cells
-            if cell.source.startswith("# ")
-        ),
-        Path(notebook).stem,
-    )
+    executed: the nbformat node. notebook: the path it was read from; images that its text cells
+    link to are relative to its folder.
+    """
+    headings = (cell.source for cell in executed.cells if cell.source.startswith("# "))
+    heading = next(headings, None)
+    title = heading.splitlines()[0].lstrip("# ") if heading else Path(notebook).stem
     resources = {"metadata": {"name": title, "path": str(Path(notebook).parent)}}
     return _Exporter(raw_template=NOTEBOOK_PAGE).from_notebook_node(executed, resources)[0]

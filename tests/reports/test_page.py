@@ -1,8 +1,9 @@
-"""The report's page: opens from disk, loads nothing, says what is missing."""
+"""The report page opens from disk, loads nothing and names missing files."""
 
 import html.parser
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from mu.reports.page import executed, write_report
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects tags and text; complains about tags that are not closed in order."""
+    """Collect tags and text; fail on tags that are not closed in order."""
 
     void = {"meta", "img", "link", "br"}
 
@@ -86,74 +87,51 @@ def full(folder):
 
 def test_page_is_complete_and_relative(folder):
     page = full(folder)
+    assert page == folder / "index.html"
     text = page.read_text()
     read = Reader(text)
-    assert (
-        page == folder / "index.html"
-        and "What <b>returns</b>?" in read.text
-        and read.all("b") == []
-    )
+    assert "What <b>returns</b>?" in read.text
+    assert read.all("b") == []
     links = [a["href"] for a in read.all("a")] + [i["src"] for i in read.all("img")]
     assert links and not any(link.startswith(("http", "/", "file", "..")) for link in links)
     targets = {a["id"] for _, a in read.tags if "id" in a}
     for link in links:
-        assert (
-            link[1:] in targets
-            if link.startswith("#")
-            else (folder / link.replace("%20", " ").replace("%26", "&")).exists()
-            or "90_figures" in link
-        )
-    assert (
-        not read.all("script")
-        and not read.all("link")
-        and "url(" not in text
-        and "@import" not in text
-    )
-    for words in (
-        "Second & last.",
-        "Not fast.",
-        "No figure.",
-        "0.123",
-        "2.35",
-        "–",
-        "torch",
-        "2.13.0",
-        "0, 1, 2",
-        "True",
-        "how the figures were made",
-    ):
+        if link.startswith("#"):
+            assert link[1:] in targets
+        elif "90_figures" not in link:  # the running notebook
+            assert (folder / unquote(link)).exists()
+    assert not read.all("script")
+    assert not read.all("link")
+    assert "url(" not in text
+    assert "@import" not in text
+    claims = ("Second & last.", "Not fast.", "No figure.", "how the figures were made")
+    values = ("0.123", "2.35", "–", "torch", "2.13.0", "0, 1, 2", "True")
+    for words in claims + values:
         assert words in read.text, words
 
 
-def test_page_can_be_read_by_everybody(folder):
-    read = Reader(full(folder).read_text())
+def test_page_is_accessible(folder):
+    text = full(folder).read_text()
+    read = Reader(text)
     assert [i["alt"] for i in read.all("img")] == ["five columns of cats", "How fast?"]
-    assert read.all("html")[0]["lang"] == "en" and any(
-        m.get("name") == "viewport" for m in read.all("meta")
-    )
-    assert len(read.all("h1")) == len(read.all("main")) == 1 and all(
-        "scope" in th for th in read.all("th")
-    )
+    assert read.all("html")[0]["lang"] == "en"
+    assert any(m.get("name") == "viewport" for m in read.all("meta"))
+    assert len(read.all("h1")) == len(read.all("main")) == 1
+    assert all("scope" in th for th in read.all("th"))
     scrolled = [d for d in read.all("div") if d.get("class") == "scroll"]
-    assert len(scrolled) == 2 and all(d["tabindex"] == "0" and d["aria-label"] for d in scrolled), (
-        "tables can be scrolled by keyboard"
-    )
-    text = (folder / "index.html").read_text()
-    assert (
-        "prefers-color-scheme: dark" in text
-        and "@media print" in text
-        and 'class="skip" href="#main"' in text
-    )
+    assert len(scrolled) == 2
+    for div in scrolled:
+        assert div["tabindex"] == "0", "tables can be scrolled by keyboard"
+        assert div["aria-label"]
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert 'class="skip" href="#main"' in text
 
 
 def test_small_page(folder):
     read = Reader(write_report(folder, title="T", claim="One sentence.").read_text())
-    assert (
-        "One sentence." in read.text
-        and not read.all("h2")
-        and not read.all("nav")
-        and not read.all("img")
-    )
+    assert "One sentence." in read.text
+    assert not any(read.all(tag) for tag in ("h2", "nav", "img"))
 
 
 @pytest.mark.parametrize(
@@ -167,42 +145,40 @@ def test_small_page(folder):
         (
             {"headline": {"figure": "figures/headline.png"}},
             ValueError,
-            "headline: figures/headline.png has no words",
+            "headline: figures/headline.png has no text",
         ),
         (
             {"cards": [{"answer": "A", "figure": __file__}]},
             ValueError,
-            "lies outside .* save it below that folder",
+            "is outside .* save it below that folder",
         ),
         ({"notebooks": ["notebooks/30.html"]}, FileNotFoundError, "notebook: notebooks/30.html"),
     ],
 )
-def test_what_is_missing_is_named_and_an_earlier_page_stays(folder, given, error, words):
+def test_missing_files_are_named_and_the_earlier_page_is_kept(folder, given, error, words):
     before = full(folder).read_text()
     with pytest.raises(error, match=words):
         write_report(folder, title="T", claim="C", **given)
-    assert (folder / "index.html").read_text() == before and not list(Path(folder).glob(".*tmp"))
+    assert (folder / "index.html").read_text() == before
+    assert not list(Path(folder).glob(".*tmp"))
 
 
-def test_the_executed_notebooks_are_those_that_are_there_and_the_one_that_is_running(folder):
-    there = folder / "notebooks"
-    assert executed(folder, "90_figures") == [
-        (there / "20_unlearn.html", "20_unlearn"),
-        (there / "90_figures.html", "90_figures"),
-    ]
-    assert (
-        executed(folder, "30_attack") == [(there / "20_unlearn.html", "20_unlearn")]
-        and executed(folder / "nowhere", "90_figures") == []
+def page_of_notebooks(folder, running=""):
+    links = executed(folder, running)
+    return write_report(folder, title="t", claim="c", notebooks=links).read_text()
+
+
+def test_executed_notebooks_include_the_running_one(folder):
+    unlearn, figures = (
+        (folder / "notebooks" / f"{name}.html", name) for name in ("20_unlearn", "90_figures")
     )
-    assert (
-        write_report(folder, title="t", claim="c", notebooks=executed(folder, "90_figures"))
-        .read_text()
-        .count('href="notebooks/')
-        == 2
-    )
+    assert executed(folder, "90_figures") == [unlearn, figures]
+    assert executed(folder, "30_attack") == [unlearn]
+    assert executed(folder / "nowhere", "90_figures") == []
+    assert page_of_notebooks(folder, "90_figures").count('href="notebooks/') == 2
 
 
-def test_notebooks_that_the_repository_does_not_keep_are_named_and_not_linked(folder):
+def test_notebooks_outside_the_repository_are_listed_without_a_link(folder):
     for name in (
         "notebooks/20_esd-0.html",
         "notebooks/20_esd-10.html",
@@ -218,38 +194,26 @@ def test_notebooks_that_the_repository_does_not_keep_are_named_and_not_linked(fo
         "ablations: 21_base-0",
         "ablations: 40_ablations",
     ]
-    page = write_report(folder, title="t", claim="c", notebooks=executed(folder, "")).read_text()
-    assert "<details>" not in page and page.count('.html"') == 5, "in no repository all are linked"
+    page = page_of_notebooks(folder)
+    assert "<details>" not in page
+    assert page.count('.html"') == 5, "without a repository all are linked"
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     (folder / ".gitignore").write_text(
         "**/notebooks/*\n!notebooks/20_unlearn.html\n!ablations/notebooks/40_ablations.html\n"
     )
-    seen, folded = (
-        write_report(folder, title="t", claim="c", notebooks=executed(folder, ""))
-        .read_text()
-        .split("<details>")
-    )
-    assert (
-        'href="ablations/notebooks/40_ablations.html"' in seen
-        and 'href="notebooks/20_unlearn.html"' in seen
-        and seen.count('.html"') == 2
-    )
-    assert (
-        "3 more, which are too large" in folded
-        and "ablations: 21_base-0" in folded
-        and "ablations/notebooks and notebooks" in folded
-        and "href=" not in folded
-    ), "who clones it has no dead links"
+    linked, listed = page_of_notebooks(folder).split("<details>")
+    assert 'href="ablations/notebooks/40_ablations.html"' in linked
+    assert 'href="notebooks/20_unlearn.html"' in linked
+    assert linked.count('.html"') == 2
+    assert "3 more, which are too large" in listed
+    assert "ablations: 21_base-0" in listed
+    assert "ablations/notebooks and notebooks" in listed
+    assert "href=" not in listed, "a clone has no dead links"
     (folder / ".gitignore").write_text("*\n")
-    assert (
-        "<details>"
-        not in write_report(
-            folder, title="t", claim="c", notebooks=executed(folder, "")
-        ).read_text()
-    ), "of a page that is not kept, all are there"
+    assert "<details>" not in page_of_notebooks(folder), "of an ignored page, all are present"
 
 
-def test_words_caveats_and_files_of_tables_are_on_the_page(folder):
+def test_terms_caveats_and_files_of_tables_are_on_the_page(folder):
     for kind in ("md", "tex"):
         (folder / "tables" / f"quality.{kind}").write_text("")
     page = write_report(
@@ -261,12 +225,11 @@ def test_words_caveats_and_files_of_tables_are_on_the_page(folder):
         tables={"Quality": (pd.DataFrame({"a": [1]}), "quality"), "Bare": pd.DataFrame({"a": [1]})},
     ).read_text()
     read = Reader(page)
-    assert (
-        "harmless &lt;pictures&gt;" in page
-        and "<li>Not so.</li>" in page
-        and {"#terms", "#caveats"} <= {a["href"] for a in read.all("a")}
-    )
-    assert [a["href"] for a in read.all("a") if a["href"].startswith("tables/")] == [
+    assert "harmless &lt;pictures&gt;" in page
+    assert "<li>Not so.</li>" in page
+    links = [a["href"] for a in read.all("a")]
+    assert {"#terms", "#caveats"} <= set(links)
+    assert [link for link in links if link.startswith("tables/")] == [
         f"tables/quality.{kind}" for kind in ("csv", "md", "tex")
     ]
     with pytest.raises(FileNotFoundError, match="table nothing: tables/nothing.csv"):
