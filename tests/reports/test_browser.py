@@ -1,4 +1,7 @@
-"""The report in a real browser: from disk, offline, by keyboard, on a phone. It needs Debian's chromium and chromium-driver; where MU_BROWSER is set they must be there."""
+"""The report in a browser: from disk, offline, by keyboard, on a phone, printed.
+
+Requires chromium and chromium-driver; with MU_BROWSER set, their absence is a failure.
+"""
 
 import base64
 import io
@@ -25,7 +28,7 @@ from mu.reports.page import write_report
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(MISSING) and "MU_BROWSER" not in os.environ,
-    reason=f"no {' and no '.join(MISSING)} here: apt install chromium chromium-driver",
+    reason=f"no {' and no '.join(MISSING)}: apt install chromium chromium-driver",
 )
 FLAGS = (
     "--headless",
@@ -38,10 +41,11 @@ FLAGS = (
     "--disable-sync",
 )
 STEPS, RUNS = (0, 50, 100), {"unlearned-0": 0, "meta-0": 1}
+IMAGES = [("forget", "a cat", seed) for seed in range(3)] + [("related", "a tiger", 0)]
 
 
 def color(run, step, seed):
-    """Each picture is one colour that says which it is."""
+    """Return the colour that identifies an image."""
     return torch.tensor([0.2 + 0.5 * RUNS[run], step / 125, seed / 4])
 
 
@@ -52,29 +56,14 @@ def page(tmp_path_factory):
         folder = base / "attack" / run / "full-0"
         folder.mkdir(parents=True)
         for step in STEPS:
+            hit = int(step == 100 and run != "meta-0")
             items = [
-                {
-                    "group": group,
-                    "prompt": prompt,
-                    "seed": seed,
-                    "step": step,
-                    "hit": int(step == 100 and run != "meta-0"),
-                }
-                for group, prompt, seeds in (
-                    ("forget", "a cat", range(3)),
-                    ("related", "a tiger", range(1)),
-                )
-                for seed in seeds
+                {"group": group, "prompt": prompt, "seed": seed, "step": step, "hit": hit}
+                for group, prompt, seed in IMAGES
             ]
-            save_grid(
-                torch.stack(
-                    [
-                        color(run, step, item["seed"])[:, None, None].expand(3, 16, 16)
-                        for item in items
-                    ]
-                ),
-                folder / f"step-{step:04d}.png",
-            )
+            colors = [color(run, step, item["seed"])[:, None, None] for item in items]
+            images = torch.stack([one.expand(3, 16, 16) for one in colors])
+            save_grid(images, folder / f"step-{step:04d}.png")
             (folder / f"step-{step:04d}.json").write_text(json.dumps(items))
     course = save_sprite_sheet(read_progress(base, "full", list(RUNS)), base / "report")
     return write_report(
@@ -113,29 +102,25 @@ def words(browser):
 
 
 def pixel(browser, number):
-    """The middle of what the page shows of one model, from a screenshot of it."""
+    """Return the colour at the centre of a model's image, from a screenshot."""
     canvas = browser.find_elements(By.CSS_SELECTOR, "#drawn canvas")[number]
     picture = np.asarray(Image.open(io.BytesIO(canvas.screenshot_as_png)).convert("RGB"))
     return picture[picture.shape[0] // 2, picture.shape[1] // 2] / 255
 
 
-def test_the_slider_shows_each_models_picture_of_the_step(shown):
-    assert words(shown) == ["unlearned: recognised", "meta-unlearned: not recognised"], (
-        "it begins with the last step"
-    )
+def test_the_slider_shows_the_images_of_a_step(shown):
+    last = ["unlearned: recognised", "meta-unlearned: not recognised"]
+    assert words(shown) == last, "the last step is shown first"
     for run, number in RUNS.items():
         np.testing.assert_allclose(pixel(shown, number), color(run, 100, 0), atol=0.05)
     shown.find_element(By.ID, "step").send_keys(Keys.ARROW_LEFT)
-    assert (
-        shown.find_element(By.ID, "at").text == "50"
-        and words(shown)[0] == "unlearned: not recognised"
+    assert shown.find_element(By.ID, "at").text == "50"
+    assert words(shown)[0] == "unlearned: not recognised"
+    announced = shown.find_element(By.ID, "told").get_attribute("textContent")
+    assert announced == (
+        "After 50 steps; unlearned: not recognised; meta-unlearned: not recognised"
     )
-    told = shown.find_element(By.ID, "told")
-    assert (
-        told.get_attribute("textContent")
-        == "After 50 steps; unlearned: not recognised; meta-unlearned: not recognised"
-        and len(shown.find_elements(By.CSS_SELECTOR, "[aria-live=polite]")) == 1
-    )
+    assert len(shown.find_elements(By.CSS_SELECTOR, "[aria-live=polite]")) == 1
     np.testing.assert_allclose(pixel(shown, 0), color("unlearned-0", 50, 0), atol=0.05)
 
 
@@ -147,39 +132,36 @@ def test_prompt_and_seed_are_chosen(shown):
     np.testing.assert_allclose(pixel(shown, 1), color("meta-0", 100, 0), atol=0.05)
 
 
-def test_everything_is_reached_by_keyboard(shown):
+def test_every_control_is_reached_by_keyboard(shown):
     reached = []
     for _ in range(12):
         shown.switch_to.active_element.send_keys(Keys.TAB)
-        reached.append(
-            shown.switch_to.active_element.get_attribute("id")
-            or shown.switch_to.active_element.get_attribute("class")
-        )
-    assert (
-        [name for name in reached if name in ("attack", "prompt", "seed", "step")][:4]
-        == ["attack", "prompt", "seed", "step"]
-        and "skip" in reached
-        and "scroll" in reached
-    )
-    label = shown.find_elements(By.CSS_SELECTOR, "#drawn canvas")[0].get_attribute("aria-label")
-    assert (
-        label == "unlearned, a cat, after 100 steps: recognised"
-        and shown.find_element(By.ID, "step").get_attribute("aria-valuetext")
-        == "after 100 steps of attack"
-    )
+        element = shown.switch_to.active_element
+        reached.append(element.get_attribute("id") or element.get_attribute("class"))
+    controls = ["attack", "prompt", "seed", "step"]
+    assert [name for name in reached if name in controls][:4] == controls
+    assert "skip" in reached
+    assert "scroll" in reached
+    canvas = shown.find_elements(By.CSS_SELECTOR, "#drawn canvas")[0]
+    label = canvas.get_attribute("aria-label")
+    assert label == "unlearned, a cat, after 100 steps: recognised"
+    value = shown.find_element(By.ID, "step").get_attribute("aria-valuetext")
+    assert value == "after 100 steps of attack"
 
 
 def test_a_phone_scrolls_down_only(shown):
-    shown.set_window_size(
-        500, 800
-    )  # no window is narrower; what would be is asked of the page below
-    width = shown.execute_script(
-        "document.body.style.width = '360px'; return [document.body.scrollWidth, document.documentElement.scrollWidth, window.innerWidth]"
+    # Windows have a minimum width; the body is made as narrow as a phone.
+    shown.set_window_size(500, 800)
+    body, document, window = shown.execute_script(
+        "document.body.style.width = '360px';"
+        "return [document.body.scrollWidth, document.documentElement.scrollWidth,"
+        " window.innerWidth]"
     )
-    assert width[0] <= 361 and width[1] <= width[2]
+    assert body <= 361
+    assert document <= window
 
 
-def test_nothing_is_asked_of_the_network_and_no_error_is_logged(shown):
+def test_the_page_loads_nothing_and_logs_no_error(shown):
     loaded = shown.execute_script(
         "return performance.getEntriesByType('resource').map(r => r.name)"
     )
@@ -189,36 +171,25 @@ def test_nothing_is_asked_of_the_network_and_no_error_is_logged(shown):
 
 @pytest.mark.skipif(
     shutil.which("pdftotext") is None and "MU_BROWSER" not in os.environ,
-    reason="no pdftotext here: apt install poppler-utils",
+    reason="no pdftotext: apt install poppler-utils",
 )
-def test_on_paper_no_card_is_lost(browser, tmp_path):
-    """Of the committed page, on paper of either size: a grid of cards with figures loses those that do not fit."""
+def test_no_card_is_lost_in_print(browser, tmp_path):
+    """A grid of cards would lose those that do not fit on a page, of either paper size."""
     page = Path(__file__).parents[2] / "reports" / "pocket" / "index.html"
     browser.get(page.as_uri())
-    asked = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, ".cards h3")]
+    questions = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, ".cards h3")]
+    assert len(questions) > 10
     browser.execute_script(
         "document.querySelectorAll('img').forEach(image => image.loading = 'eager')"
     )
-    WebDriverWait(browser, 20).until(
-        lambda _: browser.execute_script(
-            "return [...document.images].every(image => image.complete)"
-        )
-    )
+    complete = "return [...document.images].every(image => image.complete)"
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(complete))
     for width, height in ((8.5, 11), (8.27, 11.69)):
+        size = {"paperWidth": width, "paperHeight": height}
         printed = tmp_path / f"{width}.pdf"
-        printed.write_bytes(
-            base64.b64decode(
-                browser.execute_cdp_cmd(
-                    "Page.printToPDF", {"paperWidth": width, "paperHeight": height}
-                )["data"]
-            )
-        )
-        text = " ".join(
-            subprocess.run(
-                [shutil.which("pdftotext"), str(printed), "-"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()
-        )
-        assert len(asked) > 10 and [question for question in asked if question not in text] == []
+        data = browser.execute_cdp_cmd("Page.printToPDF", size)["data"]
+        printed.write_bytes(base64.b64decode(data))
+        command = [shutil.which("pdftotext"), str(printed), "-"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = " ".join(output.split())
+        assert [question for question in questions if question not in text] == []
