@@ -1,11 +1,13 @@
 """Controls without a simulated attack, and the angle of two gradients."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import PartialState
 
-from mu.losses import gradients
+from mu.draws import draw_pair
+from mu.losses import denoising, gradients, squared_errors
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,37 @@ def expansion(parameters, forget, related, controls):
     found = gradients(value, parameters, allow_unused=True)
     pairs = zip(parameters, found, strict=True)
     return value.item(), [torch.zeros_like(p) if g is None else g for p, g in pairs]
+
+
+def gradient_losses(state, batches, runtime):
+    """Return each minibatch's denoising loss at θ as a function without arguments."""
+
+    def loss(batch):
+        return squared_errors(state.unet, [denoising(batch)], runtime.accumulation)[0]
+
+    return [partial(loss, batch) for batch in batches]
+
+
+def gradient_angle(state, data, objective, noise_scheduler, runtime):
+    """Return inner product and cosine of the forget and related gradients, if due at this step."""
+    every = objective.controls.angle_every
+    if not every or state.step % every:
+        return {}
+    sizes = (objective.inner.batch_size, objective.retain_batch_size)
+    g = state.generators["angle"]  # of its own: recording changes nothing else
+    batches = draw_pair(data, objective, noise_scheduler, g, sizes)
+    losses = gradient_losses(state, batches, runtime)
+    product, cosine = angle(state.parameters, losses, runtime.loss_scale)
+    return {"inner product": product, "cosine": cosine}
+
+
+def add_controls(gradient, state, data, objective, noise_scheduler, runtime):
+    """Add the control terms' gradient in place, if there are any; returns their value."""
+    if not objective.controls.active:
+        return {}
+    sizes = (objective.inner.batch_size, objective.inner.batch_size)
+    batches = draw_pair(data, objective, noise_scheduler, state.generators["meta"], sizes)
+    losses = gradient_losses(state, batches, runtime)
+    value, more = expansion(state.parameters, *losses, objective.controls)
+    torch._foreach_add_(gradient, more)
+    return {"expansion": value}

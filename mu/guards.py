@@ -1,0 +1,42 @@
+"""Guards of the loops: values that are not finite, the norm of a gradient, the number of passes."""
+
+import contextlib
+import math
+
+import torch
+
+
+@contextlib.contextmanager
+def count_passes(*nets):
+    """Count forward passes: yields a list that gets an entry for each."""
+    passes = []
+    hooks = [net.register_forward_hook(lambda *_: passes.append(1)) for net in nets if net]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def refuse_nan(losses, step, scale=1.0):
+    """Raise FloatingPointError for a value that is not finite."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            half = f" or loss_scale ({scale:g}), or choose precision bf16 or no"
+            raise FloatingPointError(
+                f"{name} is {value} in step {step + 1}; the weights of step {step} are kept: lower "
+                f"the learning rate, a weight or the bound{half if scale != 1 else ''}"
+            )
+
+
+def check_norm(gradient, state, scale):
+    """Raise FloatingPointError for a gradient that is not finite."""
+    norm = torch.nn.utils.get_total_norm(gradient).item()
+    refuse_nan({"gradient norm": norm}, state.step, scale)
+
+
+def clip_gradient(gradient, losses, largest, step, scale):
+    """Clip the gradient's norm in place. Raises FloatingPointError if it or a loss is infinite."""
+    norm = torch.nn.utils.get_total_norm(gradient).item()
+    refuse_nan(losses | {"gradient norm": norm}, step, scale)
+    torch._foreach_mul_(gradient, min(1.0, largest / (norm + 1e-6)))
