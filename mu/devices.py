@@ -79,3 +79,8 @@ def bf16_gain(rows=4, repetitions=3):
         torch.set_num_threads(threads)
     single, half_precision = (min(column) for column in zip(*times, strict=True))
     return single / half_precision
+
+
+def loss_scale(precision):
+    """Return the factor of losses before their gradient is taken; 1 except in float16."""
+    return 1024.0 if precision == "fp16" else 1.0

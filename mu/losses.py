@@ -114,11 +114,6 @@ def weighted_sum(terms, losses):
     return sum(term.weight * loss for term, loss in zip(terms, losses, strict=True))
 
 
-def loss_scale(precision):
-    """Return the factor of losses before their gradient is taken; 1 except in float16."""
-    return 1024.0 if precision == "fp16" else 1.0
-
-
 def gradients(loss, parameters, scale=1.0, **kwargs):
     """Return ∇ loss as a list of tensors, the mean over all processes.
 

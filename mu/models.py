@@ -5,7 +5,6 @@ text encoders, tokenizers, scheduler). A conditioning is a flat dict of tensors,
 """
 
 import contextlib
-import copy
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
-from peft import LoraConfig
 
 from mu import ROOT
 from mu.devices import half, resolve_precision
@@ -27,14 +25,6 @@ MODELS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "pocket-sdxl": str(ROOT / "data" / "pocket-sdxl"),
 }
-NOT_U = ("conv_out", "time_embedding", "add_embedding", "conv_norm_out")
-SUBSETS = {  # ESD's names → whether a parameter is trained
-    "x": lambda name: "attn2" in name,
-    "u": lambda name: "attn2" not in name and not name.startswith(NOT_U),
-    "f": lambda name: True,
-    "lora": lambda name: "lora_" in name,
-}
-LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 
 @contextlib.contextmanager
@@ -122,46 +112,6 @@ def prepare(pipe, device=None, precision="no", gradient_checkpointing=False):
     return pipe
 
 
-def offload(pipe):
-    """Move VAE and text encoders to the CPU's memory; `draw_images` fetches them again."""
-    for part in (pipe.vae, *text_encoders(pipe)):
-        part.to("cpu")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def frozen_copy(unet, dtype="same"):
-    """Return ε_0, a frozen copy of the UNet in the same or in half precision.
-
-    dtype: "same", "half", or "none" for LoRA: returns None, and `reference` switches the adapters
-    off instead. Raises ValueError for another value.
-    """
-    if dtype not in ("same", "half", "none"):
-        raise ValueError(f"unknown frozen_dtype {dtype!r}: choose same, half, or none (for LoRA)")
-    if dtype == "none":
-        return None
-    weights = {}
-    for p in unet.parameters():
-        copied = p.detach().to(half(unet.device) if dtype == "half" else p.dtype, copy=True)
-        weights[id(p)] = torch.nn.Parameter(copied, requires_grad=False)
-    return copy.deepcopy(unet, weights)  # uses these: there is never a second full copy
-
-
-@contextlib.contextmanager
-def reference(unet, unet_frozen):
-    """Yield the frozen UNet; for None the UNet with its adapters switched off."""
-    if unet_frozen is not None:
-        yield unet_frozen
-        return
-    if not hasattr(unet, "peft_config"):
-        raise ValueError("unet_frozen=None needs adapters: train subset 'lora', or pass a copy")
-    unet.disable_adapters()
-    try:
-        yield unet
-    finally:
-        unet.enable_adapters()
-
-
 def text_encoders(pipe):
     """Return the one or two text encoders of a pipeline."""
     parts = (pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
@@ -219,38 +169,3 @@ def select(conditioning, index):
 def stack(*conditionings):
     """Return the rows of several conditionings as one, for one pass."""
     return {name: torch.cat([c[name] for c in conditionings]) for name in conditionings[0]}
-
-
-def without_lora(unet, fuse=False):
-    """Remove the UNet's adapters, after adding them to its weights if `fuse`; returns it."""
-    if hasattr(unet, "peft_config"):
-        if fuse:
-            unet.fuse_lora()
-        unet.unload_lora()
-    return unet
-
-
-def trainable(unet, subset="u", rank=16):
-    """Return name → parameter of a subset, and freeze the rest.
-
-    subset: x (cross attention), u (all but cross attention, time embedding and output), f (full),
-    or lora (float32 adapters of `rank` in all attention blocks). Raises ValueError for another
-    subset, and for half-precision weights: small steps would be rounded away.
-    """
-    if subset not in SUBSETS:
-        raise ValueError(f"unknown subset {subset!r}: choose {', '.join(SUBSETS)}")
-    unet.requires_grad_(False)
-    if subset == "lora" and not hasattr(unet, "peft_config"):
-        kind = dict(r=rank, lora_alpha=rank, init_lora_weights="gaussian")
-        unet.add_adapter(LoraConfig(**kind, target_modules=LINEAR))
-    chosen = {name: p for name, p in unet.named_parameters() if SUBSETS[subset](name)}
-    for p in chosen.values():
-        if subset == "lora":
-            p.data = p.data.float()
-        elif p.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"subset {subset!r} would train weights in {p.dtype}: load them in float32 "
-                "(weights_dtype full), or train subset lora"
-            )
-        p.requires_grad_(True)
-    return chosen

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from mu.attackers import Attacker, Inner
 from mu.controls import Controls
+from mu.frozen import reference
 from mu.losses import Term, denoising, predictions
-from mu.models import reference
 from mu.sampling import Trajectory
 
 DRIFT_TERMS = ("related", "unrelated", "empty", "any")

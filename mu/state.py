@@ -5,8 +5,8 @@ import contextlib
 import torch
 from diffusers.training_utils import EMAModel
 
-from mu.models import trainable
 from mu.optimizers import OPTIMIZERS, descend, make_optimizer
+from mu.trainable import trainable
 
 STREAMS = ("unlearn", "retain", "meta", "finetune", "angle")  # order fixes the seeds: append only
 TRAJECTORY = ("latents", "timesteps", "prompt")
@@ -15,7 +15,7 @@ TRAJECTORY = ("latents", "timesteps", "prompt")
 class State:
     """Everything a loop needs to resume: weights, optimizer, average, random streams, step.
 
-    unet: is trained in place. subset, rank: see `mu.models.trainable`. seed: of all random
+    unet: is trained in place. subset, rank: see `mu.trainable.trainable`. seed: of all random
     numbers, new adapters included. ema: decay of a running average of the weights, which is then
     the result (SDD's teacher); 0: none. named: name → tensor to train instead of weights of the
     UNet, such as the embedding of a word (textual inversion).

@@ -15,9 +15,10 @@ import torch
 from mu.attacks import tokens
 from mu.concepts.probe import Probe
 from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
-from mu.models import encode_prompts, select, trainable
+from mu.models import encode_prompts, select
 from mu.sampling import Sampling, images_per_batch
 from mu.state import State
+from mu.trainable import trainable
 
 KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
 DRAWN_SEED, CLASS_SEED = 1000, 2000  # of images that attackers draw; no evaluation prompt has them

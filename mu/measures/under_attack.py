@@ -18,11 +18,11 @@ from mu.attacks.search import SearchStep
 from mu.concepts.probe import Probe, join, make_probe
 from mu.files import atomic, read_json, save_json
 from mu.measures.evaluate import evaluate, evaluate_step
-from mu.models import without_lora
 from mu.parallel import Runtime
 from mu.runs.folder import resume, run_loop
 from mu.sampling import Sampling, images_per_batch
 from mu.train import finetune
+from mu.trainable import without_lora
 
 CANDIDATE_SEED = 10_000  # first seed of the images that an attacker draws to choose a prompt
 COSTS = ("passes", "seconds")

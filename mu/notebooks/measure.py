@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mu.concepts.sets import ConceptSet
-from mu.models import frozen_copy, offload
+from mu.frozen import frozen_copy, offload
 from mu.notebooks.preflight import DEFAULTS, GIB, Tracker, blank
 from mu.objectives import loss_scale
 from mu.runs.train import check_method, keywords

@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from mu.models import frozen_copy, predict_noise, reference, trainable
+from mu.frozen import frozen_copy, reference
+from mu.models import predict_noise
 from mu.notebooks.sizes import random_pipeline
 from mu.objectives import gradients, predictions, squared_errors
 from mu.runs.train import check_method
+from mu.trainable import trainable
 
 GIB = 2**30
 # name → GiB that a program sees; peak TFLOP/s in half and in single precision (data sheets, dense); has bfloat16

@@ -17,8 +17,8 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from mu.models import without_lora
 from mu.publish.weights import DIFFERENCE, check_architecture, fingerprint
+from mu.trainable import without_lora
 
 
 @contextlib.contextmanager

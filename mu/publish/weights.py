@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 
-from mu.models import without_lora
+from mu.trainable import without_lora
 
 DIFFERENCE = "mu-difference-1"  # value of "mu_format" in the metadata of a difference
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mu.files import digest, read_json, save_json, save_tensors
-from mu.models import MODELS, without_lora
+from mu.models import MODELS
 from mu.publish.export import save_lora, save_model
 from mu.publish.weights import load_weights
+from mu.trainable import without_lora
 
 LESS_MEMORY = (
     "set gradient_checkpointing = True, accumulation = 2, 4, …, frozen_dtype = 'half' or snapshot "

@@ -16,11 +16,12 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from mu.concepts.sets import load_sets, random_prompts, take_images
+from mu.devices import loss_scale
 from mu.draws import Data
 from mu.files import read_json, save_json
-from mu.losses import loss_scale
+from mu.frozen import frozen_copy, offload
 from mu.methods.closed_form import EditConfig, rece, uce
-from mu.models import encode_prompts, frozen_copy, load_pipeline, offload
+from mu.models import encode_prompts, load_pipeline
 from mu.objective import Objective
 from mu.parallel import Runtime
 from mu.publish.weights import load_weights

@@ -5,9 +5,9 @@ reference of test_golden.py. Not maintained: it goes when the restructuring is p
 # fmt: off
 from mu.models import select as rows
 from mu.models import predict_noise
-from mu.models import reference
+from mu.frozen import reference
 from mu.models import stack
-from mu.models import trainable
+from mu.trainable import trainable
 
 
 from dataclasses import dataclass
@@ -285,7 +285,7 @@ class State:
     """What a loop needs to go on where it stopped: trained weights, optimiser, their running average, random generators, step. Goes to
     safetensors by `tensors()`.
 
-    subset, rank: see `mu.models.trainable`. optimizer: adamw, adam, sgd, or adamw8bit (bitsandbytes). ema: decay of a running average
+    subset, rank: see `mu.trainable.trainable`. optimizer: adamw, adam, sgd, or adamw8bit (bitsandbytes). ema: decay of a running average
     of the trained weights, which is then the result (SDD's teacher); 0: none. seed: of everything drawn at random, new adapters included.
     named: name → tensor of what is trained instead of weights of the UNet, such as the vector of a word (textual inversion)."""
 

@@ -10,15 +10,17 @@ from flat import unlearn
 from safetensors.torch import load, save
 
 from mu.files import read_json
+from mu.frozen import frozen_copy, reference
 from mu.losses import Inputs, denoising, draw_minibatch, predictions, squared_errors
 from mu.meta import meta_gradient
-from mu.models import frozen_copy, load_pipeline, predict_noise, reference, trainable, without_lora
+from mu.models import load_pipeline, predict_noise
 from mu.optimizers import make_optimizer
 from mu.parallel import Runtime, shard
 from mu.params import open_run
 from mu.runs.folder import run_loop
 from mu.state import State
 from mu.train import Record, finetune
+from mu.trainable import trainable, without_lora
 
 FULL = dict(
     batch_size=2,

@@ -8,9 +8,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from mu.losses import Inputs, Term, denoising, draw_minibatch, predictions, squared_errors
-from mu.models import predict_noise, select, stack, trainable
+from mu.models import predict_noise, select, stack
 from mu.objective import ESD
 from mu.sampling import Trajectory, sample_trajectory
+from mu.trainable import trainable
 
 
 def generator(seed=0):

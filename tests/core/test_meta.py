@@ -6,8 +6,9 @@ import torch
 
 from mu.controls import Controls, angle, expansion
 from mu.meta import inner_step, meta_gradient
-from mu.models import predict_noise, trainable
+from mu.models import predict_noise
 from mu.optimizers import make_optimizer
+from mu.trainable import trainable
 
 
 def quadratics(steps, n=6, seed=0):

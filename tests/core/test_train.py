@@ -17,9 +17,9 @@ import mu.draws
 import mu.train
 from mu.attackers import draw_choice
 from mu.losses import draw_minibatch
-from mu.models import trainable
 from mu.state import State
 from mu.train import Record, finetune
+from mu.trainable import trainable
 
 FULL = dict(
     retain=1.0,

@@ -7,12 +7,13 @@ import tiny
 import torch
 
 from mu import train
-from mu.models import encode_prompts, load_pipeline, trainable
+from mu.models import encode_prompts, load_pipeline
 from mu.notebooks import preflight as pf
 from mu.notebooks.measure import rehearse, union
 from mu.notebooks.preflight import GIB, RESERVE, Tracker, estimate, preflight
 from mu.notebooks.sizes import SIZES, random_pipeline
 from mu.sampling import draw_images
+from mu.trainable import trainable
 
 META = dict(
     batch_size=4,

@@ -6,8 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from mu.models import LINEAR, encode_prompts, load_pipeline, predict_noise
+from mu.models import encode_prompts, load_pipeline, predict_noise
 from mu.publish.weights import load_weights
+from mu.trainable import LINEAR
 
 CARD = "---\nlicense: mit\n---\n"
 

@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mu.publish.export
-from mu.models import trainable
 from mu.publish.export import (
     extract_lora,
     fused,
@@ -36,6 +35,7 @@ from mu.publish.export import (
 )
 from mu.publish.weights import load_weights
 from mu.reports.model_card import model_card
+from mu.trainable import trainable
 
 ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
