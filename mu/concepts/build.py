@@ -20,7 +20,8 @@ from tqdm import tqdm
 from mu.concepts.presets import SIDES, check_words, slug
 from mu.concepts.sets import read_metadata, readable
 from mu.files import atomic, digest, read_json, save_json
-from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, located, select
+from mu.hub import located
+from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, select
 from mu.params import open_run, protocol
 from mu.sampling import draw_images, images_per_batch
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from mu.files import digest, read_json, save_json, save_tensors
-from mu.models import MODELS
+from mu.hub import MODELS
 from mu.publish.export import save_lora, save_model
 from mu.publish.weights import load_weights
 from mu.trainable import without_lora

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from mu.attackers import Inner
 from mu.controls import Controls
-from mu.objective import ESD, META, SDD, Objective, Weights
+from mu.objective import META, Objective, Weights
 from mu.parallel import Runtime
 from mu.runs.folder import with_digests
 from mu.sampling import Trajectory
+from mu.targets import ESD, SDD
 
 # method → loss of the loop (None: a closed form comes first, then the meta terms alone), subset
 METHODS = {

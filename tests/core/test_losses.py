@@ -9,8 +9,8 @@ from diffusers.models.attention_processor import Attention
 
 from mu.losses import Inputs, Term, denoising, draw_minibatch, predictions, squared_errors
 from mu.models import predict_noise, select, stack
-from mu.objective import ESD
 from mu.sampling import Trajectory, sample_trajectory
+from mu.targets import ESD
 from mu.trainable import trainable
 
 

@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub.errors import GatedRepoError
 
-from mu.models import MODELS, encode_prompts, load_pipeline, predict_noise, select
+from mu.hub import MODELS
+from mu.models import encode_prompts, load_pipeline, predict_noise, select
 from mu.sampling import draw_images
 
 PROMPTS = ["a cat", "a photo of a tiger", "a banana on a blue background"]
