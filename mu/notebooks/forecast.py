@@ -134,7 +134,7 @@ def attack(hw, p, new):
         times
         * max(at)
         * hw.passes("train", p["batch_size"], p)
-        * (2 if p["others"] or p["kind"] == "dreambooth" else 1)
+        * (2 if p["mixed_set"] or p["kind"] == "dreambooth" else 1)
     )
     looks = times * sum(step > 0 for step in at) + sum(
         new(f"{p['out']}/attack/{run}/before") for run in runs
@@ -173,7 +173,7 @@ def searches(hw, p, new):
             else times
             * (
                 len(at) * of_concept
-                + later * prompts * (p["tries"] + 1) * p["looks"] * (p["tries"] > 1)
+                + later * prompts * (p["candidates"] + 1) * p["images_per_prompt"] * (p["candidates"] > 1)
             )
         )
     return trained, hw.pictures(drawn, p)

@@ -379,12 +379,12 @@ def test_every_kind_of_attack_meets_in_one_table(experiment):
     kinds = {
         "one-prompt": dict(prompts=1),
         "lora": dict(subset="lora", rank=2),
-        "mixed": dict(others="defender/retain-related"),
+        "mixed": dict(mixed_set="defender/retain-related"),
         "sgd": dict(optimizer="sgd"),
-        "phased": dict(first="attacker/clean", first_steps=1),
+        "phased": dict(warmup_set="attacker/clean", warmup_steps=1),
         "dreambooth": dict(kind="dreambooth", class_images=2),
-        "merged": dict(merge=1.0),
-        "one-word": dict(kind="textual-inversion", word="cup", start="banana", drawn_images=2),
+        "merged": dict(merge_share=1.0),
+        "one-word": dict(kind="textual-inversion", word="cup", init_word="banana", drawn_images=2),
     }
     for name, options in kinds.items():
         run("30_attack_finetune", output=f"30_{name}", name=name, **common | options)
@@ -397,11 +397,11 @@ def test_every_kind_of_attack_meets_in_one_table(experiment):
         "31_attack_prompts",
         searches=searches,
         word="cup",
-        start="banana",
+        init_word="banana",
         population=8,
         drawn_images=2,
-        tries=2,
-        looks=1,
+        candidates=2,
+        images_per_prompt=1,
         **common,
     )
     named = [*kinds, *searches.split(",")]
@@ -417,9 +417,9 @@ def test_every_kind_of_attack_meets_in_one_table(experiment):
     assert "eta-unlearn" in page and "figures/attacks.svg" in page and "ring-a-bell" in page
     for wrong, words in (
         (dict(kind="prefix-tuning"), "unknown kind of attack 'prefix-tuning'"),
-        (dict(first="attacker/clean"), "first_steps=0"),
-        (dict(kind="dreambooth", others="attacker/clean"), "'dreambooth' has none"),
-        (dict(kind="textual-inversion"), "is no word"),
+        (dict(warmup_set="attacker/clean"), "warmup_steps=0"),
+        (dict(kind="dreambooth", mixed_set="attacker/clean"), "'dreambooth' has no mixed_set"),
+        (dict(kind="textual-inversion"), "is not one token"),
     ):
         with pytest.raises(RuntimeError, match=words):
             run("30_attack_finetune", output="30_wrong", name="wrong", **common | wrong)

@@ -68,7 +68,7 @@ def test_passes_and_pictures_by_hand(of, tmp_path):
         Counted, p, lambda place: False
     ) == (4 * 30 * 8, 4 * 2 * 19), "what all begin with is drawn once"
     assert (
-        attack(Counted, p | {"others": "attacker/clean"}, first)[0] == 2 * 4 * 30 * 8
+        attack(Counted, p | {"mixed_set": "attacker/clean"}, first)[0] == 2 * 4 * 30 * 8
         and attack(Counted, p | {"kind": "dreambooth"}, first)[1] == (4 * 2 + 2) * 19 + 4 * 64
     )
     p = of(
@@ -77,8 +77,8 @@ def test_passes_and_pictures_by_hand(of, tmp_path):
         seeds="0",
         at="0,10,30",
         searches="random,unlearn-diff-atk,p4d",
-        tries=2,
-        looks=3,
+        candidates=2,
+        images_per_prompt=3,
         drawn_images=32,
         batch_size=8,
     )
