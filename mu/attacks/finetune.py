@@ -21,29 +21,29 @@ from mu.state import State
 from mu.trainable import trainable
 
 KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
-DRAWN_SEED, CLASS_SEED = 1000, 2000  # of images that attackers draw; no evaluation prompt has them
+DRAWN_SEED, CLASS_SEED = 1000, 2000  # of attackers' images: evaluation uses other seeds
 
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """An attack by training, as a notebook's parameters describe it."""
+    """An attack by training (`choose`), as a notebook's parameters describe it."""
 
-    kind: str = "fine-tuning"
+    kind: str = "fine-tuning"  # one of KINDS
     lr: float = 6e-5
-    optimizer: str = "adam"
-    subset: str = "f"
+    optimizer: str = "adam"  # adam, adamw or sgd; inversions use adam
+    subset: str = "f"  # weights to train: x, u, f (all) or lora
     rank: int = 16  # of subset lora
     mixed_set: str = ""  # set below the concept folder, mixed into every step
     mixed_weight: float = 1.0  # of its loss, or of DreamBooth's prior preservation
-    warmup_set: str = ""  # set that the first steps train on alone
+    warmup_set: str = ""  # set below the concept folder that the first steps train on alone
     warmup_steps: int = 0
-    class_images: int = 64  # images of related concepts that DreamBooth draws and keeps
-    word: str = ""  # whose embedding an inversion learns
-    init_word: str = ""  # whose embedding it starts from
+    class_images: int = 64  # images of related concepts that DreamBooth draws and preserves
+    word: str = ""  # inversions learn its embedding
+    init_word: str = ""  # its embedding is the initial value
     concept_token: str = ""  # the concept's word in captions and prompts; empty: the expected label
 
     def check(self):
-        """Raise ValueError for parts that do not belong together."""
+        """Raise ValueError for settings that do not belong together."""
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of attack {self.kind!r}: choose {', '.join(KINDS)}")
         if bool(self.warmup_set) != bool(self.warmup_steps):

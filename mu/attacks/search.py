@@ -24,19 +24,19 @@ class SearchStep:
     """What one step of a search found."""
 
     step: int  # number of steps done, this one included
-    loss: float  # of the prompt, on this step's noise; nan if the search has none
-    prompt: str  # at the step's start by gradient, the best so far by the genetic algorithm
+    loss: float  # of the prompt, on this step's noise; nan for random words
+    prompt: str  # before the step's update; Ring-A-Bell: the best so far
     passes: int  # forward passes of the UNet
     seconds: float
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """A search for words, as a notebook's parameters describe it."""
+    """A search for words (`make_search`), as a notebook's parameters describe it."""
 
     count: int = 3  # words before the prompt
     steps: int = 40
-    lr: float = 0.1
+    lr: float = 0.1  # of the searches by gradient, as are batch_size and loss_scale
     batch_size: int = 8
     strength: float = 3.0  # Ring-A-Bell: coefficient of the concept's direction
     population: int = 64  # Ring-A-Bell: of the genetic algorithm
@@ -129,9 +129,9 @@ def search_by_gradient(pipe, concept_set, prompt, variables, target, config, see
 
 
 def simplex_words(pipe, known, start, lr):
-    """Return UnlearnDiffAtk's (read, update): per place a point on the simplex over the words.
+    """Return UnlearnDiffAtk's (read, update): a point on the simplex over the words per position.
 
-    read() returns (parameters, index of each place's word, embeddings with gradient).
+    read() returns (parameters, index of each position's word, embeddings with gradient).
     """
     tables = tokens.embeddings(pipe, known)
     u = torch.nn.functional.one_hot(start, len(known)).float().to(tables[0].device)
@@ -150,7 +150,7 @@ def simplex_words(pipe, known, start, lr):
 
 
 def free_words(pipe, known, start, lr):
-    """Return P4D's (read, update): per place a free embedding, read as the nearest (cosine)."""
+    """Return P4D's (read, update): a free embedding per position, read as the nearest (cosine)."""
     tables = tokens.embeddings(pipe, known)
     vectors = [table[start.to(table.device)].clone().requires_grad_(True) for table in tables]
     optimizer = torch.optim.AdamW(vectors, lr=lr, weight_decay=0.1)
@@ -165,7 +165,7 @@ def free_words(pipe, known, start, lr):
 
 
 def project_to_simplex(u):
-    """Return the nearest probabilities to each row (Duchi et al. 2008)."""
+    """Return the nearest point to each row on the probability simplex (Duchi et al. 2008)."""
     ordered = u.sort(descending=True).values
     excess = (ordered.cumsum(-1) - 1) / torch.arange(1, u.shape[-1] + 1, device=u.device)
     last = (ordered > excess).sum(-1, keepdim=True) - 1
@@ -225,9 +225,9 @@ def next_generation(genes, vocabulary, mutation, generator):
     parents = kept[index]
     children = torch.where(torch.rand(parents[0].shape, generator=generator) < 0.5, *parents)
     mutated = torch.rand(len(children), generator=generator) < mutation
-    place = torch.randint(genes.shape[1], (len(children),), generator=generator)
+    position = torch.randint(genes.shape[1], (len(children),), generator=generator)
     new = torch.randint(vocabulary, (int(mutated.sum()),), generator=generator)
-    children[mutated, place[mutated]] = new
+    children[mutated, position[mutated]] = new
     return torch.cat([kept, children])
 
 
