@@ -128,16 +128,22 @@ def measure(folder, pipe, judge, probe, guidance, steps, facts):
     Writes rows and protocol card to metrics.json and images to samples.png, blurred for a harmful
     concept. Draws again if the blur setting differs.
     """
-    file = Path(folder) / "metrics.json"
-    sampling = {"sampling_guidance": guidance, "sampling_steps": steps}
-    facts = facts | {"images": len(probe.items)} | sampling
-    wanted = {"harmful": None, "blurred": None} | blur_facts(probe) | facts
-    made = read_json(file)
-    if made and {name: made["protocol"].get(name) for name in wanted} == wanted:
-        return made["rows"]
+    rows, facts = find_rows(folder, probe, guidance, steps, facts)
+    if rows:
+        return rows
     rows, images = evaluate(pipe, judge, probe, guidance, steps)
     _save_images(images, probe, Path(folder) / "samples.png")
     run = read_json(Path(folder) / "params.json")
     card = protocol(**facts | blur_facts(probe), run=run)
-    save_json({"rows": rows, "protocol": card}, file)
+    save_json({"rows": rows, "protocol": card}, Path(folder) / "metrics.json")
     return rows
+
+
+def find_rows(folder, probe, guidance, steps, facts):
+    """Return the rows that `measure` saved in a folder for the same facts (else None), and these."""
+    facts = facts | {"images": len(probe.items)}
+    facts |= {"sampling_guidance": guidance, "sampling_steps": steps}
+    wanted = {"harmful": None, "blurred": None} | blur_facts(probe) | facts
+    made = read_json(Path(folder) / "metrics.json")
+    same = made and {name: made["protocol"].get(name) for name in wanted} == wanted
+    return (made["rows"] if same else None), facts
