@@ -1,11 +1,21 @@
 """Choose the precision of the UNet's passes for the device at hand."""
 
 import functools
+import platform
 import time
+from pathlib import Path
 
 import torch
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+def cpu_name():
+    """Return the name of the CPU, as the system reports it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def half(device):

@@ -9,7 +9,10 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate import PartialState
+
 from mu import ROOT
+from mu.devices import cpu_name, resolve_precision
 from mu.files import read_json, save_json
 
 ASIDE = "aside"  # folder of replaced runs; no run has this name
@@ -52,7 +55,12 @@ def open_run(folder, params, runtime=None):
 
 
 def protocol(**facts):
-    """Return the facts with versions, machine and commit: the protocol of every result."""
+    """Return the facts with versions, machine and commit: the protocol of every result.
+
+    Adds what precision "auto" chose as "computed_in".
+    """
+    if facts.get("precision") == "auto":
+        facts["computed_in"] = resolve_precision("auto", PartialState().device)
     commit = ""
     if shutil.which("git"):
         command = ["git", "rev-parse", "HEAD"]
@@ -61,6 +69,6 @@ def protocol(**facts):
     return facts | {
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "commit": commit or "not a git checkout",
     }

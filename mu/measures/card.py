@@ -15,6 +15,7 @@ MAY_DIFFER = (
     "python",
     "versions",
     "blurred",
+    "computed_in",  # what precision "auto" chose: runs that differ in it alone may share a table
 )
 
 
