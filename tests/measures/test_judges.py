@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import mu.measures.judges
-from mu.attacks.config import Sampling, SearchConfig
-from mu.attacks.search import random_words
+from mu.attacks.search import SearchConfig, random_words
 from mu.concepts.probe import join, make_probe
 from mu.measures.clip import zero_shot
 from mu.measures.evaluate import evaluate, label_images, load_judge
 from mu.measures.judges import ClipJudge, NudityJudge, named_judge
-from mu.measures.under_attack import Selection, prompt_run
+from mu.measures.under_attack import Candidates, Schedule, prompt_run
+from mu.sampling import Sampling
 
 
 class Detector:
@@ -114,8 +114,8 @@ def test_a_part_of_the_prompts_is_judged_among_all_labels(pipe, tmp_path):
         SimpleNamespace(label=label),
         probe,
         lambda prompt: random_words(pipe, prompt, config),
-        Selection(at=(0, 2), candidates=2, images_per_prompt=1),
-        Sampling(guidance=2.0, steps=2),
+        Schedule(at=(0, 2), sampling=Sampling(guidance=2.0, steps=2)),
+        Candidates(number=2, images_per_prompt=1),
     )
     assert offered == [probe.labels] * 3
 
