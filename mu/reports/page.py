@@ -23,7 +23,12 @@ NOTEBOOK_PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(
         "html_head_js_mermaidjs",
     )
 )
-TEMPLATE = Path(__file__).with_name("page.html.j2")
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 LATEX = {
     "–": "--",
     "→": r"$\to$",
@@ -199,22 +204,13 @@ def write_report(
         inside(course["sheet"], folder, f"pictures of {course['name']}")
     links = [_notebook_link(entry, folder) for entry in notebooks]
     gone = not_kept(folder, [link["href"] for link in links])
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE.name).render(
+    page = TEMPLATES.get_template("page.html.j2").render(
         title=title,
         claim=[claim] if isinstance(claim, str) else claim,
         language=language,
         headline=picture(headline, folder, "headline") if headline else None,
         courses=list(courses),
-        cards=[
-            picture(card, folder, f"card {number} ({card.get('question', 'no question')})")
-            for number, card in enumerate(cards, 1)
-        ],
+        cards=[_card(card, number, folder) for number, card in enumerate(cards, 1)],
         terms=terms or {},
         caveats=list(caveats),
         tables=[_linked_table(*entry, folder) for entry in (tables or {}).items()],
@@ -226,6 +222,10 @@ def write_report(
     with atomic(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "index.html"
+
+
+def _card(card, number, folder):
+    return picture(card, folder, f"card {number} ({card.get('question', 'no question')})")
 
 
 def _notebook_link(entry, folder):
