@@ -1,10 +1,12 @@
-"""An experiment through the notebooks, one rule each. Which, with what parameters, after which others, is data:
+"""Run an experiment: one rule per notebook. A configuration file defines steps, parameters, order.
 
     snakemake --cores 2 --configfile notebooks/profiles/pocket-demo.yaml
 
-A notebook runs again if it, its parameters or one before it has changed, or if something that it left is gone; a run that has then other
-parameters, or comes from other weights, begins anew, and the old one is put aside. A changed `mu` is only reported: the runs below `runs/`
-go on where they stopped, so running a notebook once more would not bring them up to date."""
+A notebook runs again if it, its parameters or a notebook before it has changed, or if one of its
+files is missing. Its runs start anew if their parameters or their initial weights have changed;
+the old ones move aside. A changed `mu` is only reported: finished runs below `runs/` would be read
+and not repeated.
+"""
 
 import sys
 from pathlib import Path
@@ -12,29 +14,35 @@ from pathlib import Path
 from mu.notebooks.grid import read_experiment
 from mu.notebooks.run import check_parameters
 from mu.notebooks.run import origin
-from mu.notebooks.run import origin_of
+from mu.notebooks.run import read_origin
 
 if not config:
-    sys.exit("say which experiment: --configfile notebooks/profiles/pocket-demo.yaml")
+    sys.exit("no experiment: add --configfile notebooks/profiles/pocket-demo.yaml")
 try:
     model, EXPERIMENT = read_experiment(config)
 except ValueError as error:
     sys.exit(f"error: {error}")
-REPORT, DONE = Path(config["report"].format(model=model)), Path(config["runs"].format(model=model)) / "done"
-EARLIER = []
+RUNS = Path(config["runs"].format(model=model))
+REPORT, DONE = Path(config["report"].format(model=model)), RUNS / "done"
+OUTDATED = []  # made by an earlier version of mu
 
 for name, step in EXPERIMENT.items():
-    source, output = f"notebooks/{step['notebook']}.ipynb", REPORT / "notebooks" / f"{name}.ipynb"
-    check_parameters(source, step["parameters"])  # all of them, before anything runs
+    notebook = f"notebooks/{step['notebook']}.ipynb"
+    check_parameters(notebook, step["parameters"])  # of all notebooks, before the first one runs
     if not workflow.is_main_process:
-        continue  # a job of a cluster, which may see files later than they are written
-    if not all(Path(file).exists() for file in [output, output.with_suffix(".html"), *step.get("leaves", [])]):
+        continue  # a job on a cluster may see files late
+    output = REPORT / "notebooks" / f"{name}.ipynb"
+    files = [output, output.with_suffix(".html"), *step.get("leaves", [])]
+    if not all(Path(file).exists() for file in files):
         (DONE / name).unlink(missing_ok=True)
-    elif origin_of(output).get("mu") != origin(source, {})["mu"]:
-        EARLIER.append(name)
+    elif read_origin(output).get("mu") != origin(notebook, {})["mu"]:
+        OUTDATED.append(name)
 
-if EARLIER:
-    print(f"note: of an earlier mu are {', '.join(EARLIER[:3])}{f' and {len(EARLIER) - 3} more' if len(EARLIER) > 3 else ''}. To make everything again, delete {config['runs'].format(model=model)}", file=sys.stderr)
+if OUTDATED:
+    more = f" and {len(OUTDATED) - 3} more" if len(OUTDATED) > 3 else ""
+    names = ", ".join(OUTDATED[:3]) + more
+    note = f"note: made by an earlier mu: {names}. To repeat everything, delete {RUNS}"
+    print(note, file=sys.stderr)
 
 
 rule experiment:
@@ -67,8 +75,10 @@ for name, step in EXPERIMENT.items():
 
 onerror:
     for file in REPORT.glob("notebooks/*.unfinished.ipynb"):
-        print(f"as far as it came: {file}", file=sys.stderr)
+        print(f"stopped early: {file}", file=sys.stderr)
     for name, step in EXPERIMENT.items():
         if step["notebook"] == "90_figures":
-            told = " ".join(f'-p {key} "{value}"' for key, value in step["parameters"].items())
-            print(f"what is there can be shown all the same: {sys.executable} -m mu.notebooks.run notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'} {told} --again", file=sys.stderr)
+            values = " ".join(f'-p {key} "{value}"' for key, value in step["parameters"].items())
+            files = f"notebooks/90_figures.ipynb {REPORT / 'notebooks' / '90_figures.ipynb'}"
+            command = f"{sys.executable} -m mu.notebooks.run {files} {values} --again"
+            print(f"to report what is finished: {command}", file=sys.stderr)

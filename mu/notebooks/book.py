@@ -1,5 +1,12 @@
-"""What is generated in the notebooks, and of them in the README: badge, navigation, first cell, contents. `python -m mu.notebooks.book` writes it; `python -m mu.notebooks.book --check` writes nothing, and says what
-is stale and what a notebook lacks (`faults`); `python -m mu.notebooks.book --minutes reports/pocket/notebooks ...` also takes over how long the executed notebooks of these folders took."""
+"""Write the generated parts of the notebooks and of the README.
+
+These are each notebook's badge, navigation and first code cell, the table of contents, and the
+README's table of notebooks.
+
+    python -m mu.notebooks.book                     # write them
+    python -m mu.notebooks.book --check             # list stale parts and what notebooks lack
+    python -m mu.notebooks.book --minutes FOLDER    # also adopt the times of executed notebooks
+"""
 
 import argparse
 import ast
@@ -14,164 +21,174 @@ from mu.files import fill
 from mu.notebooks.colab import address, badge, bootstrap
 from mu.notebooks.run import read_parameters
 
+NOTEBOOKS = ROOT / "notebooks"
 START, BEGIN, END = "00_start_here", "<!-- generated -->", "<!-- /generated -->"
-LONGEST, TEXT = 20, 0.6  # lines of a code cell; text cells for each code cell
+MAX_LINES = 20  # of a code cell
+MIN_TEXT = 0.6  # text cells per code cell
+HEADER = (
+    "| notebook | question | GPU "
+    "| minutes on two cores, as in the demo, in make paper or in make attacks | Colab |"
+)
 
 
-def question(notebook):
-    """A read notebook's headline, which is a question."""
+def list_notebooks(folder):
+    """Return the notebooks of a folder in their order."""
+    return sorted(Path(folder).glob("*.ipynb"))
+
+
+def title(notebook):
+    """Return the title of a notebook that was read: a question."""
     return notebook.cells[0].source.splitlines()[0].removeprefix("# ")
 
 
 def overview(folder):
-    """The README's table of notebooks: question (their headline), GPU and minutes (their metadata, as measured), Colab (their first code cell)."""
-    lines = [
-        "| notebook | question | GPU | minutes on two cores, as in the demo, in make paper or in make attacks | Colab |",
-        "|---|---|---|---|---|",
-    ]
-    for file in sorted(Path(folder).glob("*.ipynb")):
-        read = nbformat.read(file, 4)
-        colab = (
-            badge(file, address()) or "✓"
-            if any("google.colab" in cell.source for cell in read.cells)
-            else "–"
-        )
-        lines.append(
-            f"| [{file.stem}]({Path(folder).name}/{file.name}) | {question(read)} | {read.metadata['mu'].get('gpu', 'no')} | {read.metadata['mu']['minutes'] or 'not measured'} | {colab} |"
-        )
+    """Return the README's table of notebooks in Markdown.
+
+    GPU and minutes come from the notebooks' metadata.
+    """
+    lines = [HEADER, "|---|---|---|---|---|"]
+    for file in list_notebooks(folder):
+        notebook = nbformat.read(file, 4)
+        metadata = notebook.metadata["mu"]
+        runs_on_colab = any("google.colab" in cell.source for cell in notebook.cells)
+        row = [
+            f"[{file.stem}]({Path(folder).name}/{file.name})",
+            title(notebook),
+            metadata.get("gpu", "no"),
+            str(metadata["minutes"] or "not measured"),
+            (badge(file, address()) or "✓") if runs_on_colab else "–",
+        ]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
 def contents(notebooks):
-    """Markdown: the notebooks in their order, each with its question."""
-    return "## Contents\n\n" + "\n".join(
-        f"- [{file.stem}]({file.name}): {question(nbformat.read(file, 4))}" for file in notebooks
-    )
+    """Return the table of contents in Markdown: the notebooks and their questions."""
+    titles = {file: title(nbformat.read(file, 4)) for file in notebooks}
+    lines = [f"- [{file.stem}]({file.name}): {text}" for file, text in titles.items()]
+    return "## Contents\n\n" + "\n".join(lines)
 
 
-def dressed(file, notebooks, at):
-    """A notebook, read, with what is generated of it: below the headline its badge (of the repository `at`; "" for none) and the way to its neighbours, its first code cell, and, in
-    the first notebook, the contents."""
-    read, place = nbformat.read(file, 4), notebooks.index(file)
-    way = [
-        *(f"[← {f.stem}]({f.name})" for f in notebooks[max(0, place - 1) : place]),
+def navigation(file, notebooks):
+    """Return links to the previous notebook, the contents and the next notebook, in Markdown."""
+    place = notebooks.index(file)
+    before, after = notebooks[max(0, place - 1) : place], notebooks[place + 1 : place + 2]
+    links = [
+        *(f"[← {f.stem}]({f.name})" for f in before),
         f"[contents]({START}.ipynb#Contents)",
-        *(f"[{f.stem} →]({f.name})" for f in notebooks[place + 1 : place + 2]),
+        *(f"[{f.stem} →]({f.name})" for f in after),
     ]
-    head, *rest = read.cells[0].source.split("\n\n")
-    kept = (
-        "\n\n".join(rest).split(END)[-1].lstrip("\n")
-        if END in read.cells[0].source
-        else "\n\n".join(rest)
-    )
-    read.cells[0].source = "\n\n".join(
-        [head, "\n".join([BEGIN, *filter(None, [badge(file, at)]), " · ".join(way), END]), kept]
-    )
-    next(cell for cell in read.cells if cell.cell_type == "code").source = bootstrap(at)
+    return " · ".join(links)
+
+
+def generate(file, notebooks, at):
+    """Read a notebook and return it with its generated parts up to date.
+
+    at: address of the repository for badge and first code cell; "" for none.
+    """
+    notebook = nbformat.read(file, 4)
+    head, _, text = notebook.cells[0].source.partition("\n\n")
+    text = text.split(END)[-1].lstrip("\n")
+    block = "\n".join([BEGIN, *filter(None, [badge(file, at)]), navigation(file, notebooks), END])
+    notebook.cells[0].source = "\n\n".join([head, block, text])
+    first_code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first_code.source = bootstrap(at)
     if file.stem == START:
-        known = next(
-            (cell for cell in read.cells if "contents" in cell.metadata.get("tags", [])), None
-        )
-        if known is None:
-            known = nbformat.v4.new_markdown_cell(metadata={"tags": ["contents"]}, id="contents")
-            read.cells.insert(
-                len(read.cells) - 1, known
-            )  # what this showed, and what is next, stays the last
-        known.source = contents(notebooks)
-    return read
+        tagged = [c for c in notebook.cells if "contents" in c.metadata.get("tags", [])]
+        if not tagged:
+            cell = nbformat.v4.new_markdown_cell(metadata={"tags": ["contents"]}, id="contents")
+            notebook.cells.insert(-1, cell)  # the summary remains the last cell
+            tagged = [cell]
+        tagged[0].source = contents(notebooks)
+    return notebook
 
 
 def stale(folder, at):
-    """Those of a folder's notebooks that are not as `dressed` makes them."""
-    notebooks = sorted(Path(folder).glob("*.ipynb"))
-    return [
-        file
-        for file in notebooks
-        if nbformat.writes(dressed(file, notebooks, at)) != nbformat.writes(nbformat.read(file, 4))
-    ]
+    """Return the notebooks of a folder whose generated parts are out of date."""
+
+    def differs(file):
+        generated = nbformat.writes(generate(file, notebooks, at))
+        return generated != nbformat.writes(nbformat.read(file, 4))
+
+    notebooks = list_notebooks(folder)
+    return [file for file in notebooks if differs(file)]
 
 
 def faults(file):
-    """What a notebook lacks, in words; empty where it lacks nothing: a title that asks, what goes in and comes out and is needed, one cell of parameters that each have words, checks, what one
-    should see, what it showed with its limits and what is next, minutes in its metadata; outputs are stripped, cells are short, and there is enough text between them."""
-    read = nbformat.read(file, 4)
-    code, text = ([c for c in read.cells if c.cell_type == kind] for kind in ("code", "markdown"))
-    tagged = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    """Return what a notebook lacks, as a list of messages.
 
-    def lines(c):
-        return [line for line in c.source.splitlines() if line.strip()]
+    A notebook needs a question as title; inputs, outputs and requirements; documented parameters;
+    checks; expected results; a summary with limits and next steps; measured minutes. Its outputs
+    are stripped, its cells short, and text accompanies the code.
+    """
+    notebook = nbformat.read(file, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    found = _text_faults(notebook, len(code)) + _code_faults(code, parameters)
+    if "minutes" not in notebook.metadata.get("mu", {}):
+        found.append("the metadata lack mu.minutes")
+    return found + _parameter_faults(file, parameters)
 
-    first, last, all_text = (
-        read.cells[0].source,
-        read.cells[-1].source,
-        "\n".join(c.source for c in text),
-    )
-    said = (
-        []
-        if first.startswith("# ") and "?" in first.splitlines()[0]
-        else ["the title, a heading in the first cell, is no question"]
-    )
-    said += [
-        f"the first cell does not say {part}"
-        for part in ("**Goes in:**", "**Comes out:**", "**Needs:**")
-        if part not in first
-    ]
-    said += [
-        f"the last cell has no {part}"
-        for part in ("What this showed", "**Limits.**", "**Next")
-        if part not in last
-    ]
-    said += [
-        f"no text says {part}" for part in ("You should see", "## Checks") if part not in all_text
-    ]
-    said += ["there is no check (assert)"] if not any("assert" in c.source for c in code) else []
-    said += (
-        ["the first code cell does not prepare Colab"]
-        if "google.colab" not in code[0].source
-        else []
-    )
-    said += [
-        f"outputs are not stripped: {lines(c)[0]}" for c in code if c.outputs or c.execution_count
-    ]
-    said += [
-        f"a cell has {len(lines(c))} lines, {LONGEST} is the most: {lines(c)[0]}"
-        for c in code
-        if c not in tagged and len(lines(c)) > LONGEST
-    ]
-    said += (
-        [f"{len(text)} text cells are few beside {len(code)} of code"]
-        if len(text) < TEXT * len(code)
-        else []
-    )
-    said += [
-        f"the metadata have no mu.{key}"
-        for key in ("minutes",)
-        if key not in read.metadata.get("mu", {})
-    ]
-    if len(tagged) != 1:
-        return [*said, f"{len(tagged)} cells are tagged `parameters`: it must be one"]
+
+def _text_faults(notebook, code_cells):
+    """Return what the text cells lack."""
+    text = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    first, last, found = notebook.cells[0].source, notebook.cells[-1].source, []
+    if not first.startswith("# ") or "?" not in first.splitlines()[0]:
+        found.append("the first cell has no title that is a question: start it with `# …?`")
+    needed = {
+        "the first cell lacks": (("**Goes in:**", "**Comes out:**", "**Needs:**"), first),
+        "the last cell lacks": (("What this showed", "**Limits.**", "**Next"), last),
+        "no text cell has": (("You should see", "## Checks"), "\n".join(text)),
+    }
+    for message, (parts, source) in needed.items():
+        found += [f"{message} {part}" for part in parts if part not in source]
+    if len(text) < MIN_TEXT * code_cells:
+        found.append(f"{len(text)} text cells are too few for {code_cells} code cells")
+    return found
+
+
+def _code_faults(code, parameters):
+    """Return what is wrong with the code cells."""
+    found = []
+    if not any("assert" in cell.source for cell in code):
+        found.append("no cell checks anything: add an assert")
+    if "google.colab" not in code[0].source:
+        found.append("the first code cell does not prepare Colab")
+    for cell in code:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        if cell.outputs or cell.execution_count:
+            found.append(f"outputs are not stripped: {lines[0]}")
+        if cell not in parameters and len(lines) > MAX_LINES:
+            found.append(f"a cell has {len(lines)} lines, more than {MAX_LINES}: {lines[0]}")
+    return found
+
+
+def _parameter_faults(file, cells):
+    """Return what is wrong with the parameters of a notebook."""
+    if len(cells) != 1:
+        return [f"{len(cells)} cells are tagged `parameters`: tag one"]
     try:
-        known, written = read_parameters(file), ast.parse(tagged[0].source).body
+        known = read_parameters(file)
     except ValueError as error:
-        return [*said, str(error)]
-    said += (
-        [
-            "a line of the parameters is not `name: type = value  # meaning`, so that papermill would not read it"
-        ]
-        if [getattr(getattr(n, "target", None), "id", "") for n in written] != list(known)
-        else []
-    )
-    return said + [
-        f"the parameter {name} has no words"
-        for name, parameter in known.items()
-        if not parameter["help"]
-    ]
+        return [str(error)]
+    found = []
+    statements = ast.parse(cells[0].source).body
+    names = [getattr(getattr(node, "target", None), "id", "") for node in statements]
+    if names != list(known):
+        form = "`name: type = value  # meaning`"
+        found.append(f"papermill does not read a line of the parameters: write it as {form}")
+    undocumented = [name for name, parameter in known.items() if not parameter["help"]]
+    return found + [f"the parameter {name} has no description" for name in undocumented]
 
 
-def timed(folders):
-    """Notebook → minutes, as papermill measured them, the median over its executed copies in these folders. Copies that only found what others had done count as well: name folders of first runs."""
+def read_minutes(folders):
+    """Return notebook → minutes that papermill measured, the median over its executed copies.
+
+    Copies that found finished runs count as well: pass folders of first runs.
+    """
     found = {}
-    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.ipynb"))):
+    for file in (file for folder in folders for file in list_notebooks(folder)):
         ran = nbformat.read(file, 4).metadata.get("papermill", {})
         if ran.get("duration") and not file.stem.endswith(".unfinished"):
             found.setdefault(Path(ran["input_path"]).stem, []).append(ran["duration"] / 60)
@@ -179,55 +196,52 @@ def timed(folders):
 
 
 def write_minutes(folder, minutes):
-    """Put measured minutes (`timed`) into the metadata of the notebooks of a folder."""
-    for file in sorted(Path(folder).glob("*.ipynb")):
+    """Write measured minutes into the metadata of the notebooks of a folder."""
+    for file in list_notebooks(folder):
         if file.stem in minutes:
-            read = nbformat.read(file, 4)
-            read.metadata["mu"]["minutes"] = minutes[file.stem]
-            nbformat.write(read, file)
+            notebook = nbformat.read(file, 4)
+            notebook.metadata["mu"]["minutes"] = minutes[file.stem]
+            nbformat.write(notebook, file)
 
 
 def write(folder, at):
-    """Write what is generated into each notebook of a folder; the same again changes nothing."""
-    notebooks = sorted(Path(folder).glob("*.ipynb"))
+    """Write the generated parts of the notebooks of a folder."""
+    notebooks = list_notebooks(folder)
     for file in notebooks:
-        nbformat.write(dressed(file, notebooks, at), file)
+        nbformat.write(generate(file, notebooks, at), file)
+
+
+def check():
+    """Return all stale parts and faults of the repository's notebooks, as messages."""
+    fix = "run python -m mu.notebooks.book"
+    found = [
+        f"{file.name}: generated parts are stale: {fix}" for file in stale(NOTEBOOKS, address())
+    ]
+    for file in list_notebooks(NOTEBOOKS):
+        found += [f"{file.name}: {fault}" for fault in faults(file)]
+    table = f"<!-- notebooks -->\n{overview(NOTEBOOKS)}<!-- /notebooks -->"
+    if table not in (ROOT / "README.md").read_text():
+        found.append(f"README.md: the table of notebooks is stale: {fix}")
+    return found
+
+
+def main():
+    """Write or check the generated parts from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; list stale parts")
+    executed = "folders of executed notebooks whose times are adopted"
+    parser.add_argument("--minutes", nargs="+", default=[], metavar="FOLDER", help=executed)
+    options = parser.parse_args()
+    if options.check:
+        sys.exit("\n".join(check()) or 0)
+    write_minutes(NOTEBOOKS, read_minutes(options.minutes))
+    write(NOTEBOOKS, address())
+    fill(ROOT / "README.md", overview(NOTEBOOKS), "notebooks")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing; say what is stale, and what a notebook lacks",
-    )
-    parser.add_argument(
-        "--minutes",
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="folders of executed notebooks, whose times are taken over",
-    )
-    asked, folder = parser.parse_args(), ROOT / "notebooks"
-    if asked.check:
-        found = [
-            f"{file.name}: stale; python -m mu.notebooks.book writes it anew"
-            for file in stale(folder, address())
-        ]
-        found += [
-            f"{file.name}: {words}"
-            for file in sorted(folder.glob("*.ipynb"))
-            for words in faults(file)
-        ]
-        found += (
-            []
-            if f"<!-- notebooks -->\n{overview(folder)}<!-- /notebooks -->"
-            in (ROOT / "README.md").read_text()
-            else [
-                "README.md: its table of notebooks is stale; python -m mu.notebooks.book writes it anew"
-            ]
-        )
-        sys.exit("\n".join(found) or 0)
-    write_minutes(folder, timed(asked.minutes))
-    write(folder, address())
-    fill(ROOT / "README.md", overview(folder), "notebooks")
+    main()

@@ -1,6 +1,8 @@
-"""Run notebooks through papermill: parameters are checked, files appear whole, an error says which cell of which notebook to open.
+"""Run notebooks through papermill.
 
-python -m mu.notebooks.run notebooks/20_unlearn.ipynb runs/mine/20_unlearn.ipynb --profile colab-t4 -p seed 1
+Validates parameters, writes outputs atomically, and names the cell that fails.
+
+    python -m mu.notebooks.run notebooks/20_unlearn.ipynb runs/mine/20.ipynb --profile colab-t4
 """
 
 import argparse
@@ -21,204 +23,182 @@ from papermill.exceptions import PapermillExecutionError
 
 from mu import ROOT
 
-KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
-# papermill shows finished cells; of what a cell prints, progress bars are shown too
-PROGRESS = SimpleNamespace(
-    write=lambda text: "\r" in text and sys.stderr.write(text), flush=sys.stderr.flush
-)
+TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
+
+
+def _write_progress(text):
+    """Write progress bars, which contain carriage returns, to stderr; drop other output."""
+    if "\r" in text:
+        sys.stderr.write(text)
+
+
+PROGRESS = SimpleNamespace(write=_write_progress, flush=sys.stderr.flush)
 
 
 class Stop(Exception):
-    """Raised in a cell that ends a notebook before its last one on purpose: what follows is not run, and that is no failure, here or in Jupyter."""
+    """Ends a notebook early without marking it as failed, under papermill and in Jupyter."""
 
-    def _render_traceback_(self):  # what IPython shows
+    def _render_traceback_(self):  # called by IPython
         return str(self).splitlines()
 
 
-def fits(value, kind):
-    """Whether a value is of an annotation (its syntax tree): int, float (an int will do), str, bool, list[...], dict[..., ...]."""
-    if isinstance(kind, ast.Subscript):
-        inside = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
-        values = (
-            [value]
-            if len(inside) == 1
-            else [list(value), list(value.values())]
-            if isinstance(value, dict)
-            else []
-        )
-        return fits(value, kind.value) and all(
-            fits(v, k) for vs, k in zip(values, inside, strict=False) for v in vs
-        )
-    return isinstance(value, KINDS[kind.id]) and (kind.id == "bool" or not isinstance(value, bool))
+def has_type(value, kind):
+    """Return whether a value has an annotated type, given as a syntax tree.
+
+    Types: int, float (accepts an int), str, bool, list[...], dict[..., ...].
+    """
+    if not isinstance(kind, ast.Subscript):
+        is_bool = isinstance(value, bool)
+        return isinstance(value, TYPES[kind.id]) and (kind.id == "bool" or not is_bool)
+    if not has_type(value, kind.value):
+        return False
+    if isinstance(value, dict):
+        key, item = kind.slice.elts
+        return all(has_type(k, key) and has_type(v, item) for k, v in value.items())
+    return all(has_type(v, kind.slice) for v in value)
 
 
 def read_parameters(notebook):
-    """Name → papermill's description of the cell tagged `parameters`, one a line: `name: type = value  # unit, meaning`.
+    """Return name → papermill's description of each parameter of a notebook.
 
-    Raises FileNotFoundError for no notebook, ValueError for a parameter that is not written so."""
+    Each line of the cell tagged `parameters` reads `name: type = value  # unit, meaning`.
+    Raises FileNotFoundError for a missing notebook, ValueError for another form of a line.
+    """
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"there is no notebook {notebook}")
     known = papermill.inspect_notebook(notebook)
     for name, parameter in known.items():
-        kind, default, good = parameter["inferred_type_name"], parameter["default"], False
+        kind, default, valid = parameter["inferred_type_name"], parameter["default"], False
         with contextlib.suppress(ValueError, SyntaxError, KeyError, AttributeError):
-            good = fits(ast.literal_eval(default), ast.parse(kind, mode="eval").body)
-        if not good:
+            valid = has_type(ast.literal_eval(default), ast.parse(kind, mode="eval").body)
+        if not valid:
             raise ValueError(
-                f"{notebook}: the parameter `{name}: {kind} = {default}` must read `{name}: type = value  # meaning`, "
-                f"with a literal of one of the types {', '.join(KINDS)}"
+                f"{notebook}: the parameter `{name}: {kind} = {default}` must read "
+                f"`{name}: type = value  # meaning`, with a literal of type {', '.join(TYPES)}"
             )
     return known
 
 
 def check_parameters(notebook, parameters):
-    """papermill only warns about these. Raises ValueError for an unknown one (and lists the known), TypeError for a wrong type."""
+    """Check parameters of a notebook, for which papermill only warns.
+
+    Raises ValueError for an unknown parameter, TypeError for a wrong type.
+    """
     known = read_parameters(notebook)
     for name, value in parameters.items():
         if name not in known:
-            raise ValueError(
-                f"{notebook} has no parameter {name!r}; it has: {', '.join(known) or 'none'}"
-            )
-        kind = known[name]["inferred_type_name"]
-        if not fits(value, ast.parse(kind, mode="eval").body):
-            mend = (
-                "; YAML needs a point and a sign: 1.0e-5"
-                if kind == "float" and isinstance(value, str)
-                else ""
-            )
+            choices = ", ".join(known) or "no parameter"
+            raise ValueError(f"{notebook}: unknown parameter {name!r}: choose {choices}")
+        kind, default = known[name]["inferred_type_name"], known[name]["default"]
+        if not has_type(value, ast.parse(kind, mode="eval").body):
+            is_text = kind == "float" and isinstance(value, str)
+            fix = "; YAML needs a point and a sign: 1.0e-5" if is_text else ""
             raise TypeError(
-                f"{notebook}: parameter {name} must be {kind} (by default {known[name]['default']}), "
-                f"not {value!r}, which is {type(value).__name__}{mend}"
+                f"{notebook}: parameter {name} must be {kind} (default {default}), "
+                f"got {value!r} of type {type(value).__name__}{fix}"
             )
 
 
 def read_profile(profile, notebook):
-    """Parameters of a notebook in a profile: the file `profiles/<profile>/<notebook>.yaml` beside it; {} for no profile.
+    """Return the parameters of a notebook in a profile; {} for the empty profile.
 
-    Raises FileNotFoundError that lists the known ones."""
+    Reads `profiles/<profile>/<notebook>.yaml` beside the notebook. Raises FileNotFoundError for an
+    unknown profile.
+    """
     if not profile:
         return {}
     notebook = Path(notebook)
-    file = notebook.parent / "profiles" / profile / f"{notebook.stem}.yaml"
-    if not file.is_file():
-        known = sorted(
-            f.parent.name for f in notebook.parent.glob(f"profiles/*/{notebook.stem}.yaml")
-        )
+    folder, name = notebook.parent / "profiles", f"{notebook.stem}.yaml"
+    if not (folder / profile / name).is_file():
+        known = ", ".join(sorted(file.parent.name for file in folder.glob(f"*/{name}")))
         raise FileNotFoundError(
-            f"{notebook.name} has no profile {profile!r}; it has: {', '.join(known) or 'none'}"
+            f"{notebook.name} has no profile {profile!r}: choose {known or 'no profile'}"
         )
-    return yaml.safe_load(file.read_text()) or {}
+    return yaml.safe_load((folder / profile / name).read_text()) or {}
 
 
 def effective(notebook, profile="", changes=None):
-    """All parameters of a notebook: its own values, over them the profile's, over them `changes`. Raises as `read_profile` and `check_parameters` do."""
-    asked = read_profile(profile, notebook) | (changes or {})
-    check_parameters(notebook, asked)
-    return {
-        name: ast.literal_eval(parameter["default"])
-        for name, parameter in read_parameters(notebook).items()
-    } | asked
+    """Return all parameters of a notebook; a profile overrides defaults, `changes` override both.
+
+    Raises as `read_profile` and `check_parameters` do.
+    """
+    given = read_profile(profile, notebook) | (changes or {})
+    check_parameters(notebook, given)
+    known = read_parameters(notebook)
+    return {name: ast.literal_eval(p["default"]) for name, p in known.items()} | given
 
 
 def origin(notebook, parameters):
-    """What an executed notebook is made from, as digests: "asked" (cells and parameters), and "mu", the code that they call."""
+    """Return digests of what a notebook is made from: "asked" and "mu".
+
+    asked: of its cells and parameters. mu: of the package that the cells call.
+    """
 
     def digest(data):
         return hashlib.sha256(data).hexdigest()[:16]
 
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(notebook, 4).cells]
-    return {
-        "asked": digest(json.dumps([cells, parameters], sort_keys=True).encode()),
-        "mu": digest(b"".join(file.read_bytes() for file in sorted((ROOT / "mu").rglob("*.py")))),
-    }
+    code = b"".join(file.read_bytes() for file in sorted((ROOT / "mu").rglob("*.py")))
+    asked = json.dumps([cells, parameters], sort_keys=True).encode()
+    return {"asked": digest(asked), "mu": digest(code)}
 
 
-def origin_of(output):
-    """`origin`, as it was when the executed notebook was made; {} if it is not there."""
-    return (
-        nbformat.read(output, 4).metadata.get("mu", {}).get("origin", {})
-        if Path(output).exists()
-        else {}
-    )
+def read_origin(output):
+    """Return the `origin` that an executed notebook recorded; {} if there is no such notebook."""
+    if not Path(output).exists():
+        return {}
+    return nbformat.read(output, 4).metadata.get("mu", {}).get("origin", {})
 
 
-def without_error(executed):
-    """An executed notebook that ended by `Stop`: its words are plain text, and papermill's notices of an error are gone. Another one as it is."""
-    executed.cells = [
-        cell
-        for cell in executed.cells
-        if not any(tag.startswith("papermill-error-cell") for tag in cell.metadata.get("tags", []))
-    ]
+def clean_stop(executed):
+    """Turn the error of a `Stop` into plain text; leaves other executed notebooks as they are."""
+
+    def is_notice(cell):  # papermill's own
+        return any(tag.startswith("papermill-error-cell") for tag in cell.metadata.get("tags", []))
+
+    def as_text(output):
+        if output.output_type != "error":
+            return output
+        return nbformat.v4.new_output("stream", text=output.evalue + "\n")
+
+    executed.cells = [cell for cell in executed.cells if not is_notice(cell)]
     for cell in executed.cells:
         if cell.cell_type == "code":
-            cell.outputs = [
-                nbformat.v4.new_output("stream", text=o.evalue + "\n")
-                if o.output_type == "error"
-                else o
-                for o in cell.outputs
-            ]
+            cell.outputs = [as_text(output) for output in cell.outputs]
     return executed
 
 
 def execute(notebook, output, parameters=None, html=True, again=False):
-    """Run `notebook` with `parameters` and write `output` (ipynb) and, with `html`, a page of the same name beside it.
+    """Run a notebook; returns whether it ran.
 
-    Both appear whole, when every cell has run, or those before a `Stop`. Until then, and after a failure, the notebook is `<output>.unfinished.ipynb`,
-    and an earlier `output` is left as it was. An `output` of the same cells and parameters is not made again, unless `again`.
-    Returns whether the notebook was run. Raises as `check_parameters` does, and RuntimeError that names the cell to look at,
-    or the process that is running the same notebook into the same place."""
+    output: path of the executed notebook; with `html`, its page is written beside it. Both appear
+    once all cells, or those before a `Stop`, have run. Until then, and after a failure, the
+    notebook is `<output>.unfinished.ipynb`, and an earlier output is kept. An output of the same
+    cells and parameters is not run again, unless `again`.
+    Raises as `check_parameters` does; RuntimeError that names the failed cell, or if another
+    process runs the same notebook.
+    """
+    # these import torch and nbconvert, which Snakemake's own process does not need
     from mu.files import atomic
     from mu.reports.page import notebook_page
 
     notebook, output, parameters = Path(notebook), Path(output), parameters or {}
     check_parameters(notebook, parameters)
-    page, unfinished, made_from = (
-        output.with_suffix(".html"),
-        output.with_suffix(".unfinished.ipynb"),
-        origin(notebook, parameters),
-    )
-    if (
-        not again
-        and origin_of(output).get("asked") == made_from["asked"]
-        and (page.exists() or not html)
-    ):
+    page, made_from = output.with_suffix(".html"), origin(notebook, parameters)
+    unchanged = read_origin(output).get("asked") == made_from["asked"]
+    if unchanged and not again and (page.exists() or not html):
         return False
+    unfinished = output.with_suffix(".unfinished.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with open(
-        unfinished, "a"
-    ) as lock:  # held as long as this process lives: a killed one leaves nothing locked
+    with open(unfinished, "a") as lock:  # the lock ends with its process, even with a killed one
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            papermill.execute_notebook(
-                notebook,
-                unfinished,
-                parameters,
-                kernel_name="python3",
-                progress_bar={"desc": output.stem},
-                stdout_file=PROGRESS,
-                extra_arguments=["--log-level=40"],
-            )
         except BlockingIOError:
             raise RuntimeError(
                 f"{unfinished} is being written by another process: wait for it, or stop it"
             ) from None
-        except (PapermillExecutionError, DeadKernelError) as error:
-            if getattr(error, "ename", "") != Stop.__name__:
-                cell = [
-                    c
-                    for c in nbformat.read(unfinished, 4).cells
-                    if c.cell_type == "code" and c.metadata.papermill.start_time
-                ][-1]
-                why = (
-                    f"{error.ename}: {error.evalue}"
-                    if isinstance(error, PapermillExecutionError)
-                    else "its kernel died, most often of too little memory"
-                )
-                raise RuntimeError(
-                    f"{notebook} stopped in cell [{cell.execution_count or '*'}] `{cell.source.strip().splitlines()[0]}`\n"
-                    f"  {why}\n  open {unfinished}"
-                ) from None
-        executed = without_error(nbformat.read(unfinished, 4))
+        _run_cells(notebook, unfinished, parameters, output.stem)
+        executed = clean_stop(nbformat.read(unfinished, 4))
         executed.metadata.setdefault("mu", {})["origin"] = made_from
         if html:
             with atomic(page) as temporary:
@@ -229,51 +209,72 @@ def execute(notebook, output, parameters=None, html=True, again=False):
     return True
 
 
+def _run_cells(notebook, unfinished, parameters, title):
+    """Execute all cells up to a `Stop`. Raises RuntimeError that names the cell that failed."""
+    try:
+        papermill.execute_notebook(
+            notebook,
+            unfinished,
+            parameters,
+            kernel_name="python3",
+            progress_bar={"desc": title},
+            stdout_file=PROGRESS,
+            extra_arguments=["--log-level=40"],
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if getattr(error, "ename", "") == Stop.__name__:
+            return
+        code = [c for c in nbformat.read(unfinished, 4).cells if c.cell_type == "code"]
+        cell = [c for c in code if c.metadata.papermill.start_time][-1]
+        first_line = cell.source.strip().splitlines()[0]
+        if isinstance(error, PapermillExecutionError):
+            reason = f"{error.ename}: {error.evalue}"
+        else:
+            reason = "its kernel died, most often for lack of memory"
+        raise RuntimeError(
+            f"{notebook} stopped in cell [{cell.execution_count or '*'}] `{first_line}`\n"
+            f"  {reason}\n  open {unfinished}"
+        ) from None
+
+
+def parse_values(notebook, texts):
+    """Return parameters given as text (name → text) as Python values.
+
+    A text that is no literal stays a string, so that `check_parameters` refuses its type.
+    """
+    known, values = read_parameters(notebook), dict(texts)
+    for name, text in texts.items():
+        if name in known and known[name]["inferred_type_name"] != "str":
+            with contextlib.suppress(ValueError, SyntaxError):
+                values[name] = ast.literal_eval(text)
+    return values
+
+
 def main(arguments=None):
+    """Run a notebook from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mu.notebooks.run", description="Run a notebook with checked parameters."
     )
     parser.add_argument("notebook")
-    parser.add_argument("output", help="the executed notebook; its page (HTML) goes beside it")
+    parser.add_argument("output", help="executed notebook; its HTML page is written beside it")
+    profile = "profile of model and machine, a folder of notebooks/profiles: pocket, colab-t4, ..."
+    parser.add_argument("--profile", default="", help=profile)
+    value = "a parameter; its value as in Python"
     parser.add_argument(
-        "--profile",
-        default="",
-        help="a folder of notebooks/profiles with the parameters of a model and a machine: pocket, colab-t4, ...",
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=value
     )
-    parser.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter, its value as in Python",
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="run even if the output is there already"
-    )
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--again", action="store_true", help="run even if the output is up to date")
+    options = parser.parse_args(arguments)
     try:
-        parameters, known = dict(asked.p), read_parameters(asked.notebook)
-        for name in parameters.keys() & {
-            name for name, parameter in known.items() if parameter["inferred_type_name"] != "str"
-        }:
-            with contextlib.suppress(
-                ValueError, SyntaxError
-            ):  # what is no literal stays text, and is refused for its type
-                parameters[name] = ast.literal_eval(parameters[name])
-        ran = execute(
-            asked.notebook,
-            asked.output,
-            read_profile(asked.profile, asked.notebook) | parameters,
-            again=asked.again,
-        )
+        changes = parse_values(options.notebook, dict(options.p))
+        parameters = read_profile(options.profile, options.notebook) | changes
+        ran = execute(options.notebook, options.output, parameters, again=options.again)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(
-        asked.output
-        if ran
-        else f"{asked.output} was there already, of the same notebook and parameters (--again runs it anew)"
-    )
+    if ran:
+        print(options.output)
+    else:
+        print(f"{options.output} is up to date; --again runs it again")
 
 
 if __name__ == "__main__":
