@@ -1,107 +1,129 @@
-"""A grid of notebooks as data: one file names the axes (methods, attack sets, seeds, ...) and, once for all of them, what runs on them."""
+"""Expand a grid of notebooks: axes (methods, attacks, seeds, ...) and step patterns over them."""
 
 import re
+from functools import partial
 from itertools import product
 
-PLACE = re.compile(r"\{(\w+)((?:\.\w+)*)\}")
+FIELD = re.compile(r"\{(\w+)((?:\.\w+)*)\}")  # {axis} or {axis.fact.fact}
 
 
-def look(axes, chosen, path):
-    """What an axis says of its chosen value: "axis" is all of it, "axis.fact.fact" a part; {} where it says nothing. Raises ValueError for an axis of which none is chosen."""
+def axes_in(text):
+    """Return the axes that the fields of a text name, in order and without repetition."""
+    return list(dict.fromkeys(axis for axis, _ in FIELD.findall(text)))
+
+
+def lookup(axes, chosen, path):
+    """Return the facts of the chosen value of an axis, or {} if there are none.
+
+    path: "axis" for all its facts, "axis.fact.fact" for one. Raises ValueError if no value of the
+    axis is chosen.
+    """
     axis, *facts = path.split(".")
     if axis not in chosen:
-        raise ValueError(
-            f"{path}: no value of {axis!r} is chosen here, only of {', '.join(chosen)}"
-        )
+        known = ", ".join(chosen)
+        raise ValueError(f"{path}: no value of {axis!r} is chosen here, only of {known}")
     value = axes[axis][chosen[axis]]
     for fact in facts:
         value = (value or {}).get(fact, {})
     return {} if value is None else value
 
 
-def several(text, axes, chosen):
-    """`text` with its {places} filled: once for each combination of the axes that it names and that are not chosen yet. A text that is one place keeps the value's type."""
-    open_axes = list(dict.fromkeys(axis for axis, _ in PLACE.findall(text) if axis not in chosen))
-    found = []
-    for values in product(*(axes[axis] for axis in open_axes)):
-        now = chosen | dict(zip(open_axes, values, strict=False))
+def combinations(names, axes, chosen):
+    """Return `chosen` extended by each combination of values of the named axes, as dicts."""
+    values = product(*(axes[name] for name in names))
+    return [chosen | dict(zip(names, combination, strict=True)) for combination in values]
 
-        def said(place):
-            return look(axes, now, place[1] + place[2]) if place[2] else now[place[1]]
 
-        whole = PLACE.fullmatch(text)
-        found.append(said(whole) if whole else PLACE.sub(lambda place: str(said(place)), text))
-    return (
-        list(dict.fromkeys(found))
-        if all(isinstance(value, (str, int, float)) for value in found)
-        else found
-    )
+def fill_text(text, axes, chosen):
+    """Return a text with its fields filled; a text that is one field keeps the value's type."""
+
+    def value(match):
+        axis, facts = match.groups()
+        return lookup(axes, chosen, axis + facts) if facts else chosen[axis]
+
+    if field := FIELD.fullmatch(text):
+        return value(field)
+    return FIELD.sub(lambda match: str(value(match)), text)
+
+
+def fill_all(text, axes, chosen):
+    """Return the distinct fillings of a text, over all values of the axes that are not chosen."""
+    open_axes = [axis for axis in axes_in(text) if axis not in chosen]
+    found = [fill_text(text, axes, now) for now in combinations(open_axes, axes, chosen)]
+    hashable = all(isinstance(value, (str, int, float)) for value in found)
+    return list(dict.fromkeys(found)) if hashable else found
 
 
 def parameters(parts, axes, chosen):
-    """Parameters of one notebook. parts: a dict, or a list of dicts and of paths such as "method.meta", the later ones win. In a value, an axis that is not chosen stands for all its names, with commas."""
+    """Return the parameters of one notebook.
+
+    parts: a dict, or a list of dicts and of paths such as "method.meta"; later ones win. In a
+    value, an axis that is not chosen stands for all its values, separated by commas.
+    """
     merged = {}
     for part in parts if isinstance(parts, list) else [parts]:
-        merged |= look(axes, chosen, part) if isinstance(part, str) else part
+        merged |= lookup(axes, chosen, part) if isinstance(part, str) else part
+    for name, value in merged.items():
+        if isinstance(value, str):
+            found = fill_all(value, axes, chosen)
+            is_open = any(axis not in chosen for axis in axes_in(value))
+            merged[name] = ",".join(map(str, found)) if is_open else found[0]
+    return merged
 
-    def open_in(value):
-        return isinstance(value, str) and any(
-            axis not in chosen for axis, _ in PLACE.findall(value)
-        )
 
-    def fill(value):
-        return several(value, axes, chosen)[0] if isinstance(value, str) else value
+def make_axes(grid, model, seeds):
+    """Return axis → {value: facts} of a grid for one model and its seeds.
 
-    return {
-        name: ",".join(map(str, several(value, axes, chosen))) if open_in(value) else fill(value)
-        for name, value in merged.items()
+    Raises ValueError for an unknown model, and for seeds that are not whole numbers.
+    """
+    if model not in grid["models"]:
+        raise ValueError(f"unknown model {model!r}: choose {', '.join(grid['models'])}")
+    words = str(seeds).replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise ValueError(f'seeds must be whole numbers with spaces, as in "0 1 2"; got {seeds!r}')
+    numbers = sorted({int(word) for word in words})
+    axes = {"model": {model: grid["models"][model]}, "seed": dict.fromkeys(numbers, {})}
+    for name, values in grid.get("axes", {}).items():
+        if isinstance(values, str):
+            values = lookup(axes, {"model": model}, values)
+        axes[name] = values if isinstance(values, dict) else dict.fromkeys(values, {})
+    return axes
+
+
+def make_step(pattern, step, axes, chosen):
+    """Return one step of an experiment: a pattern's step with its texts filled."""
+    fill = partial(fill_all, axes=axes, chosen=chosen)
+    lists = ("after", "shows", "leaves")
+    filled = {key: [value for text in step.get(key, []) for value in fill(text)] for key in lists}
+    needs_gpu = step.get("gpu") and lookup(axes, chosen, "model.gpu")
+    return step | {
+        "notebook": step.get("notebook", pattern),
+        "gpu": int(bool(needs_gpu)),
+        **filled,
+        "parameters": parameters(step.get("parameters", {}), axes, chosen),
     }
 
 
 def expand(grid, model, seeds):
-    """The experiment (name → notebook, after, leaves, parameters, ...; see Snakefile) of a grid.
+    """Return the experiment of a grid: name → step (notebook, after, leaves, parameters, ...).
 
-    grid: {"models": {name: facts}, "axes": {name: list or {value: facts}, or a path such as "model.panels"}, "experiment": {pattern: step}}. A step whose pattern names axes, as
-    "30_{method}-{attack}-{seed}", is there once for each combination of their values; in its texts {axis} is the value and {axis.fact} what the axis says of it. In `after`,
-    `shows` (files that it reads where they are there) and `leaves`, an axis that the pattern does not name stands for all its values. Besides the file's axes there are `model` (the chosen one) and `seed`.
-    A step with `gpu: true` takes a GPU where the model's facts say `gpu: true`, too: the experiment's "gpu" is their number, 0 or 1.
-    Raises ValueError for an unknown model, for no seeds or others than whole numbers, for a step that waits for one that is not there, for an axis that nobody knows."""
-    if model not in grid["models"]:
-        raise ValueError(f"unknown model {model!r}: allowed are {', '.join(grid['models'])}")
-    words = str(seeds).replace(",", " ").split()
-    if not words or not all(word.isdecimal() for word in words):
-        raise ValueError(f'seeds must be whole numbers with spaces, as in "0 1 2"; got {seeds!r}')
-    axes = {
-        "model": {model: grid["models"][model]},
-        "seed": dict.fromkeys(sorted({int(word) for word in words}), {}),
-    }
-    for name, values in grid.get("axes", {}).items():
-        values = look(axes, {"model": model}, values) if isinstance(values, str) else values
-        axes[name] = values if isinstance(values, dict) else dict.fromkeys(values, {})
-    experiment = {}
+    grid: {"models": {name: facts}, "axes": {name: list or {value: facts}, or a path such as
+    "model.panels"}, "experiment": {pattern: step}}. The axes `model` and `seed` are added. A
+    pattern such as "30_{method}-{attack}-{seed}" makes one step per combination of its axes. In a
+    step's texts, {axis} is the value and {axis.fact} one of its facts; in `after`, `shows` (files
+    that the notebook reads if they exist) and `leaves` (files that it writes), an axis that the
+    pattern lacks stands for all its values. "gpu" is the number of GPUs, 0 or 1: 1 if both the
+    step and the model have `gpu: true`.
+    Raises ValueError as `make_axes` does, for an unknown axis, and for a step that waits for a
+    missing one.
+    """
+    axes, experiment = make_axes(grid, model, seeds), {}
     for pattern, step in grid["experiment"].items():
-        used = list(dict.fromkeys(axis for axis, _ in PLACE.findall(pattern)))
-        if unknown := [axis for axis, _ in PLACE.findall(f"{pattern} {step}") if axis not in axes]:
-            raise ValueError(
-                f"{pattern}: there is no axis {unknown[0]!r}; there are: {', '.join(axes)}"
-            )
-        for values in product(*(axes[axis] for axis in used)):
-            chosen = {"model": model} | dict(zip(used, values, strict=False))
-
-            def every(texts):
-                return [found for text in texts for found in several(text, axes, chosen)]
-
-            (name,), notebook = several(pattern, axes, chosen), step.get("notebook", pattern)
-            experiment[name] = {
-                fact: value for fact, value in step.items() if fact != "parameters"
-            } | {
-                "notebook": notebook,
-                "gpu": int(bool(step.get("gpu") and look(axes, chosen, "model.gpu"))),
-                "after": every(step.get("after", [])),
-                "shows": every(step.get("shows", [])),
-                "leaves": every(step.get("leaves", [])),
-                "parameters": parameters(step.get("parameters", {}), axes, chosen),
-            }
+        if unknown := [axis for axis in axes_in(f"{pattern} {step}") if axis not in axes]:
+            raise ValueError(f"{pattern}: unknown axis {unknown[0]!r}: choose {', '.join(axes)}")
+        for chosen in combinations(axes_in(pattern), axes, {"model": model}):
+            name = fill_text(pattern, axes, chosen)
+            experiment[name] = make_step(pattern, step, axes, chosen)
     for name, step in experiment.items():
         if missing := [other for other in step["after"] if other not in experiment]:
             raise ValueError(f"{name} waits for {missing[0]}, which is no step of this experiment")
@@ -109,14 +131,14 @@ def expand(grid, model, seeds):
 
 
 def read_experiment(config):
-    """The model and the experiment of a configuration as Snakemake hands it over: an experiment that is written out as it is, a grid for its `model` and `seeds`.
-    Every step then has a notebook and parameters. Raises as `expand` does."""
-    model = str(config.get("model", "pocket"))
-    experiment = (
-        expand(config, model, config.get("seeds", 0))
-        if "models" in config
-        else config["experiment"]
-    )
-    return model, {
-        name: {"notebook": name, "parameters": {}} | step for name, step in experiment.items()
-    }
+    """Return model and experiment of a Snakemake configuration.
+
+    The configuration is a grid, expanded for its `model` and `seeds`, or an experiment whose steps
+    are written out. Each step returned has a notebook and parameters. Raises as `expand` does.
+    """
+    model, experiment = str(config.get("model", "pocket")), config["experiment"]
+    if "models" in config:
+        experiment = expand(config, model, config.get("seeds", 0))
+    defaults = {"parameters": {}}
+    steps = {name: {"notebook": name} | defaults | step for name, step in experiment.items()}
+    return model, steps
