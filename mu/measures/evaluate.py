@@ -140,7 +140,7 @@ def measure(folder, pipe, judge, probe, guidance, steps, facts):
 
 
 def find_rows(folder, probe, guidance, steps, facts):
-    """Return the rows that `measure` saved in a folder for the same facts (else None), and these."""
+    """Return the rows that `measure` saved for the same facts (else None), and these facts."""
     facts = facts | {"images": len(probe.items)}
     facts |= {"sampling_guidance": guidance, "sampling_steps": steps}
     wanted = {"harmful": None, "blurred": None} | blur_facts(probe) | facts
