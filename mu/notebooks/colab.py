@@ -1,4 +1,7 @@
-"""Colab: what its image lacks, a folder that outlives a disconnect, and the badge and first cell of every notebook (`mu.notebooks.book` writes them)."""
+"""Run notebooks on Colab: install what its image lacks; badge and first code cell of a notebook.
+
+`mu.notebooks.book` writes badges and first cells into the notebooks.
+"""
 
 import importlib
 import os
@@ -11,21 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from mu import ROOT
 
 DRIVE = Path("/content/drive")
-NOT_HERE = (
-    "jupyterlab",
-    "ipykernel",
-    "snakemake",
-)  # Colab has a notebook and a kernel of its own, and runs one notebook at a time
-KEPT = (
-    "torch",
-    "torchvision",
-    "torchaudio",
-    "numpy",
-)  # built for the image's driver and for each other: never replaced
+# Colab has its own notebook and kernel, and runs one notebook at a time.
+UNUSED = ("jupyterlab", "ipykernel", "snakemake")
+# Built for the image's driver and for each other: never replaced.
+PINNED = ("torch", "torchvision", "torchaudio", "numpy")
 
 
 def _installed(name):
@@ -35,51 +32,49 @@ def _installed(name):
         return None
 
 
+def _is_missing(requirement, found):
+    """Return whether version `found` (None: not installed) is too old for a requirement."""
+    if found is None:
+        return True
+    if requirement.name in PINNED:
+        return False
+    bounds = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+    return bool(bounds) and Version(found) < max(bounds)
+
+
 def missing(requirements, installed=_installed):
-    """Those of `requirements` that are not there or too old. What is newer than asked for stays, and so does what is built for the machine's driver (`KEPT`)."""
+    """Return the requirements that are not installed or too old.
 
-    def lacking(requirement):
-        there = installed(requirement.name)
-        least = max(
-            (s.version for s in requirement.specifier if s.operator == ">="),
-            key=lambda v: [int(n) for n in v.split(".")],
-            default="0",
-        )
-        return there is None or (
-            requirement.name not in KEPT
-            and there not in requirement.specifier
-            and not Requirement(f"x>={least}").specifier.contains(there, prereleases=True)
-        )
+    Newer versions are accepted. So are older ones of packages that the image pins (`PINNED`).
+    installed: name → version or None.
+    """
+    parsed = [Requirement(line) for line in requirements]
+    used = [requirement for requirement in parsed if requirement.name not in UNUSED]
+    return [str(r) for r in used if _is_missing(r, installed(r.name))]
 
-    return [str(r) for r in map(Requirement, requirements) if r.name not in NOT_HERE and lacking(r)]
+
+def _project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _install(wanted, run):
+    """Install packages; pip may not change the pinned ones."""
+    pins = {name: _installed(name) for name in PINNED}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.writelines(f"{name}=={found}\n" for name, found in pins.items() if found)
+        constraints.flush()
+        options = ["-q", "--constraint", constraints.name]
+        run([sys.executable, "-m", "pip", "install", *options, *wanted], check=True)
 
 
 def prepare(drive=False, run=subprocess.run):
-    """Install what is missing, torch and its friends held where they are; with `drive`, make runs/ a folder of Google Drive.
+    """Install missing packages and change to the repository; torch and numpy keep their versions.
 
-    Raises subprocess.CalledProcessError when pip fails, with its words above."""
-    wanted = missing(
-        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    )
-    if wanted:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-            constraints.write(
-                "".join(f"{name}=={_installed(name)}\n" for name in KEPT if _installed(name))
-            )
-            constraints.flush()
-            run(
-                [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "install",
-                    "-q",
-                    "--constraint",
-                    constraints.name,
-                    *wanted,
-                ],
-                check=True,
-            )
+    drive: link runs/ to a folder on Google Drive.
+    Raises subprocess.CalledProcessError if pip fails.
+    """
+    if wanted := missing(_project()["dependencies"]):
+        _install(wanted, run)
     if drive:
         importlib.import_module("google.colab.drive").mount(str(DRIVE))  # exists on Colab only
         runs = DRIVE / "MyDrive" / "mu-runs"
@@ -98,43 +93,44 @@ if "google.colab" in sys.modules:  # elsewhere this cell does nothing
 HINT = "    # no module mu? clone the repository, `%cd` into it, and run this cell again\n"
 CLONE = """    import os, subprocess
 
-    if not os.path.isdir("/content/{name}"):
-        subprocess.run(["git", "clone", "-q", "--depth", "1", "{address}", "/content/{name}"], check=True)
-    os.chdir("/content/{name}")
+    folder, address = "/content/{name}", "{address}"
+    if not os.path.isdir(folder):
+        subprocess.run(["git", "clone", "-q", "--depth", "1", address, folder], check=True)
+    os.chdir(folder)
     sys.path.insert(0, os.getcwd())
 """
 
 
 def address():
-    """Where the repository is on GitHub: `Repository` in pyproject.toml's `[project.urls]`, the one place that says so; "" where it says nothing.
+    """Return the repository's address on GitHub, or "" if pyproject.toml has none.
 
-    Raises ValueError for an address that Colab cannot open a notebook from."""
-    found = (
-        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        .get("urls", {})
-        .get("Repository", "")
-        .removesuffix("/")
-    )
+    Reads `Repository` of `[project.urls]`. Raises ValueError for an address that Colab cannot open.
+    """
+    found = _project().get("urls", {}).get("Repository", "").removesuffix("/")
     if found and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", found):
         raise ValueError(
-            f"Colab opens notebooks of https://github.com/OWNER/NAME, not of {found!r}: mend Repository in pyproject.toml"
+            f"Repository = {found!r}: Colab opens https://github.com/OWNER/NAME only, "
+            "correct it in pyproject.toml"
         )
     return found
 
 
 def badge(notebook, at):
-    """Markdown of the badge that opens a notebook of the repository `at` in Colab; "" without an address."""
-    place = at.removeprefix("https://github.com/")
-    return at and (
-        "[![open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        f"(https://colab.research.google.com/github/{place}/blob/main/notebooks/{Path(notebook).name})"
-    )
+    """Return Markdown of the badge that opens a notebook in Colab.
+
+    at: address of the repository; "" returns "".
+    """
+    if not at:
+        return ""
+    path = f"{at.removeprefix('https://github.com/')}/blob/main/notebooks/{Path(notebook).name}"
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![open in Colab]({image})](https://colab.research.google.com/github/{path})"
 
 
 def bootstrap(at):
-    """The first code cell of every notebook: on Colab it clones the repository, where its address is known, and prepares the machine."""
+    """Return the first code cell of every notebook, which prepares Colab.
+
+    at: address of the repository, from which the cell clones it; "" for none.
+    """
     clone = CLONE.format(address=at, name=at.rsplit("/", 1)[1]) if at else ""
-    return CELL.format(
-        clone=clone,
-        hint="" if at else HINT,
-    )
+    return CELL.format(clone=clone, hint="" if at else HINT)
