@@ -66,8 +66,9 @@ lint: .venv/installed ## Check style and format with ruff
 test-core: .venv/installed ## Test the equations and the methods; about a minute
 	@$(PYTEST) tests/core tests/methods
 
+# In the order of the files: the slow ones, of notebooks, are neither the first nor the last.
 test: .venv/installed ## Run all tests, notebooks included; about a quarter of an hour
-	@$(PYTEST) -n $(CORES) --dist loadfile
+	@$(PYTEST) -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 ##
 ## Each target first sets up .venv, once. Variables (with their defaults):
@@ -80,8 +81,8 @@ test: .venv/installed ## Run all tests, notebooks included; about a quarter of a
 
 .venv/with-%: .venv/installed
 	@$(BIN)/python -m pip install -qq -e ".[$*]"
-	@$(BIN)/python -c 'import importlib.util as i; i.find_spec("torchvision") and __import__("torchvision")' \
-		2>/dev/null || { $(BIN)/python -m pip uninstall -qq -y torchvision; \
+	@$(BIN)/python -c 'import importlib.util as i; \
+		i.find_spec("torchvision") and __import__("torchvision")' 2>/dev/null || { $(BIN)/python -m pip uninstall -qq -y torchvision; \
 		echo "error: torchvision does not match the installed torch and was removed." \
 		"Install a matching build, then run: touch $@" >&2; exit 1; }
 	@touch $@
