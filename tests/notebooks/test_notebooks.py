@@ -1,4 +1,4 @@
-"""What every notebook and profile of the repository has to look like."""
+"""Requirements of every notebook and every profile of the repository."""
 
 import ast
 import re
