@@ -1,3 +1,5 @@
+"""Fixtures of all tests: tiny models and sets, and no network."""
+
 import os
 import socket
 
@@ -42,7 +44,7 @@ def noise_scheduler():
 
 @pytest.fixture(scope="session")
 def sets():
-    """forget, retain_related, retain_unrelated, unconditional."""
+    """Return the forget, related and unrelated sets and the empty prompt's embeddings."""
     return tiny.make_sets()
 
 
@@ -60,7 +62,21 @@ def sdxl_folder(tmp_path_factory):
 def pipe(sd_folder):
     from mu.models import load_pipeline
 
-    return load_pipeline(str(sd_folder))
+    return load_pipeline(str(sd_folder), precision="no")  # "auto" depends on the CPU
+
+
+@pytest.fixture(scope="session")
+def training_sets(tmp_path_factory):
+    """Return a concept folder with the defender's three sets."""
+    base = tmp_path_factory.mktemp("sets")
+    captions = {
+        "forget": ["a cat", "a photo of a cat"],
+        "retain-related": ["a tiger", "a tiger"],
+        "retain-unrelated": ["a banana", "a cup", "a cup"],
+    }
+    for name, lines in captions.items():
+        tiny.make_images(base / "defender" / name, lines, seed=len(name))
+    return base
 
 
 @pytest.fixture(scope="session")
