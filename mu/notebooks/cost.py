@@ -1,0 +1,292 @@
+"""Estimate the peak memory and the FLOPs of a training.
+
+Weights, copies and optimizer states are counted; what a pass takes beyond them is traced.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mu.devices import PRECISIONS, resolve_precision
+from mu.notebooks.sizes import random_pipeline
+from mu.notebooks.trace import Network, fake_network, pass_cost
+from mu.objective import Objective
+from mu.optimizers import OPTIMIZERS
+from mu.runs.parameters import FLAT, check_method, defaults, make_objective
+from mu.targets import ESD, SDD
+
+GIB = 2**30
+# a notebook without meta terms trains without them, so these are not the defaults of `META`
+DEFAULTS = defaults(Objective()) | {
+    "steps": 100,
+    "frozen_dtype": "same",
+    "gradient_checkpointing": False,
+    "offload": False,
+    "processes": 1,
+    "resolution": 0,  # pixels; 0: the model's own
+}
+CHOICES = {
+    "weights_dtype": ("full", "half"),
+    "precision": PRECISIONS,
+    "optimizer": OPTIMIZERS,
+    "order": ("first", "second"),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory and FLOPs of a training, per process."""
+
+    gib: float  # peak memory of the loop
+    flops: float  # per outer step, on average
+    kept: dict  # name → GiB that it takes all the time
+    phases: dict  # phase → GiB at its peak, including what is kept
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a step on one process; 0: not used."""
+
+    concept: int  # noisy latents of ESD or SDD
+    inner: int  # forget images of a minibatch
+    retain: int  # images per retain set
+    prompts: int  # unrelated images with other prompts
+
+
+def with_defaults(parameters):
+    """Return parameters with defaults for the missing ones.
+
+    Raises ValueError for an unknown parameter or value.
+    """
+    if unknown := sorted(set(parameters or {}) - set(DEFAULTS)):
+        raise ValueError(f"unknown parameter {unknown[0]!r}: choose {', '.join(DEFAULTS)}")
+    p = DEFAULTS | (parameters or {})
+    for name, allowed in CHOICES.items():
+        if p[name] not in allowed:
+            raise ValueError(f"unknown {name} {p[name]!r}: choose {', '.join(allowed)}")
+    return p
+
+
+@functools.cache
+def sized_pipeline(name, dtype):
+    """Return a full-size pipeline on the meta device."""
+    return random_pipeline(name, dtype, "meta")
+
+
+def as_pipeline(model, p):
+    """Return a pipeline as it is, or the pipeline of a name of `SIZES` without its weights."""
+    dtype = torch.bfloat16 if p["weights_dtype"] == "half" else torch.float32
+    return sized_pipeline(model, dtype) if isinstance(model, str) else model
+
+
+def make_network(pipe, p, gpu):
+    """Return the `Network` of a training; precision "auto" is half on a GPU."""
+    config = pipe.unet.config
+    precision = p["precision"]
+    if precision == "auto":  # both half precisions take the same memory
+        precision = "bf16" if gpu else resolve_precision("auto", "cpu")
+    return Network(
+        config=json.dumps(dict(config)),
+        side=p["resolution"] // pipe.vae_scale_factor or config.sample_size,
+        tokens=pipe.tokenizer.model_max_length,
+        dtype=torch.bfloat16 if p["weights_dtype"] == "half" else torch.float32,
+        subset=p["subset"] or check_method(p["method"])[1],
+        rank=p["rank"],
+        precision=precision,
+        gradient_checkpointing=p["gradient_checkpointing"],
+        frozen_dtype=p["frozen_dtype"],
+        gpu=gpu,
+        plain=p["order"] == "second" or (not gpu and config.sample_size <= 32),
+    )
+
+
+def pass_flops(model, kind, rows, parameters=None, gpu=True):
+    """Return the FLOPs of one pass; kind as in `pass_cost`, the rest as in `estimate`."""
+    p = DEFAULTS | (parameters or {})
+    return pass_cost(make_network(as_pipeline(model, p), p, gpu), kind, rows).flops
+
+
+def is_attacked(weights):
+    """Return whether the objective simulates the attack on the concept."""
+    return bool(weights.relearn or weights.self_destruct)
+
+
+def count_rows(objective, p):
+    """Return the `Rows` of a step.
+
+    Raises ValueError for a batch that does not divide among processes and micro-batches.
+    """
+    w, retain = objective.weights, objective.retain_batch_size
+    simulated = is_attacked(w) or w.clean
+    batches = {
+        "batch_size": objective.method.batch_size if w.unlearn else 0,
+        "inner_batch_size": objective.inner.batch_size if simulated or w.ascent else 0,
+        "retain_batch_size": retain if simulated or w.retain else 0,
+        "half of retain_batch_size": math.ceil(retain / 2) if w.retain else 0,
+    }
+    shards = p["processes"] * p["accumulation"]
+    for name, n in batches.items():
+        if n % shards:
+            raise ValueError(
+                f"{name}: {n} rows do not divide among {p['processes']} processes × "
+                f"{p['accumulation']} micro-batches: choose a multiple of {shards}"
+            )
+    concept, inner, retained, half = (n // p["processes"] for n in batches.values())
+    is_empty = "empty" in objective.drift_terms
+    is_any = "any" in objective.drift_terms and p["retain_prompts"] > 0
+    return Rows(concept, inner, retained, half * (is_empty + is_any))
+
+
+def step_costs(network, objective, rows, accumulation):
+    """Return pass → `Cost` for all passes of a step; an unused pass costs 0."""
+    w, method = objective.weights, objective.method
+    is_attack, is_clean = is_attacked(w), bool(w.clean)
+    is_simulated = is_attack or is_clean
+    is_second = objective.inner.order == "second"
+    kept = len({"related", "unrelated"} & set(objective.drift_terms)) if w.retain else 0
+    asked = 2 * rows.concept * isinstance(method, ESD) + kept * rows.retain + rows.prompts
+    at_theta = rows.concept + 2 * rows.retain + rows.prompts + rows.inner * bool(w.ascent)
+
+    def cost(kind, n):
+        return pass_cost(network, kind, n, accumulation)
+
+    return {
+        "trajectory": pass_cost(network, "sample", 2 * rows.concept),
+        "target": pass_cost(network, "sample", rows.concept * isinstance(method, SDD)),
+        "frozen": cost("frozen", asked),
+        "theta": cost("train", at_theta),
+        "inner": cost("train", rows.inner * is_simulated),
+        "after attack": cost("train", (rows.inner + rows.retain) * is_attack),
+        "after clean": cost("train", 2 * rows.retain * is_clean),
+        "product": cost("second", rows.inner * is_second * is_simulated),
+    }
+
+
+def average_flops(costs, objective):
+    """Return the FLOPs of an outer step, averaged over attack, CLEAN and trajectory steps."""
+    flops = {name: cost.flops for name, cost in costs.items()}
+    w, trajectory = objective.weights, objective.method.trajectory
+    clean = 1 / objective.clean_every if w.clean else 0
+    m = float(np.mean(objective.inner.steps))
+    replay = (m - 1) / 2 * flops["inner"] if objective.inner.order == "second" else 0
+    simulated = clean + (1 - clean) * is_attacked(w)
+    # the latest of n stops is on average at n / (n + 1) of a trajectory, sampled every n steps
+    return (
+        flops["trajectory"] * trajectory.steps / (trajectory.reuse + 1)
+        + flops["target"]
+        + flops["frozen"]
+        + flops["theta"]
+        + clean * flops["after clean"]
+        + (1 - clean) * flops["after attack"]
+        + simulated * m * (flops["inner"] + flops["product"] + replay)
+    )
+
+
+def module_bytes(*modules):
+    """Return the size of the parameters of modules; None counts 0."""
+    found = [p for module in modules if module is not None for p in module.parameters()]
+    return sum(p.numel() * p.element_size() for p in found)
+
+
+def moment_bytes(name, parameters):
+    """Return the size of an optimizer's state, in bytes.
+
+    bitsandbytes takes one byte per moment and a float32 per 256 of them; tensors of fewer than
+    4,096 elements stay in float32.
+    """
+    if name == "sgd":
+        return 0
+    total = 0
+    for n in (p.numel() for p in parameters):
+        is_8bit = "8bit" in name and n >= 4096
+        total += 2 * n + 8 * math.ceil(n / 256) if is_8bit else 8 * n
+    return total
+
+
+def encoder_bytes(pipe):
+    """Return the size of VAE and text encoders."""
+    names = ("vae", "text_encoder", "text_encoder_2")
+    return module_bytes(*(pipe.components.get(name) for name in names))
+
+
+def kept_bytes(pipe, network, objective, p):
+    """Return name → bytes that are kept all the time."""
+    _, unet, unet_frozen, trained = fake_network(network)
+    has_average = isinstance(objective.method, SDD) and p["ema"]
+    width = unet.config.cross_attention_dim
+    return {
+        "UNet": module_bytes(unet),
+        "frozen UNet": module_bytes(unet_frozen),
+        "optimiser": moment_bytes(p["optimizer"], trained),
+        "average": theta_bytes(trained) if has_average else 0,
+        "VAE, text encoders": 0 if p["offload"] and network.gpu else encoder_bytes(pipe),
+        "random prompts": 4 * p["retain_prompts"] * network.tokens * width,
+    }
+
+
+def theta_bytes(trained):
+    """Return the size of the trained weights in float32."""
+    return 4 * sum(x.numel() for x in trained)
+
+
+def simulation_bytes(costs, objective, trained, keeps_theta):
+    """Return the peak of a simulated fine-tuning: gradient, snapshot, moments, and its passes.
+
+    keeps_theta: whether the snapshot of θ takes the same memory as the weights.
+    """
+    if not costs["inner"].memory:
+        return 0
+    theta, optimizers = theta_bytes(trained), objective.inner.optimizer
+    moments = max(moment_bytes(name, trained) for name in optimizers)
+    vector = theta if objective.inner.order == "second" else 0
+    passes = [costs[name].memory for name in ("inner", "after attack", "after clean")]
+    peak = max(*passes, costs["product"].memory + vector)
+    return peak + theta * (1 + keeps_theta) + moments
+
+
+def peak_bytes(pipe, network, objective, p, costs):
+    """Return what is kept, name → bytes, and the peak of each phase."""
+    kept = kept_bytes(pipe, network, objective, p)
+    trained = fake_network(network)[3]
+    keeps_theta = not (p["snapshot"] == "cpu" and network.gpu)
+    is_simulated = costs["inner"].memory > 0
+    beyond = {
+        "trajectory": costs["trajectory"].memory + kept["average"],
+        "frozen UNet": costs["frozen"].memory,
+        "gradient at θ": costs["theta"].memory,
+        "simulated fine-tuning": simulation_bytes(costs, objective, trained, keeps_theta),
+        "update": theta_bytes(trained) * (1 + is_simulated),
+    }
+    total = sum(kept.values())
+    phases = {name: total + more for name, more in beyond.items() if more}
+    # before anything is offloaded
+    phases["start"] = kept["UNet"] + kept["frozen UNet"] + encoder_bytes(pipe)
+    return {name: n for name, n in kept.items() if n}, phases
+
+
+def estimate(model, parameters=None, gpu=True):
+    """Estimate memory and FLOPs of a training of `mu.runs.train`, on each of its processes.
+
+    Judged images before and after it, the control terms and the angle are not counted.
+
+    model: a pipeline, or a name of `mu.notebooks.sizes.SIZES`, of which nothing is loaded.
+    parameters: of `DEFAULTS`, as in the notebooks. gpu: whether to assume a GPU or a CPU.
+    Raises ValueError for an unknown model, parameter or value, and for batches that do not divide
+    evenly; as `trainable` and `frozen_copy` do.
+    """
+    p = with_defaults(parameters)
+    loss, _ = check_method(p["method"])
+    objective = make_objective({name: p[name] for name in FLAT}, loss)
+    pipe = as_pipeline(model, p)
+    network = make_network(pipe, p, gpu)
+    fake_network(network)  # refuses an impossible subset or frozen_dtype before the batches
+    rows = count_rows(objective, p)
+    costs = step_costs(network, objective, rows, p["accumulation"])
+    kept, phases = peak_bytes(pipe, network, objective, p, costs)
+    kept = {name: n / GIB for name, n in kept.items()}
+    phases = {name: n / GIB for name, n in phases.items()}
+    return Estimate(max(phases.values()), average_flops(costs, objective), kept, phases)
