@@ -1,4 +1,4 @@
-"""A GPU for each job: Snakemake counts them, but does not say which is whose."""
+"""Assign a GPU to each job: Snakemake counts GPUs, but does not choose them."""
 
 import contextlib
 import os
@@ -8,11 +8,10 @@ from filelock import FileLock, Timeout
 
 
 def visible():
-    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use: those that a scheduler has given it, or else all of the machine."""
+    """Return the names of this process's GPUs in CUDA_VISIBLE_DEVICES; if unset, of all GPUs."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [
-            name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()
-        ]
+        names = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        return [name.strip() for name in names if name.strip()]
     from torch.cuda import device_count  # here: torch takes seconds to import
 
     return [str(i) for i in range(device_count())]
@@ -20,18 +19,23 @@ def visible():
 
 @contextlib.contextmanager
 def one_gpu(folder, names):
-    """The first of the GPUs `names` that no other process holds, for the block: by a lock on <folder>/gpu-<name>.lock, which ends with its process at the latest.
+    """Hold the first free GPU of `names` during the block; yields its name.
 
-    Raises RuntimeError where all are taken: as many jobs as there are GPUs is for the one to see to who starts the jobs."""
-    with contextlib.ExitStack() as held:
-        for name in names:
-            with contextlib.suppress(Timeout):
-                held.enter_context(
-                    FileLock(Path(folder) / f"gpu-{name.replace('/', '-')}.lock", timeout=0)
-                )
-                break
-        else:
-            raise RuntimeError(
-                f"all GPUs ({', '.join(names) or 'there is none'}) are taken by other notebooks: start fewer at once (Snakemake: --resources gpu={len(names)})"
-            )
+    The lock is <folder>/gpu-<name>.lock; it is released when its process ends. Raises RuntimeError
+    if no GPU is free: the caller must not start more jobs than GPUs.
+    """
+    for name in names:
+        lock = FileLock(Path(folder) / f"gpu-{name.replace('/', '-')}.lock", timeout=0)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+            break
+    else:
+        taken = ", ".join(names) or "there is none"
+        raise RuntimeError(
+            f"all GPUs ({taken}) are taken by other notebooks: start fewer at once "
+            f"(Snakemake: --resources gpu={len(names)})"
+        )
+    try:
         yield name
+    finally:
+        lock.release()

@@ -1,4 +1,4 @@
-"""SD-v1-4 and SDXL base 1.0 as networks without their weights: for counting, preflight and benchmarks where nothing can be fetched."""
+"""SD-v1-4 and SDXL base 1.0 as networks without their weights, for preflight and benchmarks."""
 
 import json
 
@@ -43,6 +43,7 @@ CLIP_BIG_G = CLIP_L | dict(
     projection_dim=1280,
 )
 
+LENGTH, WIDTH = 20, 128  # of pocket models: tokens per prompt, width of an embedding
 
 # the published config.json of each part, where it differs from the library's defaults
 SIZES = {
@@ -79,75 +80,74 @@ SIZES = {
 }
 
 
+def full_size_parts(name, dtype, tokenizer):
+    """Return the components of a full-size pipeline, on the default device."""
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {token: getattr(tokenizer, token) for token in special}
+    configs = SIZES[name]
+
+    def text_encoder(part, kind):
+        return kind(CLIPTextConfig(**configs[part], **ids)).to(dtype)
+
+    parts = dict(
+        unet=torch.nn.Module.to(UNet2DConditionModel(**configs["unet"]), dtype),
+        vae=AutoencoderKL(**configs["vae"]),
+        text_encoder=text_encoder("text_encoder", CLIPTextModel),
+        tokenizer=tokenizer,
+        scheduler=build_scheduler(),
+    )
+    if "text_encoder_2" in configs:
+        parts["text_encoder_2"] = text_encoder("text_encoder_2", CLIPTextModelWithProjection)
+        parts["tokenizer_2"] = tokenizer
+    return parts
+
+
 def random_pipeline(
     name, dtype=torch.float32, device=None, seed=0, precision="no", gradient_checkpointing=False
 ):
-    """A full-size pipeline ("sd-v1-4", "sdxl") with random weights (the library's initialisation): its pictures are noise, its memory and its time
-    are the real ones. As `load_pipeline` hands it over: DDIM, frozen, VAE in float32. device "meta": sizes only, nothing is allocated.
+    """Return a full-size pipeline ("sd-v1-4" or "sdxl") with the library's random initialisation.
 
-    The tokenizer is none of CLIP's: no vocabulary comes with the library. It knows a few words, spells the others, and reads 77 tokens.
-    Raises ValueError for another name."""
+    Its images are noise; its memory and time are the real ones. It is as `load_pipeline` returns
+    it: DDIM, frozen, VAE in float32. device "meta": sizes only, nothing is allocated. The tokenizer
+    is not CLIP's, whose vocabulary would have to be downloaded: it splits most words into letters,
+    and reads 77 tokens. Raises ValueError for another name.
+    """
     if name not in SIZES:
         raise ValueError(
-            f"no sizes of {name!r}: allowed are {', '.join(SIZES)}; a model that can be loaded is loaded by load_pipeline"
+            f"no sizes of {name!r}: choose {', '.join(SIZES)}, or load other models by "
+            "load_pipeline"
         )
-    configs, device = SIZES[name], torch.device(device or PartialState().device)
+    device = torch.device(device or PartialState().device)
     tokenizer = build_tokenizer(["a drawing of a thing"])
     tokenizer.model_max_length = 77
-    special = dict(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-    def clip(part, kind):
-        return kind(CLIPTextConfig(**configs[part], **special)).to(dtype)
-
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        parts = dict(
-            unet=torch.nn.Module.to(UNet2DConditionModel(**configs["unet"]), dtype),
-            vae=AutoencoderKL(**configs["vae"]),
-            text_encoder=clip("text_encoder", CLIPTextModel),
-            tokenizer=tokenizer,
-            scheduler=build_scheduler(),
-        )
-        if "text_encoder_2" in configs:
-            pipe = StableDiffusionXLPipeline(
-                **parts,
-                text_encoder_2=clip("text_encoder_2", CLIPTextModelWithProjection),
-                tokenizer_2=tokenizer,
-                add_watermarker=False,
-            )
-        else:
-            pipe = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
+        parts = full_size_parts(name, dtype, tokenizer)
+    if "text_encoder_2" in parts:
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        no_checker = dict(safety_checker=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(**parts, **no_checker, feature_extractor=None)
     return prepare(pipe, device, precision, gradient_checkpointing)
 
 
-LENGTH, WIDTH = 20, 128  # tokens a prompt, width of its embedding
-
-
 def build_tokenizer(captions):
-    """CLIPTokenizer whose merges make every word of `captions` one token."""
+    """Return a CLIPTokenizer whose merges make every word of `captions` one token."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True
-    )  # CLIP's words
-    # every letter, inside a word and at its end, so that no prompt is out of vocabulary; named first, since the trainer would give them ids in random order
+    words = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")  # as CLIP splits them
+    bpe.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    # Every letter, inside a word and at its end: no prompt is out of vocabulary. They are special
+    # tokens because the trainer would give other letters ids in random order.
     letters = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)]
-    bpe.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=100_000,
-            special_tokens=special + letters,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        special_tokens=special + letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
+    bpe.train_from_iterator(captions, trainer)
     trained = json.loads(bpe.to_str())["model"]
     return CLIPTokenizer(
         vocab=trained["vocab"],
@@ -161,6 +161,7 @@ def build_tokenizer(captions):
 
 
 def build_scheduler():
+    """Return DDIM with the betas of Stable Diffusion."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
