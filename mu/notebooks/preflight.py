@@ -66,6 +66,8 @@ class Device:
 
     def guessed_speed(self, precision):
         """Return FLOP/s from the data sheet; nan for a CPU and for an unknown GPU."""
+        if not self.is_gpu:
+            return math.nan
         precision = self.resolve(precision)
         is_half = precision == "fp16" or (precision == "bf16" and self.sheet.has_bf16)
         peak = self.sheet.half if is_half else self.sheet.single

@@ -1,5 +1,7 @@
 """Preflight: the device, the advice until a training fits, and its minutes."""
 
+import math
+
 import pytest
 import torch
 
@@ -85,6 +87,7 @@ def test_auto_is_the_half_precision_of_the_gpu_asked_about(monkeypatch):
     monkeypatch.setattr(pf, "resolve_precision", lambda precision, device: f"{precision} {device}")
     assert find_device().resolve("auto") == "auto cpu"
     assert find_device().resolve("no") == "no"
+    assert math.isnan(find_device().guessed_speed("auto"))
 
 
 @pytest.mark.parametrize(
