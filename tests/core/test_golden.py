@@ -14,7 +14,7 @@ META = dict(
     retain=1.0, relearn=0.3, self_destruct=4.0, clean=1.0, ascent=0.5, inner_lr=(1e-4, 4e-4)
 )
 CASES = {
-    "esd": dict(eta=1.5, guidance=2.0),
+    "esd": dict(eta=1.5, guidance=2.0, trajectory_steps=50),
     "sdd": dict(method="sdd"),
     "esd, reused trajectories": dict(trajectory_steps=7, trajectory_reuse=3),
     "full": META | dict(inner_steps=(1, 3), inner_optimizer=["sgd", "adam"], angle_every=2),
@@ -30,37 +30,43 @@ CASES = {
 }
 
 
+def run_old(state, *fixed, **options):
+    """Run the old loop, where `drift_terms` was called `keep`."""
+    old = {"keep" if name == "drift_terms" else name: value for name, value in options.items()}
+    return legacy.unlearn(state, *fixed, steps=6, **old)
+
+
+def run_new(state, *fixed, **options):
+    return flat.unlearn(state, *fixed, steps=6, **options)
+
+
+def run_loop(make_state, loop, sets, options):
+    """Return records, weights and saved state of one of the two loops."""
+    options = {"trajectory_steps": 8} | options
+    subset, frozen = options.pop("subset", "u"), options.pop("frozen", True)
+    prompts = torch.randn(5, tiny.LENGTH, 16, generator=torch.Generator().manual_seed(3))
+    prompts = {"encoder_hidden_states": prompts}
+    first = {name: value[:1] for name, value in prompts.items()}
+    replace = first if options.pop("replace", False) else None
+    ema = 0.9 if options.get("method") == "sdd" else 0.0
+    unet = tiny.make_unet()
+    reference = tiny.frozen(unet) if frozen else None
+    state = make_state(unet, subset, lr=1e-3, seed=3, rank=2, ema=ema)
+    fixed = (reference, tiny.make_scheduler(), *sets, prompts, replace)
+    records = [(r.step, r.losses, r.passes) for r in loop(state, *fixed, **options)]
+    return records, tiny.weights(unet), state.tensors()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_six_steps_equal_the_old_loop(sets, case):
-    options = dict(CASES[case])
-    subset, frozen = options.pop("subset", "u"), options.pop("frozen", True)
-    words = torch.randn(5, tiny.LENGTH, 16, generator=torch.Generator().manual_seed(3))
-    words = {"encoder_hidden_states": words}
-    replace = {k: v[:1] for k, v in words.items()} if options.pop("replace", False) else None
-    old = {"keep" if name == "drift_terms" else name: value for name, value in options.items()}
-    kind = dict(lr=1e-3, seed=3, rank=2, ema=0.9 if options.get("method") == "sdd" else 0.0)
-    unets, records, states = [], [], []
-    for make in (legacy.State, State):
-        unet = tiny.make_unet()
-        reference = tiny.frozen(unet) if frozen else None
-        state = make(unet, subset, **kind)
-        if make is State:
-            loop = flat.unlearn(
-                state, reference, tiny.make_scheduler(), *sets, words, replace, steps=6, **options
-            )
-        else:
-            loop = legacy.unlearn(
-                state, reference, tiny.make_scheduler(), *sets, words, replace, steps=6, **old
-            )
-        records.append([(r.step, r.losses, r.passes) for r in loop])
-        unets.append(tiny.weights(unet))
-        states.append(state.tensors())
-    assert len(records[0]) == 6
-    assert records[0] == records[1]
-    assert torch.equal(*unets)
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+    records, weights, tensors = run_loop(legacy.State, run_old, sets, CASES[case])
+    new_records, new_weights, new_tensors = run_loop(State, run_new, sets, CASES[case])
+    assert len(records) == 6
+    assert records == new_records
+    assert torch.equal(weights, new_weights)
+    assert tensors.keys() == new_tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, new_tensors[name]), name
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
