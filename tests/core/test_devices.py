@@ -1,4 +1,4 @@
-"""The precision that "auto" chooses, from what the device says and from timed passes."""
+"""The precision that "auto" chooses, from the device's flags and from timed passes."""
 
 import pytest
 import tiny
@@ -12,29 +12,29 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Return a function that plays a CPU: its capability, its flags, the gain of bfloat16."""
+    """Return a function that simulates a CPU: capability, flags, and gain of bfloat16."""
 
-    def play(capability, claims_bf16, gain):
+    def simulate(capability, claims_bf16, gain):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: claims_bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(devices, "bf16_gain", lambda: gain)
         monkeypatch.setattr(devices, "cpu_precision", devices.decide_cpu_precision)
 
-    return play
+    return simulate
 
 
 @pytest.mark.parametrize(
     "capability, claims_bf16, gain, expected",
     [
         ("AVX512", True, 1.3, "bf16"),
-        ("AVX512", True, 0.05, "no"),  # the flag is there, the library may not use it
+        ("AVX512", True, 0.05, "no"),  # the flag alone does not make it fast
         ("AVX512", False, 9.0, "no"),
         ("AVX2", True, 9.0, "no"),  # ATEN_CPU_CAPABILITY=avx2
         ("DEFAULT", False, 9.0, "no"),
     ],
 )
-def test_auto_takes_bfloat16_only_where_the_cpu_is_fast_in_it(
+def test_auto_chooses_bfloat16_only_where_it_is_faster(
     machine, capsys, capability, claims_bf16, gain, expected
 ):
     machine(capability, claims_bf16, gain)
@@ -48,13 +48,13 @@ def test_auto_on_a_gpu_is_its_half_precision(monkeypatch, has_bf16, expected):
     assert devices.resolve_precision("auto", torch.device("cuda")) == expected
 
 
-def test_the_probe_times_both_precisions_and_leaves_the_random_state(monkeypatch):
+def test_timing_both_precisions_leaves_the_random_state():
     state = torch.random.get_rng_state()
     assert devices.bf16_gain(rows=1, repetitions=1) > 0
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_named_precision_stays_and_others_are_refused():
+def test_named_precisions_are_kept_and_unknown_ones_refused():
     assert [devices.resolve_precision(p, CPU) for p in ("no", "bf16")] == ["no", "bf16"]
     with pytest.raises(ValueError, match="'half': choose auto, no, bf16, fp16"):
         devices.resolve_precision("half", CPU)

@@ -20,12 +20,12 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def half_a_text(path, text):
+def write_half_a_text(path, text):
     path.write_bytes(text[:3].encode())
     no_space()
 
 
-def half_a_tensor(tensors, path):
+def write_half_a_tensor(tensors, path):
     path.write_bytes(b"half")
     raise RuntimeError("I/O error: No space left on device (os error 28)")
 
@@ -34,9 +34,9 @@ def half_a_tensor(tensors, path):
 @pytest.mark.parametrize(
     "owner, name, fail",
     [
-        (Path, "write_text", half_a_text),
+        (Path, "write_text", write_half_a_text),
         (os, "fsync", no_space),
-        (mu.files, "save_file", half_a_tensor),
+        (mu.files, "save_file", write_half_a_tensor),
     ],
 )
 def test_a_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch, earlier, owner, name, fail):
@@ -118,7 +118,7 @@ def test_a_folder_holds_one_run(tmp_path):
     assert (folder / "params.json").stat().st_mtime_ns == written
 
 
-def test_a_stale_run_is_put_aside(tmp_path, monkeypatch):
+def test_a_stale_run_is_moved_aside(tmp_path, monkeypatch):
     monkeypatch.setenv("MU_STALE", "aside")
     for lr in (1.0, 2.0, 2.0, 3.0):
         folder = open_run(tmp_path / "run", {"lr": lr})
