@@ -213,6 +213,11 @@ def encoder_bytes(pipe):
     return module_bytes(*(pipe.components.get(name) for name in names))
 
 
+def theta_bytes(trained):
+    """Return the size of the trained weights in float32."""
+    return 4 * sum(x.numel() for x in trained)
+
+
 def kept_bytes(pipe, network, objective, p):
     """Return name → bytes that are kept all the time."""
     _, unet, unet_frozen, trained = fake_network(network)
@@ -226,11 +231,6 @@ def kept_bytes(pipe, network, objective, p):
         "VAE, text encoders": 0 if p["offload"] and network.gpu else encoder_bytes(pipe),
         "random prompts": 4 * p["retain_prompts"] * network.tokens * width,
     }
-
-
-def theta_bytes(trained):
-    """Return the size of the trained weights in float32."""
-    return 4 * sum(x.numel() for x in trained)
 
 
 def simulation_bytes(costs, objective, trained, keeps_theta):
