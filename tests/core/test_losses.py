@@ -74,7 +74,7 @@ def test_parts_in_one_pass_are_the_losses_of_separate_passes(unet, sets, noise_s
     assert len(together) == 3
     apart = [squared_errors(unet, [part])[0] for part in parts]
     torch.testing.assert_close(torch.stack(together), torch.stack(apart), rtol=1e-5, atol=0)
-    assert len({round(x.item(), 4) for x in apart}) == 3  # so the order is checked
+    assert len({round(x.item(), 4) for x in apart}) == 3  # the order matters
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])

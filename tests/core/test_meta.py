@@ -57,7 +57,7 @@ def test_quadratic_has_the_closed_form(steps, order):
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(value, 0.5 * (fine_tuned - b) @ at_fine_tuned, rtol=1e-12, atol=0)
     assert torch.equal(theta, start)
-    if order == "second" and steps:  # else the test could not tell the orders apart
+    if order == "second" and steps:  # the two orders must differ
         assert (expected - at_fine_tuned).norm() > 0.01 * expected.norm()
 
 
