@@ -20,16 +20,16 @@ WAITING = {  # how threads wait for each other → environment of OpenMP
 }
 PASS = """
 import json, statistics, sys, time
-from mu.models import load_pipeline
-from mu.notebooks.measure import random_sets
+import torch  # before mu, which would set the environment that is measured here
 from mu.losses import denoising, draw_minibatch, gradients, squared_errors
-import torch
+from mu.models import load_pipeline
+from mu.notebooks.measure import random_data
 
 model, precision, threads, repetitions = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 pipe = load_pipeline(model, precision=precision)
 parameters = list(pipe.unet.requires_grad_(True).parameters())
-images, g = random_sets(pipe, rows=16).forget, torch.Generator().manual_seed(0)
+images, g = random_data(pipe, rows=16).forget, torch.Generator().manual_seed(0)
 batch, times = draw_minibatch(images, pipe.scheduler, 16, g), []
 for _ in range(repetitions + 1):
     began = time.perf_counter()
@@ -70,14 +70,14 @@ def pass_seconds(model, precision, threads, waiting, busy=0, repetitions=5):
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def thread_table(model, precision, threads, busy=1):
+def thread_table(model, precision, threads, repetitions=5, busy=1):
     """Return seconds of a pass by thread count and way of waiting, idle and with busy cores."""
     rows = []
-    for count in range(1, threads + 1):
+    for count in range(1, threads + 1 if repetitions else 1):
         for waiting in WAITING if count > 1 else ["spin briefly (ours)"]:
             setting = (model, precision, count, waiting)
             row = {"threads": count, "waiting": waiting if count > 1 else "alone"}
-            row["idle"] = pass_seconds(*setting)
-            row["busy"] = pass_seconds(*setting, busy=busy)
+            row["idle"] = pass_seconds(*setting, repetitions=repetitions)
+            row["busy"] = pass_seconds(*setting, busy, repetitions)
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["threads", "waiting", "idle", "busy"])

@@ -29,6 +29,7 @@ def test_the_benchmark_counts_no_pass_too_many(sd_folder, tmp_path):
         out=str(tmp_path / "out"),
         steps=3,
         profiled_steps=2,
+        thread_repetitions=1,
         batch_size=2,
         trajectory_reuse=2,
         inner_steps=2,
