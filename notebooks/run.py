@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from mu.notebooks.gpus import one_gpu, visible
+from mu.notebooks.gpus import one_gpu, visible_gpus
 from mu.notebooks.run import execute
 
 job = globals()["snakemake"]  # Snakemake defines it
@@ -13,7 +13,7 @@ job = globals()["snakemake"]  # Snakemake defines it
 
 def choose_gpu():
     """Return a context with one of several GPUs for the job; otherwise with None."""
-    gpus = visible() if job.resources.get("gpu") == 1 else []
+    gpus = visible_gpus() if job.resources.get("gpu") == 1 else []
     if len(gpus) < 2:  # none, or the scheduler has chosen
         return contextlib.nullcontext()
     return one_gpu(Path(job.output[0]).parent, gpus)

@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
-def visible():
+def visible_gpus():
     """Return the names of this process's GPUs in CUDA_VISIBLE_DEVICES; if unset, of all GPUs."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         names = os.environ["CUDA_VISIBLE_DEVICES"].split(",")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from toys import ROOT
 
-from mu.notebooks.gpus import one_gpu, visible
+from mu.notebooks.gpus import one_gpu, visible_gpus
 
 HOLD = """import sys, time
 from mu.notebooks.gpus import one_gpu
@@ -54,7 +54,7 @@ def test_a_gpu_of_another_process_is_free_once_that_is_killed(tmp_path):
 def test_a_scheduler_limits_the_visible_gpus(monkeypatch):
     for value, names in (("3", ["3"]), ("GPU-ab, GPU-cd", ["GPU-ab", "GPU-cd"]), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert visible() == names
+        assert visible_gpus() == names
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert visible() == ["0", "1"]
+    assert visible_gpus() == ["0", "1"]
