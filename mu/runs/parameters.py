@@ -137,6 +137,8 @@ def describe(parameters, closed_form=None):
     loop = {name: parameters[name] for name in FLAT if name in parameters}
     if loss or any(loop.get(name) for name in META_TERMS):
         run["loop"] = loop | {"steps": parameters["steps"]}
+        if not loss:
+            run["loop"]["unlearn"] = 0.0  # as `make_objective` does
     else:
         run["loop"] = None
     run["closed_form"] = None if loss else closed_form

@@ -61,6 +61,7 @@ def test_a_closed_form_without_meta_terms_has_no_loop():
     assert plain["loop"] is None and plain["closed_form"] == {"forget": ["cat"]}
     meta, runtime = describe(cell("21_meta_unlearn") | {"method": "uce"}, {"forget": ["cat"]})
     assert meta["loop"]["steps"] == 200 and meta["closed_form"] == {"forget": ["cat"]}
+    assert meta["loop"]["unlearn"] == 0
     assert runtime["frozen_dtype"] == "same" and "runtime" not in meta
     esd, _ = describe(cell("20_unlearn"), {"forget": ["cat"]})
     assert esd["closed_form"] is None and esd["loop"]["eta"] == 1.0
