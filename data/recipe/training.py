@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel, compute_snr
 
 from data.recipe.emoji import COLORS, TEMPLATES, augment, caption
-from mu.models import encode_prompts
-from mu.models import predict_noise
-from mu.models import text_encoders
+from mu.models import encode_prompts, predict_noise, text_encoders
 
 PALETTE = torch.tensor(list(COLORS.values())) / 255
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
