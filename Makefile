@@ -64,7 +64,7 @@ lint: .venv/installed ## Check style and format with ruff
 	@$(BIN)/ruff format --check
 
 test-core: .venv/installed ## Test the equations and the methods; about a minute
-	@$(PYTEST) tests/core tests/methods
+	@$(PYTEST) -n $(CORES) --dist loadfile tests/core tests/methods
 
 # In the order of the files: the slow ones, of notebooks, are neither the first nor the last.
 test: .venv/installed ## Run all tests, notebooks included; about a quarter of an hour

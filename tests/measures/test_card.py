@@ -82,3 +82,14 @@ def test_a_sheet_collects_numbers_and_their_facts():
     add_numbers(sheet, "meta", {"a": 1}, {"x": 1})
     add_numbers(sheet, "meta", {"b": 2}, {"y": 2})
     assert sheet == {"meta": ({"a": 1, "b": 2}, {"x": 1, "y": 2})}
+
+
+def test_numbers_that_differ_in_what_auto_chose_share_a_table():
+    cards = {
+        name: {"precision": "auto", "computed_in": chosen, "images": 4}
+        for name, chosen in (("a", "bf16"), ("b", "no"))
+    }
+    assert same_protocol(cards) == {"precision": "auto", "images": 4}
+    cards["b"]["precision"] = "no"
+    with pytest.raises(ValueError, match="precision is auto for a; no for b"):
+        same_protocol(cards)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mu.concepts.probe import make_probe
-from mu.measures.evaluate import evaluate, judge_images, load_judge
+from mu.measures.evaluate import evaluate, find_rows, judge_images, load_judge, measure
 from mu.measures.statistics import score
 from mu.models import encode_prompts
 from mu.sampling import draw_images
@@ -179,3 +179,19 @@ def test_scores_of_nothing_nan_and_fractions_are_refused():
             score(bad)
     with pytest.raises(ValueError, match="means=True"):
         score([0, 0.5])
+
+
+def test_rows_are_found_only_for_the_same_facts(pipe, judge, tmp_path):
+    probe = make_probe(pipe, {"forget": {"a cat": "concept:cat"}}, seeds=(0,))
+    facts = {"model": "tiny"}
+    assert find_rows(tmp_path, probe, 2.0, 2, facts)[0] is None
+    rows = measure(tmp_path, pipe, judge, probe, 2.0, 2, facts)
+    assert find_rows(tmp_path, probe, 2.0, 2, facts)[0] == rows
+    others = make_probe(pipe, {"forget": {"a cat": "concept:cat"}}, seeds=(0, 1))
+    for changed in (
+        (probe, 3.0, 2, facts),
+        (probe, 2.0, 3, facts),
+        (probe, 2.0, 2, {"model": "other"}),
+        (others, 2.0, 2, facts),
+    ):
+        assert find_rows(tmp_path, *changed)[0] is None
