@@ -71,8 +71,8 @@ def predict_blocks(unet, blocks):
 def squared_errors(unet, terms, accumulation=1):
     """Compute the mean squared error of each term, all in ONE pass of the UNet.
 
-    accumulation: use that many micro-batches, each of which keeps only its inputs for the backward
-    pass: the same losses with the memory of one, for another forward pass. With several processes
+    accumulation: use that many micro-batches, which keep only their inputs for the backward pass:
+    the same losses with the memory of one, for another forward pass. With several processes
     each term holds this process's shard; values are means over all processes, gradients are this
     process's own (`gradients` averages them). Returns a list of scalars, without the weights.
     Raises ValueError as `shard` does.

@@ -20,7 +20,7 @@ from mu.measures.statistics import (
 
 
 def _varying(part):
-    """Return the random factors of which a table has several values."""
+    """Return the random factors that vary in a table."""
     factors = ("training", "attack_seed", "asked", "seed")
     return [factor for factor in factors if factor in part and part[factor].nunique() > 1]
 
