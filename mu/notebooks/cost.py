@@ -273,7 +273,7 @@ def estimate(model, parameters=None, gpu=True):
 
     Judged images before and after it, the control terms and the angle are not counted.
 
-    model: a pipeline, or a name of `mu.notebooks.sizes.SIZES`, of which nothing is loaded.
+    model: a pipeline, or a name of `mu.notebooks.sizes.SIZES`, without its weights.
     parameters: of `DEFAULTS`, as in the notebooks. gpu: whether to assume a GPU or a CPU.
     Raises ValueError for an unknown model, parameter or value, and for batches that do not divide
     evenly; as `trainable` and `frozen_copy` do.
