@@ -31,7 +31,8 @@ def resolve_precision(precision, device):
 
     auto: on a GPU bf16, or fp16 where the GPU lacks it; on a CPU bf16 if the CPU has instructions
     for it (AMX, AVX512-BF16) and they pay (`bf16_gain`), else float32: emulated
-    bfloat16 is many times slower. Raises ValueError for an unknown precision, and for fp16 on a CPU.
+    bfloat16 is many times slower. Raises ValueError for an unknown precision and for fp16 on a
+    CPU.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose {', '.join(PRECISIONS)}")
