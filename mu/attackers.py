@@ -1,5 +1,6 @@
 """Simulated attackers: data, steps, optimizer, and what the objective measures afterwards."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +9,11 @@ from typing import NamedTuple
 import torch
 
 from mu.losses import Minibatch, denoising, squared_errors, weighted_sum
+from mu.lowrank import LowRank
 from mu.meta import meta_gradient
 from mu.optimizers import make_optimizer
 from mu.parallel import Runtime
+from mu.pool import FullWeights, Member, Plan, Storage
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,16 @@ class Inner:
     optimizer: str | tuple[str, ...] = ("adam",)  # sgd, adam, adamw, adam8bit; several: one of them
     batch_size: int = 8  # images per step
     order: str = "first"  # first (FOMAML), or second: exact through SGD
-    bound: float = 1.0  # do not push a loss at θ_FT above this value
+    bound: float = 1.0  # do not push a loss at θ_FT, a mean over images, above this value
+    image_bound: float = math.inf  # nor that of an image above this one
+    horizon: int | tuple[int, int] = 0  # H, log-uniform: restart at θ after H steps; 0: after M
+    pool: int = 2  # attackers on the forget set that take turns
+    one_prompt: float = 0.0  # share of these that see a single prompt
+    images: int | tuple[int, int] = 0  # that one of the others sees; 0: all
+    restart_below: float = -1.0  # cosine with a fresh attack below which an attacker restarts
+    rests: int = 0  # visits that an attacker at its horizon stands still for, before it restarts
+    rank: tuple[int, ...] = (0,)  # one of them, of an own LoRA; 0: it trains the full weights
+    lora_lr: float | tuple[float, float] = (3e-4, 3e-3)  # as lr, of those with a LoRA
 
 
 @dataclass(frozen=True)
@@ -35,16 +47,21 @@ class Attacker:
 
     trains_on: str  # the set it fine-tunes on: forget (the attack) or unrelated (CLEAN)
     measured: dict[str, float]  # set → weight of its loss at θ_FT; negative: maximised
+    number: int = 0  # among the attackers on this set
+
+    @property
+    def slot(self):
+        """Return its place in the pool."""
+        return f"{self.trains_on} {self.number}"
 
 
 class Simulation(NamedTuple):
-    """All random choices of one simulated fine-tuning."""
+    """All random choices of one outer step's simulated fine-tuning."""
 
     batches: list[Minibatch]  # one per inner step, of the attacker's set
     outer: dict[str, Minibatch]  # set → minibatch of the loss at θ_FT, the one used at θ
     attacker: Attacker
-    optimizer: str
-    lr: float
+    member: Member
 
 
 def draw_choice(value, generator, log=False):
@@ -62,46 +79,113 @@ def draw_choice(value, generator, log=False):
 
 
 class Simulator:
-    """Runs simulated fine-tunings of one UNet; holds their optimizers, built once."""
+    """Runs simulated fine-tunings of one UNet; holds their optimizers, built once.
 
-    def __init__(self, unet, parameters, inner: Inner, runtime: Runtime):
-        self.unet, self.parameters, self.inner, self.runtime = unet, parameters, inner, runtime
+    state: its pool keeps the attackers that persist, and its stream "attackers" draws what they
+    plan when they start anew.
+    """
+
+    def __init__(self, state, inner: Inner, runtime: Runtime):
+        self.unet, self.named, self.parameters = state.unet, state.named, state.parameters
+        self.pool, self.generator = state.pool, state.generators["attackers"]
+        self.inner, self.runtime = inner, runtime
+        self.storage = Storage(runtime.snapshot, torch.bfloat16 if runtime.half_pool else None)
         names = [inner.optimizer] if isinstance(inner.optimizer, str) else inner.optimizer
-        self.optimizers = {name: make_optimizer(name, parameters, lr=0.0) for name in names}
+        self.optimizers = {name: make_optimizer(name, self.parameters, lr=0.0) for name in names}
 
-    def draw(self, attacker: Attacker, draw_batch: Callable, retained: dict, generator):
-        """Draw a simulation. draw_batch: set name → minibatch. The order of draws is fixed."""
+    def plan(self, attacker, steps, prompt):
+        """Return the `Plan` of an attacker that starts at θ, without optimizer and learning rate.
+
+        The first horizon of a slot is cut to a random part, so that not all restart together.
+        """
+        inner, g = self.inner, self.generator
+        if not inner.horizon:
+            return Plan(steps)
+        horizon = int(draw_choice(inner.horizon, g, log=True))
+        if attacker.slot not in self.pool:
+            horizon = max(steps, int(horizon * torch.rand((), generator=g).item()))
+        plan = Plan(horizon, inner.rests)
+        if attacker.trains_on == "forget":
+            plan.images = self.draw_images(prompt)
+            plan.rank = inner.rank[int(torch.randint(len(inner.rank), (), generator=g))]
+            plan.seed = int(torch.randint(2**31, (), generator=g)) if plan.rank else 0
+        return plan
+
+    def draw_images(self, prompt):
+        """Return the images that an attacker has: of one prompt, a random part, or () for all."""
+        inner, g = self.inner, self.generator
+        if inner.one_prompt and torch.rand((), generator=g).item() < inner.one_prompt:
+            only = prompt[int(torch.randint(len(prompt), (), generator=g))]
+            return torch.nonzero(prompt == only).flatten().tolist()
+        if not inner.images:
+            return []
+        count = min(len(prompt), draw_choice(inner.images, g))
+        return torch.randperm(len(prompt), generator=g)[:count].tolist()
+
+    def draw(self, attacker: Attacker, draw_batch: Callable, retained: dict, prompt, generator):
+        """Draw a simulation. The order of draws is fixed.
+
+        draw_batch: set name, indices of its images or () for all → minibatch. prompt: (images,),
+        index of each forget image's prompt.
+        """
         steps = draw_choice(self.inner.steps, generator)
-        batches = [draw_batch(attacker.trains_on) for _ in range(steps)]
-        outer = retained | {"forget": draw_batch("forget")}
-        optimizer = draw_choice(self.inner.optimizer, generator)
-        lr = draw_choice(self.inner.lr, generator, log=True)
-        return Simulation(batches, outer, attacker, optimizer, lr)
+        member = self.pool.get(attacker.slot)
+        if starts := member is None or member.finished:
+            member = Member(self.plan(attacker, steps, prompt))
+        if self.inner.horizon:
+            self.pool[attacker.slot] = member
+        steps = min(steps, member.plan.horizon - member.steps)
+        batches = [draw_batch(attacker.trains_on, member.plan.images) for _ in range(steps)]
+        outer = retained | {"forget": draw_batch("forget", ())}
+        if starts:
+            member.plan.optimizer = draw_choice(self.inner.optimizer, generator)
+            lr = self.inner.lora_lr if member.plan.rank else self.inner.lr
+            member.plan.lr = draw_choice(lr, generator, log=True)
+        return Simulation(batches, outer, attacker, member)
+
+    def attack(self, member):
+        """Return the fine-tuning of a member, or None for one that starts and ends at θ."""
+        if member.plan.rank:
+            return LowRank(member, self.named, self.storage)
+        if not self.inner.horizon:
+            return None
+        optimizer = self.optimizers[member.plan.optimizer]
+        return FullWeights(member, self.parameters, optimizer, self.storage)
 
     def gradient(self, simulation: Simulation):
-        """Return the gradient in θ of the weighted losses at θ_FT, and these losses by name."""
-        measured, losses = simulation.attacker.measured, {}
-        terms = [denoising(simulation.outer[name], name, w) for name, w in measured.items()]
+        """Return the gradient in θ of the weighted losses at θ_FT, and these losses by name.
+
+        Moves the simulation's member on by its inner steps.
+        """
+        measured, losses, member = simulation.attacker.measured, {}, simulation.member
+        bounds = dict(bound=self.inner.bound, image_bound=self.inner.image_bound)
+        terms = [
+            denoising(simulation.outer[name], name, weight, **(bounds if weight < 0 else {}))
+            for name, weight in measured.items()
+        ]
 
         def outer_loss():
             found = squared_errors(self.unet, terms, self.runtime.accumulation)
             losses.update(zip(measured, found, strict=True))
-            bound = self.inner.bound
-            bounded = [
-                x.clamp(max=bound) if t.weight < 0 else x for t, x in zip(terms, found, strict=True)
-            ]
-            return weighted_sum(terms, bounded)
+            return weighted_sum(terms, found)
 
         def inner_loss(batch):
             return squared_errors(self.unet, [denoising(batch)], self.runtime.accumulation)[0]
 
+        attack = self.attack(member)
         _, gradient = meta_gradient(
             self.parameters,
             [partial(inner_loss, batch) for batch in simulation.batches],
             outer_loss,
-            self.optimizers[simulation.optimizer],
-            simulation.lr,
+            getattr(attack, "optimizer", None) or self.optimizers[member.plan.optimizer],
+            member.plan.lr,
             self.inner.order,
             self.runtime,
+            attack,
         )
+        if not simulation.batches:
+            member.rests += 1
+        member.steps += len(simulation.batches)
+        if member.finished:
+            member.finish()
         return gradient, {f"{name} after": loss.item() for name, loss in losses.items()}

@@ -22,10 +22,13 @@ class Data:
     unconditional: dict  # of the empty prompt, one row
     retain_prompts: dict | None = None  # of random words, for the drift term "any"; None: no term
     replace: dict | None = None  # the concept is drawn as this, one row; None: the empty prompt
+    rehearsal: object = None  # images of the concept for simulated attackers; None: forget
 
     def concept_set(self, name):
-        """Return the forget, related or unrelated set."""
-        return self.forget if name == "forget" else getattr(self, f"retain_{name}")
+        """Return the forget, related or unrelated set as simulated attackers have it."""
+        if name == "forget":
+            return self.rehearsal or self.forget
+        return getattr(self, f"retain_{name}")
 
 
 class Draws(NamedTuple):
@@ -88,8 +91,10 @@ def draw_step(state, data, objective, simulator, noise_scheduler):
     weights, attacker = objective.weights, objective.attacker(state.step)
     g_retain, g_meta = state.generators["retain"], state.generators["meta"]
 
-    def draw(name, generator=g_meta, n=objective.inner.batch_size):
+    def draw(name, generator=g_meta, n=objective.inner.batch_size, images=()):
         chosen = data.concept_set(name)
+        if images:
+            chosen = chosen.subset(torch.tensor(images))
         return draw_minibatch(chosen, noise_scheduler, n, generator, objective.timestep)
 
     concept = no_concept = ascent = simulation = None
@@ -105,8 +110,13 @@ def draw_step(state, data, objective, simulator, noise_scheduler):
     if weights.ascent:
         ascent = local_shard(draw("forget"))
     if attacker:
+        prompts_of = data.concept_set("forget").prompt
         simulation = simulator.draw(
-            attacker, lambda name: local_shard(draw(name)), retained, g_meta
+            attacker,
+            lambda name, images: local_shard(draw(name, images=images)),
+            retained,
+            prompts_of,
+            g_meta,
         )
     return Draws(concept, no_concept, retained, prompts, ascent, simulation)
 

@@ -40,3 +40,13 @@ def clip_gradient(gradient, losses, largest, step, scale):
     norm = torch.nn.utils.get_total_norm(gradient).item()
     refuse_nan(losses | {"gradient norm": norm}, step, scale)
     torch._foreach_mul_(gradient, min(1.0, largest / (norm + 1e-6)))
+
+
+def limit(gradient, other, largest):
+    """Scale a gradient in place to at most `largest` times the norm of another.
+
+    Returns both norms as they were.
+    """
+    norm, reference = (torch.nn.utils.get_total_norm(g).item() for g in (gradient, other))
+    torch._foreach_mul_(gradient, min(1.0, largest * reference / (norm + 1e-12)))
+    return norm, reference

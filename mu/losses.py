@@ -31,6 +31,8 @@ class Term(NamedTuple):
     weight: float
     inputs: Inputs  # terms that share one `Inputs` object share its rows of the pass
     target: torch.Tensor
+    bound: float = float("inf")  # a loss above it adds no gradient
+    image_bound: float = float("inf")  # nor does the loss of an image above this one
 
 
 def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep=None):
@@ -55,9 +57,9 @@ def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep
     return Minibatch(Inputs(noisy, timesteps, conditioning), noise)
 
 
-def denoising(batch, name="denoising", weight=1.0):
+def denoising(batch, name="denoising", weight=1.0, **bounds):
     """Return the term L_DM = E ‖ε − ε_θ(z_t, t, c)‖² of a minibatch."""
-    return Term(name, weight, batch.inputs, batch.noise)
+    return Term(name, weight, batch.inputs, batch.noise, **bounds)
 
 
 def predict_blocks(unet, blocks):
@@ -82,8 +84,8 @@ def squared_errors(unet, terms, accumulation=1):
         blocks = {id(t.inputs): shard(t.inputs, index, accumulation) for t in terms}
         found = dict(zip(blocks, predict_blocks(unet, blocks.values()), strict=True))
         targets = [shard(t.target, index, accumulation).float() for t in terms]
-        pairs = [(found[id(t.inputs)].float(), y) for t, y in zip(terms, targets, strict=True)]
-        return torch.stack([(x - y).pow(2).mean() for x, y in pairs])
+        pairs = [(t, found[id(t.inputs)].float() - y) for t, y in zip(terms, targets, strict=True)]
+        return torch.stack([mean_square(error, t.image_bound) for t, error in pairs])
 
     if accumulation == 1:
         return list(straight_through_mean(errors(0)))
@@ -92,6 +94,14 @@ def squared_errors(unet, terms, accumulation=1):
     else:
         parts = [errors(i) for i in range(accumulation)]
     return list(straight_through_mean(sum(parts) / accumulation))
+
+
+def mean_square(error, image_bound=float("inf")):
+    """Return the mean square; rows whose own mean exceeds `image_bound` have no gradient."""
+    if image_bound == float("inf"):
+        return error.pow(2).mean()
+    rows = error.pow(2).flatten(1).mean(1)
+    return torch.where(rows > image_bound, rows.detach(), rows).mean()
 
 
 @torch.no_grad()
@@ -109,9 +119,20 @@ def predictions(unet, blocks, accumulation=1):
     return tuple(interleave(pieces) for pieces in zip(*shards, strict=True))
 
 
+def image_losses(unet, batches):
+    """Return the denoising losses of each minibatch's rows."""
+    found = predictions(unet, [batch.inputs for batch in batches.values()])
+    pairs = zip(batches.items(), found, strict=True)
+    return {
+        name: (x.float() - batch.noise.float()).pow(2).flatten(1).mean(1).cpu()
+        for (name, batch), x in pairs
+    }
+
+
 def weighted_sum(terms, losses):
-    """Return Σ weight · loss over terms and their losses."""
-    return sum(term.weight * loss for term, loss in zip(terms, losses, strict=True))
+    """Return Σ weight · min(loss, bound) over terms and their losses."""
+    pairs = zip(terms, losses, strict=True)
+    return sum(term.weight * loss.clamp(max=term.bound) for term, loss in pairs)
 
 
 def gradients(loss, parameters, scale=1.0, **kwargs):

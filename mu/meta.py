@@ -20,7 +20,16 @@ def inner_step(parameters, loss, optimizer, scale=1.0, check=None):
     return loss.detach()
 
 
-def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="first", runtime=None):
+def meta_gradient(
+    parameters,
+    inner_losses,
+    outer_loss,
+    optimizer,
+    lr,
+    order="first",
+    runtime=None,
+    attack=None,
+):
     """Return outer_loss(θ_FT) and its gradient in θ; θ_FT is θ after one step per inner loss.
 
     parameters: the trained tensors. They hold θ, bit for bit, before and after.
@@ -29,18 +38,28 @@ def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="fi
     order: "first" takes the gradient at θ_FT for that at θ (FOMAML). "second" is exact through
     SGD: v ← v − τ ∇²L_m(θ_m) v for m = M … 1. Each θ_m is recomputed, so memory does not depend
     on M, at the cost of M(M − 1)/2 more passes.
-    Raises ValueError for another order, or for the second with another optimizer than SGD.
+    attack: goes on from an earlier call (`mu.pool.FullWeights`, `mu.lowrank.LowRank`): θ_FT is
+    then θ + δ after the steps, and the attack keeps the new δ. None: it starts at θ.
+    Raises ValueError for another order, or for the second with another optimizer than SGD or with
+    an attack that goes on.
     """
     runtime = runtime or Runtime()
     if order not in ("first", "second"):
         raise ValueError(f"unknown order {order!r}: choose first or second")
     if order == "second" and not isinstance(optimizer, torch.optim.SGD):
         raise ValueError("order 'second' is exact through SGD only: choose inner_optimizer sgd")
+    if order == "second" and attack is not None:
+        raise ValueError(
+            "order 'second' is exact for attacks that start at θ only: choose horizon 0, or order "
+            "first"
+        )
     start = [p.detach().to(runtime.snapshot or p.device, copy=True) for p in parameters]
 
     def replay(m):
         optimizer.state.clear()
         optimizer.param_groups[0]["lr"] = lr
+        if attack is not None:
+            attack.enter(start)
         for loss in inner_losses[:m]:
             inner_step(parameters, loss(), optimizer, runtime.loss_scale)
 
@@ -50,6 +69,8 @@ def meta_gradient(parameters, inner_losses, outer_loss, optimizer, lr, order="fi
 
     try:
         replay(len(inner_losses))
+        if attack is not None and inner_losses:
+            attack.leave(start)
         loss = outer_loss()
         gradient = gradients(loss, parameters, runtime.loss_scale)
         for m in reversed(range(len(inner_losses))) if order == "second" else ():

@@ -17,9 +17,10 @@ class Weights:
 
     unlearn: float = 1.0  # γ1: the method's own loss at θ
     retain: float = 0.0  # drift D from the frozen UNet at θ (ours)
-    ascent: float = 0.0  # −L(θ; forget), no simulated attack (ours)
+    ascent: float = 0.0  # −min[L(θ; forget), ascent_bound], no simulated attack (ours)
     relearn: float = 0.0  # γ2: −L(θ_FT; forget)
     self_destruct: float = 0.0  # γ2 ζ: −[L(θ_FT; related) − L(θ; related)]
+    keep: float = 0.0  # L(θ_FT; unrelated) − L(θ; unrelated) (ours)
     clean: float = 0.0  # ½ [...] of related and unrelated after simulated CLEAN (ours)
 
 
@@ -47,8 +48,10 @@ class Objective:
     clean_every: int = 3  # every n-th step simulates CLEAN instead of the attack
     drift_terms: tuple[str, ...] = DRIFT_TERMS  # x of D: images, empty prompt, random prompts
     retain_batch_size: int = 16  # images per step and retain set; half for "empty" and "any"
+    ascent_bound: float = float("inf")  # largest L(θ; forget) that ascent asks for
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient
+    meta_clip: float = 0.0  # largest norm of the gradient at θ_FT, in norms of that at θ; 0: any
     controls: Controls = Controls()
 
     def attacker(self, step):
@@ -56,9 +59,13 @@ class Objective:
         w = self.weights
         if w.clean and step % self.clean_every == self.clean_every - 1:
             return Attacker("unrelated", {"related": w.clean / 2, "unrelated": w.clean / 2})
-        if w.relearn or w.self_destruct:
-            return Attacker("forget", {"forget": -w.relearn, "related": -w.self_destruct})
-        return None
+        if not (w.relearn or w.self_destruct):
+            return None
+        visits = step - step // self.clean_every if w.clean else step
+        measured = {"forget": -w.relearn, "related": -w.self_destruct}
+        if w.keep:
+            measured["unrelated"] = w.keep
+        return Attacker("forget", measured, visits % self.inner.pool)
 
     def check(self, state, runtime):
         """Raise ValueError for what cannot be minimised."""
@@ -108,5 +115,6 @@ def terms_at_theta(unet, draws, frozen, objective, runtime):
     for name, inputs in draws.prompts.items():
         terms.append(Term(f"{name} drift", drift, inputs, frozen[name]))
     if weights.ascent:
-        terms.append(denoising(draws.ascent, "forget", -weights.ascent))
+        term = denoising(draws.ascent, "forget", -weights.ascent, bound=objective.ascent_bound)
+        terms.append(term)
     return terms

@@ -13,6 +13,7 @@ class Runtime:
 
     accumulation: int = 1  # micro-batches per pass: less memory, one more forward pass each
     snapshot: str | None = None  # device that holds theta during a simulated attack; None: its own
+    half_pool: bool = False  # keep attackers that persist in bfloat16: half the memory, rounded
     loss_scale: float = 1.0  # float16 loses gradients below 6e-8; see `mu.losses.gradients`
 
 

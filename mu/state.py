@@ -1,15 +1,32 @@
 """The resumable state of a loop: weights, optimizer, average, random streams, step."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
 
 from mu.optimizers import OPTIMIZERS, descend, make_optimizer
+from mu.pool import Pool
 from mu.trainable import trainable
 
-STREAMS = ("unlearn", "retain", "meta", "finetune", "angle")  # order fixes the seeds: append only
+STREAMS = (
+    "unlearn",
+    "retain",
+    "meta",
+    "finetune",
+    "angle",
+    "attackers",
+)  # order fixes the seeds: append only
 TRAJECTORY = ("latents", "timesteps", "prompt")
+
+
+class Best(NamedTuple):
+    """The best validated weights of a training."""
+
+    score: float
+    step: int
+    weights: list[torch.Tensor]
 
 
 class State:
@@ -24,7 +41,8 @@ class State:
     def __init__(
         self, unet, subset="f", lr=1e-5, optimizer="adamw", *, seed=0, rank=16, ema=0.0, named=None
     ):
-        self.unet, self.step, self.trajectory = unet, 0, None
+        self.unet, self.step, self.trajectory, self.pool = unet, 0, None, Pool()
+        self.phase, self.phase_start, self.best = 0, 0, None
         if optimizer not in OPTIMIZERS:  # before the UNet gets adapters
             make_optimizer(optimizer, [], lr)
         with torch.random.fork_rng(devices=[]):
@@ -57,6 +75,13 @@ class State:
         if self.ema is not None:
             average = zip(self.named, self.ema.shadow_params, strict=True)
             out |= {f"ema/{name}": p for name, p in average}
+        if self.phase_start:
+            out["phase"] = torch.tensor([self.phase, self.phase_start])
+        if self.best:
+            out["best/facts"] = torch.tensor([self.best.score, self.best.step]).double()
+            pairs = zip(self.named, self.best.weights, strict=True)
+            out |= {f"best/weights/{name}": p for name, p in pairs}
+        out |= {f"pool/{name}": value for name, value in self.pool.tensors().items()}
         out |= {f"generator/{name}": g.get_state() for name, g in self.generators.items()}
         if self.trajectory:
             pairs = zip(TRAJECTORY, self.trajectory, strict=True)
@@ -82,6 +107,15 @@ class State:
         if self.ema is not None:
             for name, average in zip(self.named, self.ema.shadow_params, strict=True):
                 average.copy_(tensors[f"ema/{name}"])
+        if "phase" in tensors:
+            self.phase, self.phase_start = tensors["phase"].tolist()
+        if "best/facts" in tensors:
+            score, step = tensors["best/facts"].tolist()
+            device = self.parameters[0].device
+            found = [tensors[f"best/weights/{name}"].to(device, copy=True) for name in self.named]
+            self.best = Best(score, int(step), found)
+        kept = {n.removeprefix("pool/"): v for n, v in tensors.items() if n.startswith("pool/")}
+        self.pool.load(kept)
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator/{name}"].clone())
         if "trajectory/latents" in tensors:
@@ -104,8 +138,14 @@ class State:
                 torch._foreach_copy_(self.parameters, present)
 
     def release(self):
-        """Make the running average, if there is one, the UNet's weights; returns the UNet."""
-        if self.ema is not None:
+        """Give the UNet the result as its weights; returns it.
+
+        It is the best validated average, else the running average, else the weights as they are.
+        """
+        if self.best is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.best.weights)
+        elif self.ema is not None:
             self.ema.copy_to(self.parameters)
         return self.unet
 

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from mu.attackers import Simulator
 from mu.controls import add_controls, gradient_angle
 from mu.draws import Data, draw_step
-from mu.guards import check_norm, clip_gradient, count_passes, refuse_nan
+from mu.guards import check_norm, clip_gradient, count_passes, limit, refuse_nan
 from mu.losses import denoising, draw_minibatch, gradients, squared_errors, weighted_sum
 from mu.meta import inner_step
 from mu.objective import Objective, frozen_predictions, terms_at_theta
@@ -50,7 +50,7 @@ def unlearn(
     `state` then holds the last good step.
     """
     objective.check(state, runtime)
-    simulator = Simulator(state.unet, state.parameters, objective.inner, runtime)
+    simulator = Simulator(state, objective.inner, runtime)
     if objective.inner.order == "second" or objective.controls.active:
         state.unet.set_attn_processor(AttnProcessor())  # can be differentiated twice everywhere
     fixed = (unet_frozen, noise_scheduler, data, objective, simulator, runtime)
@@ -78,8 +78,11 @@ def step_gradient(state, unet_frozen, noise_scheduler, data, objective, simulato
     gradient, losses = gradient_at_theta(state, terms, runtime)
     if draws.simulation:
         simulated, after = simulator.gradient(draws.simulation)
-        torch._foreach_add_(gradient, simulated)
         losses |= after
+        if objective.meta_clip:
+            norms = limit(simulated, gradient, objective.meta_clip)
+            losses["norm after"], losses["norm"] = norms
+        torch._foreach_add_(gradient, simulated)
     losses |= add_controls(gradient, state, data, objective, noise_scheduler, runtime)
     return gradient, losses | angle
 

@@ -22,7 +22,7 @@ DEFAULTS = dict(
     inner_optimizer="sgd",
     bound=math.inf,
 )
-RUNTIME = ("accumulation", "snapshot", "loss_scale")
+RUNTIME = ("accumulation", "snapshot", "loss_scale", "half_pool")
 FULL = dict(
     retain=1.0,
     relearn=0.3,
