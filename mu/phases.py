@@ -1,0 +1,108 @@
+"""Train in phases: each has its own objective, and ends by steps or by what the attack does."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mu.draws import Data
+from mu.frozen import reference
+from mu.losses import image_losses
+from mu.objective import Objective
+from mu.parallel import Runtime
+from mu.state import Best, State
+from mu.train import unlearn
+from mu.validation import Validation, fixed_batches, validate
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training."""
+
+    name: str
+    steps: int  # at most
+    objective: Objective
+    lr: float
+    until: float = 0.0  # share of related images that the fresh attack must break; 0: all steps
+    anneal: bool = False  # lower the learning rate linearly to 0
+
+
+def phase_end(state, phases):
+    """Return the step number at which the present phase ends at the latest."""
+    return state.phase_start + phases[state.phase].steps
+
+
+def set_learning_rate(state, phases):
+    """Give the optimizer the learning rate of the next step."""
+    phase = phases[state.phase]
+    left = (phase_end(state, phases) - state.step) / phase.steps
+    for group in state.optimizer.param_groups:
+        group["lr"] = phase.lr * (left if phase.anneal else 1.0)
+
+
+def keep_best(state, found, original, validation):
+    """Keep the averaged weights if no validation before has scored higher.
+
+    The score is the share of related images that the attack breaks, less what has grown beyond
+    `validation.tolerance`: the related and unrelated losses at θ, relative to the original's.
+    """
+    score = found.broken("related", validation.broken)
+    for name in ("related", "unrelated"):
+        growth = (found.before[name].mean() / original[name].mean()).item() - 1
+        score -= max(0.0, growth - validation.tolerance)
+    if state.best is None or score > state.best.score:
+        source = state.ema.shadow_params if state.ema else state.parameters
+        state.best = Best(score, state.step, [p.detach().clone() for p in source])
+
+
+def restart_lost(pool, cosines, below):
+    """Let members start anew whose displacement no fresh attack follows any more."""
+    for slot, value in cosines.items():
+        if slot.startswith("forget") and pool[slot].steps >= 15 and value < below:
+            pool[slot].finish()
+
+
+def unlearn_in_phases(
+    state: State,
+    unet_frozen: torch.nn.Module | None,
+    noise_scheduler,
+    data: Data,
+    phases: list[Phase],
+    *,
+    validation: Validation = Validation(),
+    runtime: Runtime = Runtime(),
+):
+    """Run `mu.train.unlearn` for one phase after the other; yields its records.
+
+    Every `validation.every` steps a fresh attack runs, and what it finds joins the losses of the
+    record. A phase ends when the attack breaks enough, or after its steps. The result is the best
+    validated average: `State.release`.
+    """
+    fixed = (unet_frozen, noise_scheduler, data)
+    original = None
+    if validation.every:
+        with reference(state.unet, unet_frozen) as unet:
+            original = image_losses(unet, fixed_batches(data, noise_scheduler, validation))
+    while state.phase < len(phases):
+        phase, end = phases[state.phase], phase_end(state, phases)
+        set_learning_rate(state, phases)
+        for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
+            broken = 0.0
+            if validation.every and state.step % validation.every == 0:
+                found = validate(state, data, noise_scheduler, validation, runtime)
+                keep_best(state, found, original, validation)
+                restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
+                broken = found.broken("related", validation.broken)
+                record = joined(record, found, validation)
+            ends = state.step == end or (phase.until and broken >= phase.until)
+            if ends:  # before the record is seen: a checkpoint of this step starts the next phase
+                state.phase, state.phase_start = state.phase + 1, state.step
+            yield record
+            if ends:
+                break
+            set_learning_rate(state, phases)
+
+
+def joined(record, found, validation):
+    """Return a record with what a validation found."""
+    losses = record.losses | found.losses(validation.broken)
+    return replace(record, losses=losses, passes=record.passes + found.passes)

@@ -1,0 +1,211 @@
+"""Phases and the defender's validation: when a phase ends, what is kept, what a resume repeats."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from flat import DEFAULTS, objective
+from plain import denoising_loss
+
+from mu.draws import Data
+from mu.guards import limit
+from mu.losses import draw_minibatch, image_losses
+from mu.parallel import Runtime
+from mu.phases import Phase, unlearn_in_phases
+from mu.pool import Member, Plan
+from mu.state import State
+from mu.train import unlearn
+from mu.validation import Found, Validation, fixed_batches, validate
+
+ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4)
+WARM = ASCENT | dict(
+    self_destruct=4.0, inner_lr=1e-2, inner_optimizer="adam", inner_steps=2, horizon=8
+)
+SHORT = Validation(every=2, steps=2, lr=1e-2, batch_size=2, images=6)
+
+
+def phases(*steps, until=0.0, anneal=False):
+    """Return a phase of ascent and, for more numbers of steps, phases with attackers."""
+    made = [Phase("ascend", steps[0], objective(**ASCENT), lr=1e-3)]
+    for n in steps[1:]:
+        made.append(Phase("grow", n, objective(**WARM), lr=2e-3, until=until, anneal=anneal))
+    return made
+
+
+def make_state(seed=3):
+    return State(tiny.make_unet(), "f", lr=1e-3, seed=seed, ema=0.5)
+
+
+def loop(state, sets, plan, validation=SHORT):
+    unet_frozen = tiny.frozen(tiny.make_unet())
+    fixed = (state, unet_frozen, tiny.make_scheduler(), Data(*sets))
+    return unlearn_in_phases(*fixed, plan, validation=validation)
+
+
+def comparable(records):
+    return [(r.step, r.losses, r.passes) for r in records]
+
+
+def test_one_phase_without_validation_is_the_loop(sets):
+    one, other = make_state(), make_state()
+    found = comparable(loop(one, sets, phases(4), Validation(every=0)))
+    fixed = (other, tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), Data(*sets))
+    expected = comparable(unlearn(*fixed, objective(**ASCENT), steps=4))
+    assert found == expected
+    assert torch.equal(tiny.weights(one.unet), tiny.weights(other.unet))
+
+
+def test_phases_follow_each_other_with_their_own_objective_and_learning_rate(sets):
+    state, rates = make_state(), []
+    for record in loop(state, sets, phases(3, 4), Validation(every=0)):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        assert ("related after" in record.losses) == (record.step > 3)
+    assert rates == [1e-3] * 3 + [2e-3] * 4
+    assert (state.phase, state.phase_start) == (2, 7)
+
+
+def test_the_learning_rate_is_annealed_to_zero(sets):
+    state, rates = make_state(), []
+    for _ in loop(state, sets, phases(1, 4, anneal=True), Validation(every=0)):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 2e-3, 1.5e-3, 1e-3, 0.5e-3])
+
+
+@pytest.mark.parametrize("until, steps", [(0.5, 4), (0.9, 7)])
+def test_a_phase_ends_when_the_attack_breaks_enough(sets, until, steps, monkeypatch):
+    def pretend(state, *_):
+        share = 0.6 if state.step >= 4 else 0.1
+        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
+        broken = torch.where(torch.arange(10) < 10 * share, 1.0, 0.1)
+        return Found(images, images | {"related": broken}, {}, 5)
+
+    monkeypatch.setattr("mu.phases.validate", pretend)
+    state = make_state()
+    records = list(loop(state, sets, phases(1, 6, until=until)))
+    assert len(records) == steps
+    assert [r.step for r in records if "validation broken" in r.losses] == [2, 4, 6][: steps // 2]
+    assert state.best.step == 4
+
+
+@pytest.mark.parametrize("stopped", [2, 3, 4, 5])
+def test_a_killed_run_resumes_to_the_same_bits(sets, stopped):
+    plan, whole = phases(3, 4), make_state()
+    records = comparable(loop(whole, sets, plan))
+    state = make_state()
+    first = []
+    for record in loop(state, sets, plan):
+        first.append(record)
+        if record.step == stopped:
+            break
+    saved = {name: value.clone() for name, value in state.tensors().items()}
+    state = make_state(seed=8)
+    state.load(saved)
+    assert comparable(first) + comparable(loop(state, sets, plan)) == records
+    assert torch.equal(tiny.weights(whole.release()), tiny.weights(state.release()))
+    assert whole.best.step == state.best.step
+
+
+def test_a_validation_changes_nothing_and_repeats_itself(sets):
+    state = make_state()
+    list(loop(state, sets, phases(2), Validation(every=0)))
+    fixed = (state, Data(*sets), tiny.make_scheduler(), SHORT, Runtime())
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    one, other = validate(*fixed), validate(*fixed)
+    for name, value in state.tensors().items():
+        assert torch.equal(value, before[name]), name
+    for kind in ("before", "after"):
+        for name, losses in getattr(one, kind).items():
+            assert torch.equal(losses, getattr(other, kind)[name])
+    assert not torch.equal(one.before["forget"], one.after["forget"])
+
+
+def test_a_validation_attacks_the_average(sets):
+    state = make_state()
+    list(loop(state, sets, phases(3), Validation(every=0)))
+    found = validate(state, Data(*sets), tiny.make_scheduler(), SHORT, Runtime())
+    batches = fixed_batches(Data(*sets), tiny.make_scheduler(), SHORT)
+    with state.averaged() as unet:
+        expected = image_losses(unet, batches)
+    assert torch.equal(found.before["related"], expected["related"])
+
+
+def test_a_validation_finds_the_members_that_go_its_way(sets):
+    state, scheduler = make_state(), tiny.make_scheduler()
+    start = [p.detach().clone() for p in state.parameters]
+    adam = torch.optim.Adam(state.parameters, lr=SHORT.lr)
+    generator = torch.Generator().manual_seed(SHORT.seed + 1)
+    for _ in range(SHORT.steps):
+        denoising_loss(state.unet, draw_minibatch(sets[0], scheduler, 2, generator)).backward()
+        adam.step()
+        adam.zero_grad()
+    moved = [p.detach() - s for p, s in zip(state.parameters, start, strict=True)]
+    with torch.no_grad():
+        torch._foreach_copy_(state.parameters, start)
+    state.pool["forget 0"] = Member(Plan(9), 2, coordinates=moved)
+    state.pool["forget 1"] = Member(Plan(9), 2, coordinates=[-delta for delta in moved])
+    state.pool["unrelated 0"] = Member(Plan(9), 0)
+    found = validate(state, Data(*sets), scheduler, SHORT, Runtime())
+    assert found.cosines == pytest.approx({"forget 0": 1.0, "forget 1": -1.0}, abs=1e-3)
+
+
+def test_the_result_is_the_best_average(sets, monkeypatch):
+    scores = {2: 0.2, 4: 0.7, 6: 0.4}
+
+    def pretend(state, *_):
+        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
+        broken = torch.where(torch.arange(10) < 10 * scores[state.step], 1.0, 0.1)
+        return Found(images, images | {"related": broken}, {}, 5)
+
+    monkeypatch.setattr("mu.phases.validate", pretend)
+    state = make_state()
+    for record in loop(state, sets, phases(1, 6)):
+        if record.step == 4:
+            with state.averaged() as unet:
+                expected = tiny.weights(unet).clone()
+    assert not torch.equal(tiny.weights(state.unet), expected)
+    assert torch.equal(tiny.weights(state.release()), expected)
+
+
+def test_harm_at_theta_lowers_the_score(sets, monkeypatch):
+    """A model that breaks without an attack is no result."""
+
+    def pretend(state, *_):
+        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
+        if state.step > 2:
+            images["unrelated"] = torch.full((10,), 9.0)
+        return Found(images, images | {"related": torch.ones(10)}, {}, 5)
+
+    monkeypatch.setattr("mu.phases.validate", pretend)
+    state = make_state()
+    list(loop(state, sets, phases(1, 5)))
+    assert state.best.step == 2
+
+
+def test_meta_clip_bounds_the_gradient_after_the_attack(sets):
+    """A large bound changes nothing; a small one lets the terms at θ decide."""
+    weights = {}
+    for clip in (0.0, 1e9, 1e-9):
+        state = State(tiny.make_unet(), "f", lr=1e-3, optimizer="sgd", seed=3)
+        options = WARM | dict(self_destruct=400.0, meta_clip=clip)
+        fixed = (state, tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), Data(*sets))
+        what = replace(objective(**options), clip=math.inf)
+        records = list(unlearn(*fixed, what, steps=1))
+        weights[clip] = tiny.weights(state.unet).clone()
+        assert ("norm after" in records[0].losses) == bool(clip)
+    torch.testing.assert_close(weights[0.0], weights[1e9], rtol=1e-5, atol=1e-6)
+    assert (weights[1e-9] - weights[0.0]).norm() > 0.01 * records[0].losses["norm after"] * 1e-3
+
+
+@pytest.mark.parametrize("largest, factor", [(0.5, 0.25), (2.0, 1.0), (3.0, 1.0)])
+def test_a_gradient_is_limited_by_the_norm_of_another(largest, factor):
+    gradient, other = [torch.tensor([6.0, 8.0]), torch.zeros(2)], [torch.tensor([3.0, 4.0])]
+    expected = [factor * g for g in gradient]
+    assert limit(gradient, other, largest) == pytest.approx((10.0, 5.0))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_defaults_are_one_cold_step():
+    assert DEFAULTS["inner_steps"] == 1
+    assert objective().inner.horizon == 0
