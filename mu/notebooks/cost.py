@@ -16,7 +16,7 @@ from mu.notebooks.sizes import random_pipeline
 from mu.notebooks.trace import Network, fake_network, pass_cost
 from mu.objective import Objective
 from mu.optimizers import OPTIMIZERS
-from mu.runs.parameters import FLAT, check_method, defaults, make_objective
+from mu.runs.parameters import FLAT, average_decay, check_method, defaults, make_objective
 from mu.targets import ESD, SDD
 
 GIB = 2**30
@@ -28,6 +28,9 @@ DEFAULTS = defaults(Objective()) | {
     "offload": False,
     "processes": 1,
     "resolution": 0,  # pixels; 0: the model's own
+    "half_pool": False,
+    "phases": None,
+    "validation": None,
 }
 CHOICES = {
     "weights_dtype": ("full", "half"),
@@ -160,7 +163,7 @@ def step_costs(network, objective, rows, accumulation):
         "frozen": cost("frozen", asked),
         "theta": cost("train", at_theta),
         "inner": cost("train", rows.inner * is_simulated),
-        "after attack": cost("train", (rows.inner + rows.retain) * is_attack),
+        "after attack": cost("train", (rows.inner + rows.retain * (1 + bool(w.keep))) * is_attack),
         "after clean": cost("train", 2 * rows.retain * is_clean),
         "product": cost("second", rows.inner * is_second * is_simulated),
     }
@@ -218,16 +221,31 @@ def theta_bytes(trained):
     return 4 * sum(x.numel() for x in trained)
 
 
+def pool_bytes(objective, trained, half):
+    """Return the size of attackers that persist: δ and the optimizer's moments of each.
+
+    Attackers with a LoRA of their own are counted as if they trained the weights themselves.
+    """
+    if not objective.inner.horizon:
+        return 0
+    members = objective.inner.pool * is_attacked(objective.weights) + bool(objective.weights.clean)
+    moments = max(moment_bytes(name, trained) for name in objective.inner.optimizer)
+    return members * (theta_bytes(trained) + moments) // (2 if half else 1)
+
+
 def kept_bytes(pipe, network, objective, p):
     """Return name → bytes that are kept all the time."""
     _, unet, unet_frozen, trained = fake_network(network)
-    has_average = isinstance(objective.method, SDD) and p["ema"]
+    loss, _ = check_method(p["method"])
+    in_memory = not (p["snapshot"] == "cpu" and network.gpu)
     width = unet.config.cross_attention_dim
     return {
         "UNet": module_bytes(unet),
         "frozen UNet": module_bytes(unet_frozen),
         "optimiser": moment_bytes(p["optimizer"], trained),
-        "average": theta_bytes(trained) if has_average else 0,
+        "average": theta_bytes(trained) if average_decay(p["ema"], loss) else 0,
+        "best average": theta_bytes(trained) if (p["validation"] or {}).get("every") else 0,
+        "attackers": pool_bytes(objective, trained, p["half_pool"]) * in_memory,
         "VAE, text encoders": 0 if p["offload"] and network.gpu else encoder_bytes(pipe),
         "random prompts": 4 * p["retain_prompts"] * network.tokens * width,
     }

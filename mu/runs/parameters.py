@@ -4,15 +4,18 @@ Every default has its home in a dataclass: `Training` here, the others in `mu.ob
 `mu.attackers`, `mu.controls` and `mu.sampling`.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 
 from mu.attackers import Inner
 from mu.controls import Controls
 from mu.objective import META, Objective, Weights
 from mu.parallel import Runtime
+from mu.phases import Phase
 from mu.runs.folder import with_digests
 from mu.sampling import Trajectory
 from mu.targets import ESD, SDD
+from mu.validation import Validation
 
 # method → loss of the loop (None: a closed form comes first, then the meta terms alone), subset
 METHODS = {
@@ -37,14 +40,42 @@ FLAT = {
     "inner_batch_size": (Inner, "batch_size"),
     "order": (Inner, "order"),
     "bound": (Inner, "bound"),
+    "image_bound": (Inner, "image_bound"),
+    "horizon": (Inner, "horizon"),
+    "pool": (Inner, "pool"),
+    "one_prompt": (Inner, "one_prompt"),
+    "inner_images": (Inner, "images"),
+    "restart_below": (Inner, "restart_below"),
+    "rests": (Inner, "rests"),
+    "inner_rank": (Inner, "rank"),
+    "lora_lr": (Inner, "lora_lr"),
     **{field.name: (Controls, field.name) for field in fields(Controls)},
     "clean_every": (Objective, "clean_every"),
     "drift_terms": (Objective, "drift_terms"),
     "retain_batch_size": (Objective, "retain_batch_size"),
+    "meta_clip": (Objective, "meta_clip"),
+    "ascent_bound": (Objective, "ascent_bound"),
     "timestep": (Objective, "timestep"),
 }
+PHASE = ("name", "steps", "until", "lr", "anneal")  # of a phase, beside overrides of FLAT
+PAIRS = (
+    "inner_steps",
+    "inner_lr",
+    "horizon",
+    "inner_images",
+    "lora_lr",
+)  # lowest and highest
+BOUNDS = ("bound", "image_bound", "ascent_bound")  # 0: none
+LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated
 META_TERMS = ("relearn", "self_destruct", "clean", "ascent", "gradient_norm", "alignment")
-RUNTIME = ("frozen_dtype", "gradient_checkpointing", "accumulation", "snapshot", "offload")
+RUNTIME = (
+    "frozen_dtype",
+    "gradient_checkpointing",
+    "accumulation",
+    "snapshot",
+    "half_pool",
+    "offload",
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +90,15 @@ class Training:
     rank: int = 16  # of LoRA
     replace: str = ""  # the concept is drawn as this text; empty: the empty prompt
     retain_prompts: int = 0  # random prompts of the drift term "any"
+    rehearsal_images: int = 0  # that the original draws for simulated attackers; 0: forget set
     forget_images: int = 0  # images of the forget set that are used; 0: all
     lr: float = 5e-5
     optimizer: str = "adamw"
-    ema: float = 0.999  # decay of SDD's running average
+    ema: float = 0.0  # decay of a running average of the weights; 0: see `average_decay`
     weights_dtype: str = "full"
     precision: str = "auto"
     seed: int = 0
-    loop: dict | None = None  # steps, and flat parameters of the objective; None: closed form only
+    loop: dict | None = None  # of `make_phases`; None: closed form only
     closed_form: dict | None = None  # keywords of `mu.runs.train.edit`; None: no closed form
     runtime: dict | None = None  # frozen_dtype, gradient_checkpointing, offload, and of `Runtime`
 
@@ -79,6 +111,11 @@ def check_method(method):
             "ESD-u-3 is the parameter eta = 3.0)"
         )
     return METHODS[method]
+
+
+def average_decay(ema, loss):
+    """Return the decay of the running average: if 0 is given, 0.999 for SDD, which needs one."""
+    return ema or (0.999 if loss == "sdd" else 0.0)
 
 
 def make_objective(flat, loss="esd"):
@@ -108,6 +145,29 @@ def make_objective(flat, loss="esd"):
     )
 
 
+def make_phases(loop, loss, lr):
+    """Return the phases and the `Validation` of a loop's parameters.
+
+    loop: steps, flat parameters of the objective, and two more: "phases", a list of dicts with
+    keys of `PHASE` and with flat parameters that differ in that phase; "validation", a dict of
+    `Validation`'s fields. Without phases there is one, of all steps. Raises ValueError for an
+    unknown key.
+    """
+    flat = dict(loop)
+    steps, listed = flat.pop("steps", 0), flat.pop("phases", None) or []
+    validation = Validation(**(flat.pop("validation", None) or {"every": 0}))
+    phases = []
+    for given in listed or [{"name": "all", "steps": steps}]:
+        if unknown := sorted(set(given) - set(FLAT) - set(PHASE)):
+            allowed = ", ".join([*PHASE, *FLAT])
+            raise ValueError(f"unknown key {unknown[0]!r} of a phase: choose {allowed}")
+        own = {name: value for name, value in given.items() if name in PHASE}
+        overrides = {name: value for name, value in given.items() if name in FLAT}
+        objective = make_objective(flat | overrides, loss)
+        phases.append(Phase(**({"lr": lr} | own), objective=objective))
+    return phases, validation
+
+
 def flatten(objective):
     """Return the flat parameters of an objective, as notebooks write them."""
     parts = {
@@ -119,9 +179,13 @@ def flatten(objective):
         Objective: objective,
     }
     found = {name: getattr(parts[kind], field, None) for name, (kind, field) in FLAT.items()}
-    found["inner_steps"], found["inner_lr"] = list(found["inner_steps"]), list(found["inner_lr"])
-    found["inner_optimizer"] = ",".join(found["inner_optimizer"])
-    found["drift_terms"] = ",".join(found["drift_terms"])
+    for name in PAIRS:
+        value = found[name]
+        found[name] = list(value) if isinstance(value, tuple) else [value, value]
+    for name in BOUNDS:
+        found[name] = 0.0 if found[name] == math.inf else found[name]
+    for name in LISTS:
+        found[name] = ",".join(map(str, found[name]))
     found["timestep"] = -1 if found["timestep"] is None else found["timestep"]
     return found
 
@@ -136,7 +200,8 @@ def describe(parameters, closed_form=None):
     run = {f.name: parameters[f.name] for f in fields(Training) if f.name in parameters}
     loop = {name: parameters[name] for name in FLAT if name in parameters}
     if loss or any(loop.get(name) for name in META_TERMS):
-        run["loop"] = loop | {"steps": parameters["steps"]}
+        more = {name: parameters[name] for name in ("phases", "validation") if name in parameters}
+        run["loop"] = loop | {"steps": parameters["steps"]} | more
         if not loss:
             run["loop"]["unlearn"] = 0.0  # as `make_objective` does
     else:
@@ -158,10 +223,13 @@ def defaults(objective=META):
 
 def _value(name, value):
     """Return a parameter as the dataclass has it: papermill and JSON know no tuples and no None."""
-    if name in ("inner_optimizer", "drift_terms") and isinstance(value, str):
-        return tuple(value.split(","))
+    if name in LISTS and isinstance(value, str):
+        kind = int if name == "inner_rank" else str
+        return tuple(kind(part) for part in value.split(","))
     if name == "timestep" and value is not None and value < 0:
         return None
-    if name == "bound" and not value:
-        return float("inf")
+    if name in BOUNDS and not value:
+        return math.inf
+    if name in PAIRS and isinstance(value, list):
+        return tuple(value) if any(value) else 0
     return tuple(value) if isinstance(value, list) else value

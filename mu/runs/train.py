@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from mu.concepts.rehearsal import rehearsal_set
 from mu.concepts.sets import load_sets, random_prompts, take_images
 from mu.devices import loss_scale
 from mu.draws import Data
@@ -22,13 +23,13 @@ from mu.files import read_json, save_json
 from mu.frozen import frozen_copy, offload
 from mu.methods.closed_form import EditConfig, rece, uce
 from mu.models import encode_prompts, load_pipeline
-from mu.objective import Objective
 from mu.parallel import Runtime
+from mu.phases import Phase, unlearn_in_phases
 from mu.publish.weights import load_weights
 from mu.runs.folder import finish, run_to_end, table
-from mu.runs.parameters import Training, check_method, make_objective
+from mu.runs.parameters import Training, average_decay, check_method, make_phases
 from mu.state import State
-from mu.train import unlearn
+from mu.validation import Validation
 
 
 @dataclass
@@ -39,9 +40,14 @@ class Setup:
     unet_frozen: torch.nn.Module | None
     state: State
     data: Data
-    objective: Objective
+    phases: list[Phase]
+    validation: Validation
     runtime: Runtime
-    steps: int
+
+    @property
+    def steps(self):
+        """Return the largest number of outer steps."""
+        return sum(phase.steps for phase in self.phases)
 
 
 def edit(pipe, method, forget, preserve=(), replace=" ", tokens="rest", ridge=0.5, rounds=3):
@@ -87,8 +93,13 @@ def prepare_data(pipe, training, cache):
     words = random_prompts(
         pipe.tokenizer, training.retain_prompts, sets["forget"].prompts, training.seed
     )
+    rehearsal = None
+    if training.rehearsal_images:
+        prompts = sets["forget"].prompts
+        rehearsal = rehearsal_set(pipe, prompts, training.rehearsal_images, cache=cache)
     return Data(
         **sets,
+        rehearsal=rehearsal,
         unconditional=encode_prompts(pipe, [""]),
         retain_prompts=encode_prompts(pipe, words) if words else None,
         replace=encode_prompts(pipe, [training.replace]) if training.replace else None,
@@ -136,29 +147,28 @@ def prepare(training, pipe, folder):
         return None
     if runtime["offload"]:
         offload(pipe)
-    ema = training.ema if loss == "sdd" else 0.0
-    kind = dict(seed=training.seed, rank=training.rank, ema=ema)
+    kind = dict(seed=training.seed, rank=training.rank, ema=average_decay(training.ema, loss))
     subset = training.subset or subset
     state = State(pipe.unet, subset, training.lr, training.optimizer, **kind)
-    flat = {name: value for name, value in training.loop.items() if name != "steps"}
     computed = Runtime(
         runtime.get("accumulation", 1),
         runtime.get("snapshot") or None,
+        runtime.get("half_pool", False),
         loss_scale(pipe.precision),
     )
-    objective = make_objective(flat, loss)
-    return Setup(pipe, unet_frozen, state, data, objective, computed, training.loop["steps"])
+    phases, validation = make_phases(training.loop, loss, training.lr)
+    return Setup(pipe, unet_frozen, state, data, phases, validation, computed)
 
 
 def train(setup):
     """Return the records of a training, as a generator."""
-    return unlearn(
+    return unlearn_in_phases(
         setup.state,
         setup.unet_frozen,
         setup.pipe.scheduler,
         setup.data,
-        setup.objective,
-        steps=setup.steps,
+        setup.phases,
+        validation=setup.validation,
         runtime=setup.runtime,
     )
 
