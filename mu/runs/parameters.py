@@ -46,6 +46,7 @@ FLAT = {
     "one_prompt": (Inner, "one_prompt"),
     "inner_images": (Inner, "images"),
     "restart_below": (Inner, "restart_below"),
+    "head_start": (Inner, "head_start"),
     "rests": (Inner, "rests"),
     "inner_rank": (Inner, "rank"),
     "lora_lr": (Inner, "lora_lr"),

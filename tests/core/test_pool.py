@@ -281,3 +281,13 @@ def test_a_resting_attacker_keeps_its_displacement(sets):
     before = [d.clone() for d in state.pool["forget 0"].coordinates]
     train(sets, steps=3, state=state, **options)
     assert equal(before, state.pool["forget 0"].coordinates)
+
+
+def test_an_attacker_runs_its_head_start_at_once(sets):
+    options = META | dict(inner_steps=2, horizon=9, head_start=5, clean=0.0, inner_batch_size=2)
+    state, seen = State(tiny.make_unet(), "f", lr=1e-3, seed=3), []
+    for step in range(1, 10):
+        train(sets, steps=step, state=state, **options)
+        seen.append(state.pool["forget 0"].steps)
+    starts = [n for n, last in zip(seen[2::2], seen[::2], strict=False) if n < last]
+    assert starts and set(starts) == {5}
