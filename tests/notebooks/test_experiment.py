@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from mu.concepts.probe import load_probe
 from mu.measures.statistics import relearning_steps, scores
 from mu.models import load_pipeline
-from mu.runs.folder import run_to_end, with_digests
+from mu.runs.folder import run_to_end, table, with_digests
 from mu.train import State
 
 pytestmark = pytest.mark.notebooks
@@ -135,6 +136,37 @@ def test_controls_and_clean_appear_in_the_figures(experiment):
     assert {"ascent only", "original"} <= set(table.model)
     assert set(table.attack) == {"HRM-m", "CLEAN"}
     assert len(read(experiment.report, "tables", "self-destruction.csv")) == 2
+
+
+def test_attackers_persist_through_phases_with_a_validation(experiment):
+    off = dict(relearn=0.0, self_destruct=0.0, clean=0.0)
+    ascend = dict(name="ascend", steps=2, ascent=1.0) | off
+    grow = dict(name="grow", steps=3, self_destruct=5.0, relearn=0.0, meta_clip=1.5)
+    experiment.run(
+        "21_meta_unlearn",
+        output="21_phases",
+        name="phases",
+        start=str(experiment.runs / "unlearned"),
+        **META
+        | dict(
+            phases=[ascend, grow],
+            validation=dict(every=2, steps=2, images=2),
+            ema=0.5,
+            horizon=[2, 4],
+            one_prompt=0.5,
+            rehearsal_images=4,
+        ),
+    )
+    history = table(experiment.runs / "phases")
+    assert len(history) == 5
+    assert list(history.index[history["validation broken"].notna()]) == [2, 4]
+    assert not history["related after"].iloc[:2].notna().any()
+    assert list((experiment.runs / "cache").glob("rehearsal-*"))
+    notebook = nbformat.read(experiment.report / "notebooks" / "21_phases.ipynb", 4)
+    images = [
+        o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+    ]
+    assert len(images) == 3
 
 
 def test_start_here_needs_no_other_notebook(experiment):
