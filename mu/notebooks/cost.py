@@ -260,6 +260,8 @@ def simulation_bytes(costs, objective, trained, keeps_theta):
         return 0
     theta, optimizers = theta_bytes(trained), objective.inner.optimizer
     moments = max(moment_bytes(name, trained) for name in optimizers)
+    if objective.inner.horizon:
+        moments = 0  # a part of the pool
     vector = theta if objective.inner.order == "second" else 0
     passes = [costs[name].memory for name in ("inner", "after attack", "after clean")]
     peak = max(*passes, costs["product"].memory + vector)

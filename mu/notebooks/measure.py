@@ -18,7 +18,7 @@ from mu.frozen import frozen_copy, offload
 from mu.notebooks.cost import DEFAULTS, GIB, module_bytes
 from mu.notebooks.trace import Tracker, blank
 from mu.parallel import Runtime
-from mu.runs.parameters import FLAT, check_method, make_objective
+from mu.runs.parameters import FLAT, average_decay, check_method, make_objective
 from mu.state import State
 from mu.train import unlearn
 
@@ -94,10 +94,12 @@ def prepare_loop(pipe, p, data):
     loss, subset = check_method(p["method"])
     objective = make_objective({name: p[name] for name in FLAT}, loss)
     unet_frozen = frozen_copy(pipe.unet, p["frozen_dtype"])
-    ema = p["ema"] if loss == "sdd" else 0.0
+    ema = average_decay(p["ema"], loss)
     subset = p["subset"] or subset
     state = State(pipe.unet, subset, optimizer=p["optimizer"], rank=p["rank"], ema=ema)
-    runtime = Runtime(p["accumulation"], p["snapshot"] or None, loss_scale(pipe.precision))
+    runtime = Runtime(
+        p["accumulation"], p["snapshot"] or None, p["half_pool"], loss_scale(pipe.precision)
+    )
     fixed = (state, unet_frozen, pipe.scheduler, data, objective)
 
     def train_until(step):

@@ -81,6 +81,7 @@ CASES = {
     "bf16": META | dict(precision="bf16", method="esd-x"),
     "lora": META | LORA | dict(accumulation=2),
     "sdd": META | dict(method="sdd"),
+    "persistent": META | dict(horizon=(40, 80), pool=1, clean=0.0, ema=0.9),
     "closed form": META | dict(method="rece"),
     "second order": META | dict(order="second", inner_batch_size=32, ascent=0.0),
 }
@@ -172,6 +173,10 @@ def test_kept_memory_by_hand(pipe):
     }
     assert kept(method="sdd")["average"] == 4 * trained
     assert kept(method="sdd")["optimiser"] == 8 * trained
+    warm = dict(horizon=(40, 80), pool=3, relearn=1.0, clean=1.0, inner_optimizer=("adam",))
+    assert kept(**warm)["attackers"] == 4 * 12 * trained  # δ and two moments of each
+    assert kept(**warm, half_pool=True)["attackers"] == 4 * 6 * trained
+    assert "attackers" not in kept(**warm, snapshot="cpu")
     adapters = sum(q.numel() for q in trainable(tiny.make_unet(), "lora", 3).values())
     lora = dict(subset="lora", rank=3, frozen_dtype="none", weights_dtype="half")
     assert kept(**lora) == {"UNet": 2 * n + 4 * adapters, "optimiser": 8 * adapters}
