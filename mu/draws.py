@@ -101,7 +101,7 @@ def draw_step(state, data, objective, simulator, noise_scheduler):
     retained, prompts = {}, {}
     if weights.unlearn:
         concept, no_concept = draw_concept(state, data, objective.method, noise_scheduler)
-    if weights.retain or attacker:
+    if weights.retain or weights.learn_related or weights.learn_unrelated or attacker:
         n = objective.retain_batch_size
         retained = {name: draw(name, g_retain, n) for name in ("related", "unrelated")}
     if weights.retain:

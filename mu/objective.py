@@ -17,6 +17,8 @@ class Weights:
 
     unlearn: float = 1.0  # γ1: the method's own loss at θ
     retain: float = 0.0  # drift D from the frozen UNet at θ (ours)
+    learn_related: float = 0.0  # L(θ; related), the public code's retention
+    learn_unrelated: float = 0.0  # L(θ; unrelated), likewise
     ascent: float = 0.0  # −min[L(θ; forget), ascent_bound], no simulated attack (ours)
     relearn: float = 0.0  # γ2: −L(θ_FT; forget)
     self_destruct: float = 0.0  # γ2 ζ: −[L(θ_FT; related) − L(θ; related)]
@@ -29,9 +31,11 @@ class Objective:
     """What a training minimises over the trained weights θ.
 
         unlearn · L_method(θ) + retain · ⅓ Σ_x D(θ; x) − ascent · L(θ; forget)
+        + learn_related · L(θ; related) + learn_unrelated · L(θ; unrelated)
         − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
+        + keep · [L(θ_FT; unrelated) − L(θ; unrelated)]
 
-    where every `clean_every`-th step has, in place of the second line,
+    where every `clean_every`-th step has, in place of the last two lines,
 
         clean · ½ Σ_{x = related, unrelated} [L(θ_CL; x) − L(θ; x)].
 
@@ -107,9 +111,10 @@ def terms_at_theta(unet, draws, frozen, objective, runtime):
     if weights.unlearn:
         target = objective.method.target(frozen, unet, draws, runtime)
         terms.append(Term("unlearn", weights.unlearn, draws.concept, target))
+    learn = {"related": weights.learn_related, "unrelated": weights.learn_unrelated}
     after = draws.simulation.attacker.measured if draws.simulation else {}
     for name, batch in draws.retained.items():
-        terms.append(denoising(batch, name, -after.get(name, 0.0)))
+        terms.append(denoising(batch, name, learn[name] - after.get(name, 0.0)))
         if name in frozen:
             terms.append(Term(f"{name} drift", drift, batch.inputs, frozen[name]))
     for name, inputs in draws.prompts.items():

@@ -124,11 +124,11 @@ def count_rows(objective, p):
     Raises ValueError for a batch that does not divide among processes and micro-batches.
     """
     w, retain = objective.weights, objective.retain_batch_size
-    simulated = is_attacked(w) or w.clean
+    simulated, learns = is_attacked(w) or w.clean, w.learn_related or w.learn_unrelated
     batches = {
         "batch_size": objective.method.batch_size if w.unlearn else 0,
         "inner_batch_size": objective.inner.batch_size if simulated or w.ascent else 0,
-        "retain_batch_size": retain if simulated or w.retain else 0,
+        "retain_batch_size": retain if simulated or w.retain or learns else 0,
         "half of retain_batch_size": math.ceil(retain / 2) if w.retain else 0,
     }
     shards = p["processes"] * p["accumulation"]

@@ -185,8 +185,11 @@ def objective_gradient(sets, seed, step, trajectory, **options):
     total = o.unlearn * r.esd(trajectory, o.eta)
     drifts = r.retention(related, unrelated, o.drift_terms, o.retain_prompts)
     total = total + o.retain / 3 * drifts
+    total = total + o.learn_related * r.loss(related, r.theta)
+    total = total + o.learn_unrelated * r.loss(unrelated, r.theta)
     if o.ascent:
-        total = total - o.ascent * r.loss(r.draw("forget", r.g_meta), r.theta)
+        forget = r.loss(r.draw("forget", r.g_meta), r.theta)
+        total = total - o.ascent * min(forget, torch.tensor(o.ascent_bound))
     clean = o.clean and step % 3 == 2
     attacked = "unrelated" if clean else "forget"
     fine_tuned = r.fine_tuned(attacked, o.inner_steps, o.inner_lr, o.order)
@@ -197,6 +200,7 @@ def objective_gradient(sets, seed, step, trajectory, **options):
     else:
         total = total - o.relearn * r.loss(forget, fine_tuned)
         total = total - o.self_destruct * r.bracket(related, fine_tuned)
+        total = total + o.keep * r.bracket(unrelated, fine_tuned)
     if o.gradient_norm or o.alignment:
         total = total + r.controls(o.gradient_norm, o.alignment)
     found = torch.autograd.grad(total, list(r.theta.values()))

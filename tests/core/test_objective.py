@@ -18,6 +18,10 @@ DEFAULTS = dict(
     ascent=0.0,
     relearn=0.5,
     self_destruct=2.0,
+    keep=0.0,
+    learn_related=0.0,
+    learn_unrelated=0.0,
+    ascent_bound=math.inf,
     clean=0.0,
     inner_steps=2,
     inner_lr=0.1,
@@ -27,6 +31,10 @@ DEFAULTS = dict(
     gradient_norm=0.0,
     alignment=0.0,
 )
+# 0.1 L(θ; unrelated) + 0.01 L(θ; related) − 0.1 L(θ_FT; forget) − 0.1 L(θ_FT; related)
+# − 0.01 L(θ_FT; unrelated): the weights that the public scripts intend
+PUBLIC = dict(retain=0.0, relearn=0.1, self_destruct=0.1, keep=-0.01)
+PUBLIC |= dict(learn_related=0.01 - 0.1, learn_unrelated=0.1 - 0.01)
 RANDOM_PROMPTS = {
     "encoder_hidden_states": torch.linspace(-1, 1, 4)[:, None, None].expand(4, tiny.LENGTH, 16)
 }
@@ -111,6 +119,10 @@ def test_other_terms_leave_the_draws_of_unlearning_alone(sets):
         (0, dict(unlearn=0.0, retain=0.0, self_destruct=0.0)),
         (0, dict(unlearn=0.0, retain=0.0, relearn=0.0)),
         (0, dict(ascent=0.7, eta=2.0)),
+        (0, dict(ascent=0.7, ascent_bound=0.1)),
+        (0, dict(keep=3.0)),
+        (0, dict(retain=0.0, learn_related=0.4, learn_unrelated=0.7)),
+        (0, PUBLIC),
         (2, dict(clean=1.5)),
         (1, dict(clean=1.5)),
         (2, dict(clean=0.0)),
