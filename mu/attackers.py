@@ -189,6 +189,7 @@ class Simulator:
         if not simulation.batches:
             member.rests += 1
         member.steps += len(simulation.batches)
-        if member.finished:
+        finite = all(math.isfinite(loss.item()) for loss in losses.values())
+        if member.finished or not finite:  # a resumed training gets another attacker
             member.finish()
         return gradient, {f"{name} after": loss.item() for name, loss in losses.items()}

@@ -120,13 +120,17 @@ def predictions(unet, blocks, accumulation=1):
 
 
 def image_losses(unet, batches):
-    """Return the denoising losses of each minibatch's rows."""
-    found = predictions(unet, [batch.inputs for batch in batches.values()])
-    pairs = zip(batches.items(), found, strict=True)
-    return {
-        name: (x.float() - batch.noise.float()).pow(2).flatten(1).mean(1).cpu()
-        for (name, batch), x in pairs
-    }
+    """Return name → denoising loss of each row of a minibatch, in passes of at most 16 rows."""
+    found = {}
+    for name, (inputs, noise) in batches.items():
+        index = torch.arange(len(noise)).split(16)
+        parts = [
+            Inputs(inputs.latents[i], inputs.timesteps[i], select(inputs.conditioning, i))
+            for i in index
+        ]
+        predicted = torch.cat([predictions(unet, [part])[0] for part in parts])
+        found[name] = (predicted.float() - noise.float()).pow(2).flatten(1).mean(1).cpu()
+    return found
 
 
 def weighted_sum(terms, losses):

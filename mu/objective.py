@@ -78,6 +78,14 @@ class Objective:
                 "every weight is 0, nothing to minimise: give unlearn, retain, ascent, relearn, "
                 "self_destruct or clean a weight"
             )
+        inner = self.inner
+        warm = dict(one_prompt=inner.one_prompt, inner_images=inner.images, rests=inner.rests)
+        warm |= dict(head_start=inner.head_start, inner_rank=any(inner.rank))
+        if not inner.horizon and (given := [name for name, value in warm.items() if value]):
+            raise ValueError(
+                f"{given[0]} is for attackers that persist, and horizon is 0: set a horizon, such "
+                f"as [100, 200], or leave {given[0]} at its default"
+            )
         if unknown := sorted(set(self.drift_terms) - set(DRIFT_TERMS)):
             raise ValueError(f"unknown drift term {unknown[0]!r}: choose {', '.join(DRIFT_TERMS)}")
         if isinstance(self.method, SDD) and state.ema is None:

@@ -17,8 +17,8 @@ from mu.sampling import draw_images, images_per_batch
 def augment(image, generator):
     """Return an image (3, height, width) in [−1, 1], varied at random.
 
-    Mirrored, scaled to 75 to 115 %, shifted by up to 15 %, with mixed color channels, darkened.
-    What lies outside the image is white.
+    Mirrored, scaled to 75 to 115 %, shifted by up to 15 %, with mixed color channels and another
+    contrast. What lies outside the image is white.
     """
 
     def uniform(low=0.0, high=1.0):

@@ -291,3 +291,28 @@ def test_an_attacker_runs_its_head_start_at_once(sets):
         seen.append(state.pool["forget 0"].steps)
     starts = [n for n, last in zip(seen[2::2], seen[::2], strict=False) if n < last]
     assert starts and set(starts) == {5}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(one_prompt=0.5),
+        dict(inner_images=(2, 3)),
+        dict(rests=1),
+        dict(head_start=3),
+        dict(inner_rank=(0, 4)),
+    ],
+)
+def test_options_of_attackers_that_persist_need_a_horizon(sets, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is for attackers that persist"):
+        train(sets, **META, **option, inner_steps=2)
+
+
+def test_an_attacker_that_diverges_is_replaced(sets):
+    """The saved state after the error holds no attacker with values that are not finite."""
+    options = META | dict(inner_lr=1e30, inner_optimizer="sgd", inner_steps=2, horizon=50)
+    state = State(tiny.make_unet(), "f", lr=1e-3, seed=3)
+    with pytest.raises(FloatingPointError):
+        train(sets, state=state, **options)
+    assert all(member.finished and not member.coordinates for member in state.pool.values())
