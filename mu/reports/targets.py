@@ -47,14 +47,11 @@ TARGETS = (
     Target("unlearned: related lost", "lost", ("original", PLAIN, "related"), at_most=0.1),
     Target("unlearned: unrelated lost", "lost", ("original", PLAIN, "unrelated"), at_most=0.03),
     Target("meta-unlearned: concept recognised", "before", (META, "forget"), at_most=0.05),
-    Target(f"{META}: related lost against {PLAIN}", "lost", (PLAIN, META, "related"), at_most=0.1),
+    Target(f"{META}: related lost against {PLAIN}", "lost", (PLAIN, META, "related"), at_most=0.05),
     Target(
         f"{META}: unrelated lost against {PLAIN}", "lost", (PLAIN, META, "unrelated"), at_most=0.03
     ),
-    Target(f"concept after 50 steps, {RATIO}", "relative", (META, 50), at_most=1 / 3),
-    Target(f"concept after 100 steps, {RATIO}", "relative", (META, 100), at_most=1 / 2),
-    Target(f"concept after 200 steps, {RATIO}", "relative", (META, 200), at_most=1 / 3),
-    Target(f"concept after 300 steps, {RATIO}", "relative", (META, 300), at_most=1 / 3),
+    Target(f"concept after {{:g}} steps, {RATIO}", "relative", (META,), each="step", at_most=0.15),
     Target(
         f"steps to revival at learning rate {{:g}}, {RATIO}",
         "relearning_ratio",
@@ -65,7 +62,14 @@ TARGETS = (
         "related lost in {:g} steps of attack, meta-unlearned − unlearned",
         "self_destruction",
         each="step",
-        at_least=0.15,
+        at_least=0.5,
+    ),
+    Target(
+        "unrelated lost in {:g} steps of attack, meta-unlearned",
+        "lost_to_attack",
+        ("unrelated",),
+        each="step",
+        at_most=0.1,
     ),
     Target(f"concept missing {LEAD}", "lead", ("missing",), each="rate", at_least=0.01),
     Target(f"related lost {LEAD}", "lead", ("lost",), each="rate", at_least=0.15),
@@ -96,8 +100,16 @@ TARGETS = (
     Target(
         "meta-unlearned: related lost in {:g} steps of CLEAN",
         "lost_to_clean",
+        ("related",),
         each="clean step",
-        at_most=0.1,
+        at_most=0.05,
+    ),
+    Target(
+        "meta-unlearned: unrelated lost in {:g} steps of CLEAN",
+        "lost_to_clean",
+        ("unrelated",),
+        each="clean step",
+        at_most=0.05,
     ),
 )
 
@@ -163,8 +175,13 @@ class Scores:
 
     def self_destruction(self, step):
         """Return the related concepts lost to the attack, meta-unlearned minus unlearned."""
-        plain, meta = (_lost(self.under_attack, model, self.first, step) for model in (PLAIN, META))
+        scores = self.under_attack
+        plain, meta = (_lost(scores, m, "related", self.first, step) for m in (PLAIN, META))
         return meta - plain
+
+    def lost_to_attack(self, group, step):
+        """Return the concepts of a group that the meta-unlearned model loses to the attack."""
+        return _lost(self.under_attack, META, group, self.first, step)
 
     def lead(self, quantity, rate):
         """Return the lead of the meta-unlearned model over the best comparable control.
@@ -180,15 +197,15 @@ class Scores:
         """Return the concept's score of the meta-unlearned model after CLEAN."""
         return self.under_clean.get((META, "forget", step), np.nan)
 
-    def lost_to_clean(self, step):
-        """Return the related concepts that the meta-unlearned model loses to CLEAN."""
-        return _lost(self.under_clean, META, self.first_clean, step)
+    def lost_to_clean(self, group, step):
+        """Return the concepts of a group that the meta-unlearned model loses to CLEAN."""
+        return _lost(self.under_clean, META, group, self.first_clean, step)
 
 
-def _lost(scores, model, first, step):
-    """Return the share of related concepts lost from the first step to `step`."""
-    start = scores.get((model, "related", first), np.nan)
-    return start - scores.get((model, "related", step), np.nan)
+def _lost(scores, model, group, first, step):
+    """Return the share of a group's concepts lost from the first step to `step`."""
+    start = scores.get((model, group, first), np.nan)
+    return start - scores.get((model, group, step), np.nan)
 
 
 def check_targets(*claims):

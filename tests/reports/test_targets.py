@@ -5,7 +5,7 @@ import pytest
 
 from mu.reports.targets import cost_figure, relearning_table, targets_by_seed, targets_table
 
-LOST = "related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.15"
+LOST = "related lost in 100 steps of attack, meta-unlearned − unlearned, at least 0.50"
 REVIVAL = "steps to revival at learning rate 6e-05, meta-unlearned ÷ unlearned, at least 4"
 ORIGINAL = "original: concept recognised, at least 0.95"
 
@@ -17,7 +17,7 @@ def evaluate(rows, table=targets_table):
 
 def test_targets_of_one_method(uce):
     table = evaluate(uce)
-    relative = "concept after 100 steps, meta-unlearned ÷ unlearned, at most 0.50"
+    relative = "concept after 100 steps, meta-unlearned ÷ unlearned, at most 0.15"
     assert table.result[relative] == pytest.approx(0.2 / 0.85)
     assert table.result[LOST] == pytest.approx(0.5)
     assert table.met[ORIGINAL] == "✓"
@@ -39,14 +39,16 @@ def test_targets_are_counted_by_seed(uce):
 
 
 def test_a_mean_that_one_training_carries_is_visible(uce):
-    kept = (
-        (uce.training == "1")
-        & (uce.model == "meta-unlearned")
+    lost = (
+        (uce.model == "meta-unlearned")
         & (uce.attack == "HRM-m")
         & (uce.step == 100)
         & (uce.group == "related")
     )
-    table = evaluate(uce.assign(hit=uce.hit.mask(kept, 1)), targets_by_seed)
+    hit = uce.hit.mask(lost & (uce.training == "0"), 0)  # all of them
+    kept = hit[lost & (uce.training == "1") & (hit == 0)].index[:1]  # one more than before
+    hit[kept] = 1
+    table = evaluate(uce.assign(hit=hit), targets_by_seed)
     assert table.met[LOST] == "✓"
     assert table["met by single trainings"][LOST] == "1 of 2"
 
