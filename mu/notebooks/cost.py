@@ -7,6 +7,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from mu.notebooks.sizes import random_pipeline
 from mu.notebooks.trace import Network, fake_network, pass_cost
 from mu.objective import Objective
 from mu.optimizers import OPTIMIZERS
-from mu.runs.parameters import FLAT, average_decay, check_method, defaults, make_objective
+from mu.runs.parameters import FLAT, average_decay, check_method, defaults, make_phases
 from mu.targets import ESD, SDD
+from mu.validation import FIXED
 
 GIB = 2**30
 # a notebook without meta terms trains without them, so these are not the defaults of `META`
@@ -45,7 +47,8 @@ class Estimate:
     """Peak memory and FLOPs of a training, per process."""
 
     gib: float  # peak memory of the loop
-    flops: float  # per outer step, on average
+    flops: float  # per outer step, on average over the phases of the training
+    steps: int  # outer steps, of all phases
     kept: dict  # name → GiB that it takes all the time
     phases: dict  # phase → GiB at its peak, including what is kept
 
@@ -288,10 +291,20 @@ def peak_bytes(pipe, network, objective, p, costs):
     return {name: n for name, n in kept.items() if n}, phases
 
 
+def validation_flops(network, validation):
+    """Return the FLOPs of validation per outer step."""
+    if not validation.every:
+        return 0.0
+    attack = validation.steps * pass_cost(network, "train", validation.batch_size).flops
+    measured = 2 * len(FIXED) * pass_cost(network, "sample", validation.images).flops
+    return (attack + measured) / validation.every
+
+
 def estimate(model, parameters=None, gpu=True):
     """Estimate memory and FLOPs of a training of `mu.runs.train`, on each of its processes.
 
-    Judged images before and after it, the control terms and the angle are not counted.
+    Judged images before and after it, the control terms and the angle are not counted. With
+    phases, memory is that of the phase that needs most.
 
     model: a pipeline, or a name of `mu.notebooks.sizes.SIZES`, without its weights.
     parameters: of `DEFAULTS`, as in the notebooks. gpu: whether to assume a GPU or a CPU.
@@ -300,13 +313,21 @@ def estimate(model, parameters=None, gpu=True):
     """
     p = with_defaults(parameters)
     loss, _ = check_method(p["method"])
-    objective = make_objective({name: p[name] for name in FLAT}, loss)
+    loop = {name: p[name] for name in (*FLAT, "steps", "phases", "validation")}
+    phases, validation = make_phases(loop, loss, p["lr"])
     pipe = as_pipeline(model, p)
     network = make_network(pipe, p, gpu)
     fake_network(network)  # refuses an impossible subset or frozen_dtype before the batches
-    rows = count_rows(objective, p)
-    costs = step_costs(network, objective, rows, p["accumulation"])
-    kept, phases = peak_bytes(pipe, network, objective, p, costs)
+    peaks, flops = [], 0.0
+    for phase in phases:
+        rows = count_rows(phase.objective, p)
+        costs = step_costs(network, phase.objective, rows, p["accumulation"])
+        kept, peak = peak_bytes(pipe, network, phase.objective, p, costs)
+        peaks.append((max(peak.values()), kept, peak))
+        flops += phase.steps * average_flops(costs, phase.objective)
+    steps = sum(phase.steps for phase in phases)
+    most, kept, peak = max(peaks, key=itemgetter(0))
     kept = {name: n / GIB for name, n in kept.items()}
-    phases = {name: n / GIB for name, n in phases.items()}
-    return Estimate(max(phases.values()), average_flops(costs, objective), kept, phases)
+    peak = {name: n / GIB for name, n in peak.items()}
+    each = flops / steps + validation_flops(network, validation)
+    return Estimate(most / GIB, each, steps, kept, peak)

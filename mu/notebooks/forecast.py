@@ -124,11 +124,12 @@ def training(hw, p, new):
     trained = 0
     if check_method(p["method"])[0] or "inner_steps" in p:  # a closed form alone takes seconds
         known = {name: p[name] for name in DEFAULTS if name in p}
-        each = estimate(hw.model, known, hw.gpu).flops
+        found = estimate(hw.model, known, hw.gpu)
+        each = found.flops
         if p["angle_every"]:
             batches = [p.get(name, 8) for name in ("inner_batch_size", "retain_batch_size")]
             each += sum(hw.passes("train", n, p) for n in batches) / p["angle_every"]
-        trained = p["steps"] * each
+        trained = found.steps * each
     folders = {"original", p["name"], p.get("baseline")} - {None, ""}
     drawn = probe(p)[0] * sum(new(f"{p['out']}/{name}") for name in folders)
     return trained, hw.pictures(drawn, p)

@@ -225,7 +225,7 @@ def preflight(model, parameters=None, gpu=None):
     p["precision"] = device.resolve(p["precision"])
 
     def minutes(found):
-        return found.flops * p["steps"] / (timed or device.guessed_speed(p["precision"])) / 60
+        return found.flops * found.steps / (timed or device.guessed_speed(p["precision"])) / 60
 
     first = estimate(model, p, device.is_gpu)
     needs = [Need({}, first.gib, minutes(first))]

@@ -201,6 +201,27 @@ def test_phases_by_hand(pipe):
     assert update == pytest.approx(kept + 2 * 4 * trained)
 
 
+def test_phases_of_the_training_add_up(pipe):
+    p = META | dict(offload=True)
+    quiet = dict(relearn=0.0, self_destruct=0.0, clean=0.0, ascent=1.0)
+    phases = [dict(name="ascend", steps=10, **quiet), dict(name="grow", steps=30)]
+    first, second = estimate(pipe, p | quiet), estimate(pipe, p)
+    both = estimate(pipe, p | dict(phases=phases))
+    assert both.steps == 40
+    assert both.flops == pytest.approx((10 * first.flops + 30 * second.flops) / 40)
+    assert (both.gib, both.kept) == (second.gib, second.kept)
+    reverse = estimate(pipe, p | dict(phases=phases[::-1]))
+    assert (reverse.gib, reverse.flops) == (both.gib, pytest.approx(both.flops))
+
+
+def test_validation_takes_time(pipe):
+    p = META | dict(offload=True)
+    seldom, often = (estimate(pipe, p | dict(validation={"every": n})) for n in (40, 20))
+    none = estimate(pipe, p)
+    assert often.flops - none.flops == pytest.approx(2 * (seldom.flops - none.flops))
+    assert seldom.flops > none.flops
+
+
 def test_more_needs_more(pipe):
     p = META | dict(offload=True)
 
