@@ -26,7 +26,7 @@ class Validation:
     lr: float = 6e-5  # of its Adam
     batch_size: int = 4
     images: int = 48  # per set, with fixed noise and timesteps
-    broken: float = 1.5  # growth of its loss, as a factor, from which an image counts as broken
+    broken: float = 3.0  # growth of its loss, as a factor, from which an image counts as broken
     tolerance: float = 0.2  # growth of a loss at θ, relative to the original's, that is allowed
     seed: int = 77
 

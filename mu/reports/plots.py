@@ -258,8 +258,9 @@ def trend(records, y, ax=None, legend=True):
 def validation_figure(history, phases=()):
     """Draw what the defender's validation found over a training and return the figure.
 
-    From the left: the related and unrelated losses before and after a fresh attack, the share of
-    related images that it breaks, and the cosines of its displacement and the simulated ones.
+    From the left: the related, unrelated and forget losses before and after a fresh attack, the
+    share of related images that it breaks, and the cosines of its displacement and the simulated
+    ones.
 
     history: the records of `mu.runs.folder.table`. phases: dicts with a name and a number of
     steps; their ends are dotted lines. Raises ValueError for a training without a validation.
@@ -269,12 +270,12 @@ def validation_figure(history, phases=()):
         raise ValueError("no step was validated: set validation, such as {'every': 30}")
     found = found.rename(columns=lambda name: name.removeprefix("validation "))
     fig, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-    colors = {"related": COLORS["meta-unlearned"], "unrelated": OTHER}
+    colors = {"related": COLORS["meta-unlearned"], "unrelated": OTHER, "forget": "#000000"}
     for name, color in colors.items():
         axes[0].plot(found.index, found[name], color=color, ls=":", label=name)
         axes[0].plot(found.index, found[f"{name} after"], color=color, label=f"{name}, attacked")
     axes[0].set(yscale="log", title="denoising loss, fresh attack")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7)
     axes[1].plot(found.index, found.broken, color=COLORS["meta-unlearned"])
     axes[1].set(ylim=(-0.02, 1.02), title="related images broken by it")
     for name in found.filter(regex="^cosine "):
