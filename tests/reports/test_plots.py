@@ -1,13 +1,14 @@
-"""Figures of attacks, and confusion matrices."""
+"""Figures of attacks and of validation, and confusion matrices."""
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from attack_files import SCORES, write_attacks
 
 from mu.measures.attack_results import read_attacks
 from mu.measures.comparison import attack_table
-from mu.reports.plots import confusion, curve_figure, peak_figure
+from mu.reports.plots import confusion, curve_figure, peak_figure, validation_figure
 
 
 @pytest.fixture
@@ -47,3 +48,21 @@ def test_a_confusion_matrix_has_shares_per_expected_label():
     assert table.loc["concept:a"].tolist() == [0.5, 0.5, 0]
     assert table.loc["concept:b"].tolist() == [0, 0.5, 0.5]
     assert list(table.columns) == ["concept:a", "concept:b", "other"]
+
+
+def test_the_validation_figure_shows_losses_share_and_cosines():
+    sets = ("related", "unrelated", "forget")
+    losses = {f"validation {name}": [0.05, 0.06] for name in sets}
+    losses |= {f"validation {name} after": [0.1, 0.5] for name in sets}
+    losses |= {"validation broken": [0.0, 0.7], "validation cosine forget 0": [0.6, np.nan]}
+    history = pd.DataFrame(losses, index=[30, 60]).reindex(range(1, 61))
+    fig = validation_figure(
+        history, [{"name": "ascend", "steps": 20}, {"name": "grow", "steps": 99}]
+    )
+    assert [len(ax.lines) for ax in fig.axes] == [7, 2, 2]  # the end of one phase in each
+    assert fig.axes[1].lines[0].get_ydata().tolist() == [0.0, 0.7]
+
+
+def test_without_validation_there_is_no_figure():
+    with pytest.raises(ValueError, match="validated"):
+        validation_figure(pd.DataFrame({"related": [0.1]}, index=[1]))
