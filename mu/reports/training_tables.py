@@ -1,5 +1,6 @@
 """How each method was trained, and how the angle of its two gradients changed in training."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +100,11 @@ def _plain_facts(cards, run):
 def _meta_facts(cards, run):
     params = _params(cards, run)
     loop = params.get("loop") or {}
+    loop = params | loop | (loop.get("phases") or [{}])[-1]
     weights = [f"{loop.get(term, 0):g}" for term in WEIGHTS]
     return {
         "meta: steps": " + ".join(map(str, phase_steps(cards, run))),
-        "meta: lr": f"{params.get('lr', 0):g}",
+        "meta: lr": f"{loop.get('lr', 0):g}",
         "weights: unlearn, ascent, relearn, ζ, clean, retain": ", ".join(weights),
         "M": "–".join(map(str, loop.get("inner_steps", ()))),
         "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ())),
@@ -121,6 +123,7 @@ def run_chain(cards, run):
 
 
 def phase_steps(cards, run):
-    """Return the meta-unlearning steps of each phase of a run, see `run_chain`."""
+    """Return the meta-unlearning steps, at most, of each phase of a run and of its `run_chain`."""
     loops = [_params(cards, name).get("loop") or {} for name in run_chain(cards, run)]
-    return [loop["steps"] for loop in loops if "inner_steps" in loop]
+    phases = [loop.get("phases") or [loop] for loop in loops if "inner_steps" in loop]
+    return [phase["steps"] for phase in itertools.chain(*phases)]

@@ -115,3 +115,16 @@ def test_the_trainings_table_has_the_steps_of_each_phase(results, two_phases):
     table = training_tables.trainings_table(results.rows, cards).set_index("method")
     assert table["meta: steps"].to_dict() == {"ESD-u-3": "7", "UCE": "30 + 10"}
     assert table["plain: steps"].to_dict() == {"ESD-u-3": 64, "UCE": "closed form"}
+
+
+def test_the_trainings_table_shows_the_last_phase_of_one_run(results):
+    phases = [
+        {"name": "ascend", "steps": 5, "ascent": 5.0},
+        {"name": "grow", "steps": 9, "lr": 5e-5, "self_destruct": 60.0},
+    ]
+    loop = {"steps": 0, "inner_steps": [3, 3], "ascent": 1.0, "retain": 100.0, "phases": phases}
+    cards = {"/uce-meta": {"run": {"lr": 1e-4, "loop": loop}}}
+    line = training_tables.trainings_table(results.rows, cards).set_index("method").loc["UCE"]
+    assert line["meta: steps"] == "5 + 9"
+    assert line["meta: lr"] == "5e-05"
+    assert line["weights: unlearn, ascent, relearn, ζ, clean, retain"] == "0, 1, 0, 60, 0, 100"
