@@ -26,15 +26,17 @@ def relative_concept(rows):
 
 
 def lost_pictures(rows, group):
-    """Return the hits that each picture of a group has lost since step 0; a column per model."""
+    """Return the hits that each picture of a group has lost since step 0; a column per variant.
+
+    Pictures that were not judged at step 0, or of one variant only, are left out.
+    """
     part = rows[(rows.group == group) & rows.model.isin(VARIANTS) & rows.hit.notna()]
     keys = ["attack", "method", *(name for name in PICTURE if name in part)]
-    hits = part.pivot_table(index=[*keys, "step"], columns="model", values="hit").dropna()
-    if hits.empty:
-        return hits
-    start = hits.xs(0, level="step")
-    later = hits[hits.index.get_level_values("step") > 0]
-    return start.reindex(later.index.droplevel("step")).set_axis(later.index) - later
+    hits = part.pivot_table(index=[*keys, "step"], columns="model", values="hit")
+    hits = hits.reindex(columns=VARIANTS).dropna()
+    is_start = hits.index.get_level_values("step") == 0
+    start, later = hits[is_start].droplevel("step"), hits[~is_start]
+    return start.reindex(later.index.droplevel("step")).set_axis(later.index).sub(later).dropna()
 
 
 def lost_concepts(rows, group):

@@ -76,6 +76,16 @@ def test_targets_name_the_method_that_decides(rows):
     assert found.met[clean] == "✓"
 
 
+@pytest.mark.parametrize("missing", ["unlearned", "meta-unlearned"])
+def test_a_variant_alone_has_no_loss_beyond_the_other(rows, missing):
+    assert lost_concepts(rows[rows.model != missing], "related").empty
+
+
+def test_an_attack_without_its_first_step_is_left_out(rows):
+    started = rows[(rows.attack != "HRM-m") | (rows.step > 0)]
+    assert set(lost_concepts(started, "related").attack) == {"HRM-s", "CLEAN"}
+
+
 @pytest.mark.parametrize("attack", ["HRM-m", "HRM-s", "CLEAN"])
 def test_targets_without_an_attack_are_left_out(rows, attack):
     assert not any(attack in target for target in results(rows[rows.attack != attack]).index)
