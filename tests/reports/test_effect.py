@@ -6,7 +6,6 @@ import pytest
 
 from mu.reports.effect import effect_targets, lost_concepts, relative_concept
 
-STEPS = (0, 50)
 SHARES = {  # (method, model) → share of (concept, related, unrelated) drawn after 50 steps
     ("uce", "unlearned"): (0.8, 1.0, 1.0),
     ("uce", "meta-unlearned"): (0.0, 0.2, 1.0),
