@@ -79,6 +79,7 @@ def unlearn_in_phases(
     """
     fixed = (unet_frozen, noise_scheduler, data)
     original = None
+    validation.check(runtime)
     if validation.every:
         with reference(state.unet, unet_frozen) as unet:
             original = image_losses(unet, fixed_batches(data, noise_scheduler, validation))
@@ -92,7 +93,7 @@ def unlearn_in_phases(
                 keep_best(state, found, original, validation)
                 restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
                 broken = found.broken("related", validation.broken)
-                record = joined(record, found, validation)
+                record = joined(record, found, validation, state.phase)
             ends = state.step == end or (phase.until and broken >= phase.until)
             if ends:  # before the record is seen: a checkpoint of this step starts the next phase
                 state.phase, state.phase_start = state.phase + 1, state.step
@@ -102,7 +103,7 @@ def unlearn_in_phases(
             set_learning_rate(state, phases)
 
 
-def joined(record, found, validation):
-    """Return a record with what a validation found."""
-    losses = record.losses | found.losses(validation.broken)
+def joined(record, found, validation, phase):
+    """Return a record with what a validation found, and in which phase, by number."""
+    losses = record.losses | found.losses(validation.broken) | {"validation phase": phase}
     return replace(record, losses=losses, passes=record.passes + found.passes)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 
 from mu.losses import denoising, draw_minibatch, image_losses, squared_errors
 from mu.lowrank import displacement
@@ -29,6 +30,15 @@ class Validation:
     broken: float = 3.0  # growth of its loss, as a factor, from which an image counts as broken
     tolerance: float = 0.2  # growth of a loss at θ, relative to the original's, that is allowed
     seed: int = 77
+
+    def check(self, runtime):
+        """Raise ValueError for a batch that does not divide, before the first step is taken."""
+        shards = PartialState().num_processes * runtime.accumulation
+        if self.every and self.batch_size % shards:
+            raise ValueError(
+                f"validation: batch_size {self.batch_size} does not divide into {shards} equal "
+                f"shards: choose a multiple of {shards}"
+            )
 
 
 class Found(NamedTuple):

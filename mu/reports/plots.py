@@ -255,15 +255,15 @@ def trend(records, y, ax=None, legend=True):
     return ax
 
 
-def validation_figure(history, phases=()):
+def validation_figure(history):
     """Draw what the defender's validation found over a training and return the figure.
 
     From the left: the related, unrelated and forget losses before and after a fresh attack, the
     share of related images that it breaks, and the cosines of its displacement and the simulated
     ones.
 
-    history: the records of `mu.runs.folder.table`. phases: dicts with a name and a number of
-    steps; their ends are dotted lines. Raises ValueError for a training without a validation.
+    The last validations of the phases before the last one are dotted lines. history: the records
+    of `mu.runs.folder.table`. Raises ValueError for a training without a validation.
     """
     found = history.filter(regex="^validation ").dropna(how="all")
     if found.empty:
@@ -283,9 +283,9 @@ def validation_figure(history, phases=()):
     axes[2].set(title="cosine with simulated attackers")
     if axes[2].lines:
         axes[2].legend(fontsize=8)
-    ends = np.cumsum([phase["steps"] for phase in phases])
+    ends = found.index[found.phase.diff(-1) < 0]
     for ax in axes:
-        for end in ends[ends < history.index.max()]:
+        for end in ends:
             ax.axvline(end, color="#aaaaaa", lw=1, ls=":")
         ax.set(xlabel="outer step")
     return fig

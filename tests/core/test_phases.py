@@ -38,10 +38,10 @@ def make_state(seed=3):
     return State(tiny.make_unet(), "f", lr=1e-3, seed=seed, ema=0.5)
 
 
-def loop(state, sets, plan, validation=SHORT):
+def loop(state, sets, plan, validation=SHORT, **options):
     unet_frozen = tiny.frozen(tiny.make_unet())
     fixed = (state, unet_frozen, tiny.make_scheduler(), Data(*sets))
-    return unlearn_in_phases(*fixed, plan, validation=validation)
+    return unlearn_in_phases(*fixed, plan, validation=validation, **options)
 
 
 def comparable(records):
@@ -209,3 +209,11 @@ def test_a_gradient_is_limited_by_the_norm_of_another(largest, factor):
 def test_defaults_are_one_cold_step():
     assert DEFAULTS["inner_steps"] == 1
     assert objective().inner.horizon == 0
+
+
+def test_a_validation_that_does_not_divide_is_refused_before_the_first_step(sets):
+    state = make_state()
+    validation = replace(SHORT, batch_size=3)
+    with pytest.raises(ValueError, match="batch_size 3 .* choose a multiple of 2"):
+        next(loop(state, sets, phases(4), validation, runtime=Runtime(accumulation=2)))
+    assert state.step == 0
