@@ -89,13 +89,13 @@ def validate(state, data, noise_scheduler, validation, runtime):
     """
     parameters, unet = state.parameters, state.unet
     present = [p.detach().clone() for p in parameters]
+    start = state.ema.shadow_params if state.ema else present
     batches = fixed_batches(data, noise_scheduler, validation)
     generator = torch.Generator().manual_seed(validation.seed + 1)
     optimizer = make_optimizer("adam", parameters, validation.lr)
     try:
         if state.ema is not None:
             state.ema.copy_to(parameters)
-        start = [p.detach().clone() for p in parameters]
         before = image_losses(unet, batches)
         for _ in range(validation.steps):
             batch = draw_minibatch(data.forget, noise_scheduler, validation.batch_size, generator)

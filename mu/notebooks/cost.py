@@ -178,6 +178,8 @@ def average_flops(costs, objective):
     w, trajectory = objective.weights, objective.method.trajectory
     clean = 1 / objective.clean_every if w.clean else 0
     m = float(np.mean(objective.inner.steps))
+    if objective.inner.horizon:
+        m *= 1 + np.mean(objective.inner.head_start) / np.mean(objective.inner.horizon)
     replay = (m - 1) / 2 * flops["inner"] if objective.inner.order == "second" else 0
     simulated = clean + (1 - clean) * is_attacked(w)
     # the latest of n stops is on average at n / (n + 1) of a trajectory, sampled every n steps
@@ -291,6 +293,14 @@ def peak_bytes(pipe, network, objective, p, costs):
     return {name: n for name, n in kept.items() if n}, phases
 
 
+def with_validation(found, network, validation, accumulation):
+    """Return what `peak_bytes` found, with the peak of the validation as a further phase."""
+    most, kept, peak = found
+    own = validation_bytes(network, validation, fake_network(network)[3], accumulation)
+    peak = peak | {"validation": sum(kept.values()) + own}
+    return max(most, peak["validation"]), kept, peak
+
+
 def validation_flops(network, validation):
     """Return the FLOPs of validation per outer step."""
     if not validation.every:
@@ -298,6 +308,13 @@ def validation_flops(network, validation):
     attack = validation.steps * pass_cost(network, "train", validation.batch_size).flops
     measured = 2 * len(FIXED) * pass_cost(network, "sample", validation.images).flops
     return (attack + measured) / validation.every
+
+
+def validation_bytes(network, validation, trained, accumulation):
+    """Return the peak of a validation: a copy of θ, Adam's moments, a gradient, and its passes."""
+    attack = pass_cost(network, "train", validation.batch_size, accumulation).memory
+    measured = pass_cost(network, "sample", min(16, validation.images)).memory
+    return 2 * theta_bytes(trained) + moment_bytes("adam", trained) + max(attack, measured)
 
 
 def estimate(model, parameters=None, gpu=True):
@@ -325,6 +342,8 @@ def estimate(model, parameters=None, gpu=True):
         kept, peak = peak_bytes(pipe, network, phase.objective, p, costs)
         peaks.append((max(peak.values()), kept, peak))
         flops += phase.steps * average_flops(costs, phase.objective)
+    if validation.every:
+        peaks = [with_validation(each, network, validation, p["accumulation"]) for each in peaks]
     steps = sum(phase.steps for phase in phases)
     most, kept, peak = max(peaks, key=itemgetter(0))
     kept = {name: n / GIB for name, n in kept.items()}

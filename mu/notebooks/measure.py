@@ -18,9 +18,10 @@ from mu.frozen import frozen_copy, offload
 from mu.notebooks.cost import DEFAULTS, GIB, module_bytes
 from mu.notebooks.trace import Tracker, blank
 from mu.parallel import Runtime
-from mu.runs.parameters import FLAT, average_decay, check_method, make_objective
+from mu.phases import Phase, unlearn_in_phases
+from mu.runs.parameters import FLAT, average_decay, check_method, make_phases
 from mu.state import State
-from mu.train import unlearn
+from mu.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,17 @@ def unet_share(steps):
     return union(spans["unet pass"]) / union(spans["all steps"]), result
 
 
-def prepare_loop(pipe, p, data):
-    """Return a function that trains until a given step and returns the records."""
+def prepare_loop(pipe, p, data, steps):
+    """Return a function that trains until a given step and returns the records.
+
+    It trains the last phase, without head starts of attackers; validation runs if it comes within
+    `steps`.
+    """
     loss, subset = check_method(p["method"])
-    objective = make_objective({name: p[name] for name in FLAT}, loss)
+    loop = {name: p[name] for name in (*FLAT, "steps", "phases", "validation")}
+    phases, validation = make_phases(loop, loss, p["lr"])
+    last = phases[-1].objective
+    objective = replace(last, inner=replace(last.inner, head_start=0))
     unet_frozen = frozen_copy(pipe.unet, p["frozen_dtype"])
     ema = average_decay(p["ema"], loss)
     subset = p["subset"] or subset
@@ -100,16 +108,19 @@ def prepare_loop(pipe, p, data):
     runtime = Runtime(
         p["accumulation"], p["snapshot"] or None, p["half_pool"], loss_scale(pipe.precision)
     )
-    fixed = (state, unet_frozen, pipe.scheduler, data, objective)
+    validation = validation if validation.every <= steps else Validation(every=0)
+    fixed = (state, unet_frozen, pipe.scheduler, data)
 
     def train_until(step):
-        return list(unlearn(*fixed, steps=step, runtime=runtime))
+        phase = Phase("rehearsal", step, objective, p["lr"])
+        state.phase, state.phase_start = 0, 0
+        return list(unlearn_in_phases(*fixed, [phase], validation=validation, runtime=runtime))
 
     return train_until
 
 
 def rehearse(pipe, parameters, steps=1, profiled_steps=0):
-    """Run the first steps of a training as `mu.runs.train` would; returns what they took.
+    """Run steps of the last phase of a training as `mu.runs.train` would; returns what they took.
 
     The pipeline's UNet is trained; its other parts leave the device with `offload`. The first step
     reaches the peak memory, except for a simulated CLEAN fine-tuning.
@@ -130,7 +141,7 @@ def rehearse(pipe, parameters, steps=1, profiled_steps=0):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.nullcontext() if cuda else Tracker() as tracker:
-        train_until = prepare_loop(pipe, p, data)
+        train_until = prepare_loop(pipe, p, data, steps)
         records = train_until(steps)
     peak = torch.cuda.max_memory_allocated() if cuda else here + max(tracker.timeline)
     flops = math.nan if cuda else tracker.flops / steps

@@ -82,6 +82,7 @@ CASES = {
     "lora": META | LORA | dict(accumulation=2),
     "sdd": META | dict(method="sdd"),
     "persistent": META | dict(horizon=(40, 80), pool=1, clean=0.0, ema=0.9),
+    "validation": META | dict(validation={"every": 2, "steps": 2, "batch_size": 48}),
     "closed form": META | dict(method="rece"),
     "second order": META | dict(order="second", inner_batch_size=32, ascent=0.0),
 }
@@ -107,7 +108,9 @@ def test_the_real_loop_takes_what_was_predicted(folder, name, request):
     measured = rehearse(pipe, p, steps=2)
     assert predicted - others == pytest.approx(measured.gib * GIB - others, rel=0.06)
     assert len(measured.records) == 2
-    if name not in ("clean", "plain"):  # there the random length of a trajectory dominates
+    if name == "validation":
+        assert found.phases["validation"] == max(found.phases.values())
+    elif name not in ("clean", "plain"):  # there the random length of a trajectory dominates
         assert found.flops == pytest.approx(measured.flops, rel=0.05)
 
 
