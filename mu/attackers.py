@@ -32,7 +32,7 @@ class Inner:
     one_prompt: float = 0.0  # share of these that see a single prompt
     images: int | tuple[int, int] = 0  # that one of the others sees; 0: all
     restart_below: float = -1.0  # cosine with a fresh attack below which an attacker restarts
-    head_start: int = 0  # steps that an attacker runs at once when it starts, if more than M
+    head_start: int | tuple[int, int] = 0  # steps at once when it starts, before these H; uniform
     rests: int = 0  # visits that an attacker at its horizon stands still for, before it restarts
     rank: tuple[int, ...] = (0,)  # one of them, of an own LoRA; 0: it trains the full weights
     lora_lr: float | tuple[float, float] = (3e-4, 3e-3)  # as lr, of those with a LoRA
@@ -135,8 +135,9 @@ class Simulator:
             member = Member(self.plan(attacker, steps, prompt))
         if self.inner.horizon:
             self.pool[attacker.slot] = member
-        if starts and self.inner.horizon:
-            steps = max(steps, self.inner.head_start)
+        if starts and self.inner.horizon and self.inner.head_start:
+            steps = max(steps, draw_choice(self.inner.head_start, self.generator))
+            member.plan.horizon += steps
         steps = min(steps, member.plan.horizon - member.steps)
         batches = [draw_batch(attacker.trains_on, member.plan.images) for _ in range(steps)]
         outer = retained | {"forget": draw_batch("forget", ())}

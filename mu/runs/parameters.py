@@ -63,6 +63,7 @@ PAIRS = (
     "inner_steps",
     "inner_lr",
     "horizon",
+    "head_start",
     "inner_images",
     "lora_lr",
 )  # lowest and highest
