@@ -1,4 +1,4 @@
-"""The defender's own test of a training: a fresh attack from the averaged weights."""
+"""The defender's own test of a training: fresh attacks from the averaged weights."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,13 +17,14 @@ FIXED = ("related", "unrelated", "forget")
 
 @dataclass(frozen=True)
 class Validation:
-    """A fresh attack on the defender's images, and when it counts as having broken an image.
+    """Fresh attacks on the defender's images, and when they count as having broken an image.
 
-    Neither the images nor the prompts of the attack that is reported are used.
+    One attack has all images of the forget set, the other those of one prompt, as HRM-m and HRM-s
+    have. Neither the images nor the prompts of the attacks that are reported are used.
     """
 
     every: int = 30  # outer steps between two validations; 0: never
-    steps: int = 50  # of the attack
+    depths: tuple[int, ...] = (50, 100)  # steps of an attack after which losses are measured
     lr: float = 6e-5  # of its Adam
     batch_size: int = 4
     images: int = 48  # per set, with fixed noise and timesteps
@@ -40,26 +41,43 @@ class Validation:
                 f"shards: choose a multiple of {shards}"
             )
 
+    def attacks(self, forget):
+        """Return attack → images that it fine-tunes on; one attack if all have the same prompt."""
+        only = forget.prompt[self.seed % len(forget.prompt)]
+        part = torch.nonzero(forget.prompt == only).flatten()
+        if len(part) == len(forget.prompt):
+            return {"all images": forget}
+        return {"all images": forget, "one prompt": forget.subset(part)}
+
 
 class Found(NamedTuple):
     """What a validation found, on fixed images, noise and timesteps."""
 
     before: dict[str, torch.Tensor]  # set → loss of each image at θ
-    after: dict[str, torch.Tensor]  # set → the same after the attack
-    cosines: dict[str, float]  # slot → of the displacements of the attack and of the pool's member
+    after: dict[tuple[str, int], dict]  # attack and its steps → set → loss of each image
+    cosines: dict[str, float]  # slot → of a member's displacement and that of the nearest attack
     passes: int
 
+    def share(self, where, name, factor):
+        """Return the share of images of a set whose loss an attack has multiplied by `factor`."""
+        return (self.after[where][name] > factor * self.before[name]).float().mean().item()
+
     def broken(self, name, factor):
-        """Return the share of images of a set whose loss the attack multiplies by `factor`."""
-        return (self.after[name] > factor * self.before[name]).float().mean().item()
+        """Return the mean `share` of all attacks and depths."""
+        shares = [self.share(where, name, factor) for where in self.after]
+        return sum(shares) / len(shares)
 
     def losses(self, factor):
         """Return what a record shows, by name."""
         out = {}
         for name in FIXED:
+            after = [found[name].mean().item() for found in self.after.values()]
             out[f"validation {name}"] = self.before[name].mean().item()
-            out[f"validation {name} after"] = self.after[name].mean().item()
+            out[f"validation {name} after"] = sum(after) / len(after)
         out["validation broken"] = self.broken("related", factor)
+        for attack, step in self.after:
+            share = self.share((attack, step), "related", factor)
+            out[f"validation broken, {attack}, {step}"] = share
         return out | {f"validation cosine {slot}": value for slot, value in self.cosines.items()}
 
 
@@ -81,32 +99,47 @@ def cosine(one, other):
     return product / (norms[0] * norms[1]) if all(norms) else 0.0
 
 
-def validate(state, data, noise_scheduler, validation, runtime):
-    """Attack the averaged weights afresh and measure; returns `Found`, and leaves θ as it was.
+def fresh_attack(state, images, noise_scheduler, validation, runtime):
+    """Fine-tune the weights that the defender trains; yields the steps done at each depth.
 
-    The attack trains the weights that the defender trains, on the forget set. Its draws are the
-    same each time.
+    The draws are the same each time.
     """
-    parameters, unet = state.parameters, state.unet
-    present = [p.detach().clone() for p in parameters]
+    generator = torch.Generator().manual_seed(validation.seed + 1)
+    optimizer = make_optimizer("adam", state.parameters, validation.lr)
+    for step in range(1, max(validation.depths) + 1):
+        batch = draw_minibatch(images, noise_scheduler, validation.batch_size, generator)
+        (loss,) = squared_errors(state.unet, [denoising(local_shard(batch))], runtime.accumulation)
+        inner_step(state.parameters, loss, optimizer, runtime.loss_scale)
+        if step in validation.depths:
+            yield step
+
+
+def member_cosines(state, start):
+    """Return slot → cosine of a member's displacement and that of the weights from `start`."""
+    moved = [p.detach() - s for p, s in zip(state.parameters, start, strict=True)]
+    members = {slot: m for slot, m in state.pool.items() if m.coordinates}
+    return {slot: cosine(moved, displacement(m, state.named)) for slot, m in members.items()}
+
+
+def validate(state, data, noise_scheduler, validation, runtime):
+    """Attack the averaged weights afresh and measure; returns `Found`, and leaves θ as it was."""
+    present = [p.detach().clone() for p in state.parameters]
     start = state.ema.shadow_params if state.ema else present
     batches = fixed_batches(data, noise_scheduler, validation)
-    generator = torch.Generator().manual_seed(validation.seed + 1)
-    optimizer = make_optimizer("adam", parameters, validation.lr)
+    before, after, cosines = None, {}, {}
+    attacks = validation.attacks(data.forget)
     try:
-        if state.ema is not None:
-            state.ema.copy_to(parameters)
-        before = image_losses(unet, batches)
-        for _ in range(validation.steps):
-            batch = draw_minibatch(data.forget, noise_scheduler, validation.batch_size, generator)
-            term = denoising(local_shard(batch))
-            (loss,) = squared_errors(unet, [term], runtime.accumulation)
-            inner_step(parameters, loss, optimizer, runtime.loss_scale)
-        after = image_losses(unet, batches)
-        moved = [p.detach() - s for p, s in zip(parameters, start, strict=True)]
+        for attack, images in attacks.items():
+            with torch.no_grad():
+                torch._foreach_copy_(state.parameters, start)
+            before = before or image_losses(state.unet, batches)
+            for step in fresh_attack(state, images, noise_scheduler, validation, runtime):
+                after[attack, step] = image_losses(state.unet, batches)
+                if step == min(validation.depths):
+                    for slot, value in member_cosines(state, start).items():
+                        cosines[slot] = max(value, cosines.get(slot, -1.0))
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, present)
-    members = {slot: m for slot, m in state.pool.items() if m.coordinates}
-    cosines = {slot: cosine(moved, displacement(m, state.named)) for slot, m in members.items()}
-    return Found(before, after, cosines, validation.steps + 2)
+            torch._foreach_copy_(state.parameters, present)
+    passes = len(attacks) * max(validation.depths) + 1 + len(after)
+    return Found(before, after, cosines, passes)

@@ -305,9 +305,10 @@ def validation_flops(network, validation):
     """Return the FLOPs of validation per outer step."""
     if not validation.every:
         return 0.0
-    attack = validation.steps * pass_cost(network, "train", validation.batch_size).flops
-    measured = 2 * len(FIXED) * pass_cost(network, "sample", validation.images).flops
-    return (attack + measured) / validation.every
+    attack = max(validation.depths) * pass_cost(network, "train", validation.batch_size).flops
+    times = 1 + 2 * len(validation.depths)  # before, and after two attacks
+    measured = times * len(FIXED) * pass_cost(network, "sample", validation.images).flops
+    return (2 * attack + measured) / validation.every
 
 
 def validation_bytes(network, validation, trained, accumulation):

@@ -23,7 +23,7 @@ ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4)
 WARM = ASCENT | dict(
     self_destruct=4.0, inner_lr=1e-2, inner_optimizer="adam", inner_steps=2, horizon=8
 )
-SHORT = Validation(every=2, steps=2, lr=1e-2, batch_size=2, images=6)
+SHORT = Validation(every=2, depths=(1, 2), lr=1e-2, batch_size=2, images=6)
 
 
 def phases(*steps, until=0.0, anneal=False):
@@ -79,7 +79,7 @@ def test_a_phase_ends_when_the_attack_breaks_enough(sets, until, steps, monkeypa
         share = 0.6 if state.step >= 4 else 0.1
         images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
         broken = torch.where(torch.arange(10) < 10 * share, 1.0, 0.1)
-        return Found(images, images | {"related": broken}, {}, 5)
+        return Found(images, {("all images", 2): images | {"related": broken}}, {}, 5)
 
     monkeypatch.setattr("mu.phases.validate", pretend)
     state = make_state()
@@ -115,10 +115,51 @@ def test_a_validation_changes_nothing_and_repeats_itself(sets):
     one, other = validate(*fixed), validate(*fixed)
     for name, value in state.tensors().items():
         assert torch.equal(value, before[name]), name
-    for kind in ("before", "after"):
-        for name, losses in getattr(one, kind).items():
-            assert torch.equal(losses, getattr(other, kind)[name])
-    assert not torch.equal(one.before["forget"], one.after["forget"])
+    for name, losses in one.before.items():
+        assert torch.equal(losses, other.before[name])
+    for where, found in one.after.items():
+        for name, losses in found.items():
+            assert torch.equal(losses, other.after[where][name])
+        assert not torch.equal(one.before["forget"], found["forget"])
+
+
+def test_a_validation_attacks_with_all_images_and_with_those_of_one_prompt(sets):
+    """Its numbers are those of two attacks written by hand, at each depth."""
+    state, scheduler, losses = make_state(), tiny.make_scheduler(), {}
+    found = validate(state, Data(*sets), scheduler, SHORT, Runtime())
+    batches = fixed_batches(Data(*sets), scheduler, SHORT)
+    chosen = sets[0].prompt[SHORT.seed % len(sets[0].prompt)]
+    one_prompt = sets[0].subset(torch.nonzero(sets[0].prompt == chosen).flatten())
+    for attack, images in {"all images": sets[0], "one prompt": one_prompt}.items():
+        unet = tiny.make_unet()
+        adam = torch.optim.Adam(unet.parameters(), lr=SHORT.lr)
+        generator = torch.Generator().manual_seed(SHORT.seed + 1)
+        for step in SHORT.depths:
+            adam.zero_grad()
+            denoising_loss(unet, draw_minibatch(images, scheduler, 2, generator)).backward()
+            adam.step()
+            losses[attack, step] = image_losses(unet, batches)
+    assert list(found.after) == list(losses)
+    for where, expected in losses.items():
+        for name in expected:
+            torch.testing.assert_close(found.after[where][name], expected[name])
+
+
+def test_one_prompt_needs_no_second_attack(sets):
+    first = torch.nonzero(sets[0].prompt == sets[0].prompt[0]).flatten()
+    assert list(SHORT.attacks(sets[0].subset(first))) == ["all images"]
+
+
+def test_an_image_is_broken_if_its_loss_has_grown_by_the_factor():
+    losses = {name: torch.tensor([0.1, 0.2]) for name in ("related", "unrelated", "forget")}
+    first = losses | {"related": torch.tensor([0.31, 0.4])}
+    second = losses | {"related": torch.tensor([0.31, 0.7])}
+    found = Found(losses, {("all images", 50): first, ("one prompt", 50): second}, {}, 0)
+    shown = found.losses(3.0)
+    assert shown["validation broken"] == found.broken("related", 3.0) == 0.75
+    assert shown["validation broken, all images, 50"] == 0.5
+    assert shown["validation broken, one prompt, 50"] == 1.0
+    assert shown["validation related after"] == pytest.approx((0.355 + 0.505) / 2)
 
 
 def test_a_validation_attacks_the_average(sets):
@@ -136,7 +177,7 @@ def test_a_validation_finds_the_members_that_go_its_way(sets):
     start = [p.detach().clone() for p in state.parameters]
     adam = torch.optim.Adam(state.parameters, lr=SHORT.lr)
     generator = torch.Generator().manual_seed(SHORT.seed + 1)
-    for _ in range(SHORT.steps):
+    for _ in range(min(SHORT.depths)):
         denoising_loss(state.unet, draw_minibatch(sets[0], scheduler, 2, generator)).backward()
         adam.step()
         adam.zero_grad()
@@ -147,7 +188,9 @@ def test_a_validation_finds_the_members_that_go_its_way(sets):
     state.pool["forget 1"] = Member(Plan(9), 2, coordinates=[-delta for delta in moved])
     state.pool["unrelated 0"] = Member(Plan(9), 0)
     found = validate(state, Data(*sets), scheduler, SHORT, Runtime())
-    assert found.cosines == pytest.approx({"forget 0": 1.0, "forget 1": -1.0}, abs=1e-3)
+    assert set(found.cosines) == {"forget 0", "forget 1"}
+    assert found.cosines["forget 0"] == pytest.approx(1.0, abs=1e-3)
+    assert -1 < found.cosines["forget 1"] < 0  # that with the nearest of two attacks
 
 
 def test_the_result_is_the_best_average(sets, monkeypatch):
@@ -156,7 +199,7 @@ def test_the_result_is_the_best_average(sets, monkeypatch):
     def pretend(state, *_):
         images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
         broken = torch.where(torch.arange(10) < 10 * scores[state.step], 1.0, 0.1)
-        return Found(images, images | {"related": broken}, {}, 5)
+        return Found(images, {("all images", 2): images | {"related": broken}}, {}, 5)
 
     monkeypatch.setattr("mu.phases.validate", pretend)
     state = make_state()
@@ -175,7 +218,8 @@ def test_harm_at_theta_lowers_the_score(sets, monkeypatch):
         images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
         if state.step > 2:
             images["unrelated"] = torch.full((10,), 9.0)
-        return Found(images, images | {"related": torch.ones(10)}, {}, 5)
+        after = {("all images", 2): images | {"related": torch.ones(10)}}
+        return Found(images, after, {}, 5)
 
     monkeypatch.setattr("mu.phases.validate", pretend)
     state = make_state()

@@ -82,7 +82,7 @@ CASES = {
     "lora": META | LORA | dict(accumulation=2),
     "sdd": META | dict(method="sdd"),
     "persistent": META | dict(horizon=(40, 80), pool=1, clean=0.0, ema=0.9),
-    "validation": META | dict(validation={"every": 2, "steps": 2, "batch_size": 48}),
+    "validation": META | dict(validation={"every": 2, "depths": [2], "batch_size": 48}),
     "closed form": META | dict(method="rece"),
     "second order": META | dict(order="second", inner_batch_size=32, ascent=0.0),
 }

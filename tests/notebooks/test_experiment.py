@@ -150,7 +150,7 @@ def test_attackers_persist_through_phases_with_a_validation(experiment):
         **META
         | dict(
             phases=[ascend, grow],
-            validation=dict(every=2, steps=2, images=2),
+            validation=dict(every=2, depths=[1, 2], images=2),
             ema=0.5,
             horizon=[2, 4],
             one_prompt=0.5,
