@@ -20,6 +20,27 @@ def inner_step(parameters, loss, optimizer, scale=1.0, check=None):
     return loss.detach()
 
 
+def check_order(order, optimizer, attack):
+    """Raise ValueError for an unknown order, and where the second is not exact."""
+    if order not in ("first", "second"):
+        raise ValueError(f"unknown order {order!r}: choose first or second")
+    if order == "second" and not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError("order 'second' is exact through SGD only: choose inner_optimizer sgd")
+    if order == "second" and attack is not None:
+        raise ValueError(
+            "order 'second' is exact for attacks that start at θ only: choose horizon 0, or order "
+            "first"
+        )
+
+
+def through_step(gradient, parameters, loss, lr):
+    """Return v − τ ∇²L v: a gradient v after an SGD step on L becomes the one before it."""
+    inner = gradients(loss, parameters, create_graph=True)
+    product = gradients(inner, parameters, grad_outputs=gradient, allow_unused=True)
+    pairs = zip(gradient, product, strict=True)
+    return [v if h is None else v - lr * h for v, h in pairs]
+
+
 def meta_gradient(
     parameters,
     inner_losses,
@@ -36,23 +57,14 @@ def meta_gradient(
     inner_losses: M functions without arguments, each the loss of one simulated step.
     outer_loss: function without arguments, called at θ_FT.
     order: "first" takes the gradient at θ_FT for that at θ (FOMAML). "second" is exact through
-    SGD: v ← v − τ ∇²L_m(θ_m) v for m = M … 1. Each θ_m is recomputed, so memory does not depend
-    on M, at the cost of M(M − 1)/2 more passes.
+    SGD: `through_step` for m = M … 1. Each θ_m is recomputed, so memory does not depend on M, at
+    the cost of M(M − 1)/2 more passes.
     attack: goes on from an earlier call (`mu.pool.FullWeights`, `mu.lowrank.LowRank`): θ_FT is
     then θ + δ after the steps, and the attack keeps the new δ. None: it starts at θ.
-    Raises ValueError for another order, or for the second with another optimizer than SGD or with
-    an attack that goes on.
+    Raises ValueError as `check_order` does.
     """
     runtime = runtime or Runtime()
-    if order not in ("first", "second"):
-        raise ValueError(f"unknown order {order!r}: choose first or second")
-    if order == "second" and not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError("order 'second' is exact through SGD only: choose inner_optimizer sgd")
-    if order == "second" and attack is not None:
-        raise ValueError(
-            "order 'second' is exact for attacks that start at θ only: choose horizon 0, or order "
-            "first"
-        )
+    check_order(order, optimizer, attack)
     start = [p.detach().to(runtime.snapshot or p.device, copy=True) for p in parameters]
 
     def replay(m):
@@ -76,10 +88,7 @@ def meta_gradient(
         for m in reversed(range(len(inner_losses))) if order == "second" else ():
             restore()
             replay(m)
-            inner = gradients(inner_losses[m](), parameters, create_graph=True)
-            product = gradients(inner, parameters, grad_outputs=gradient, allow_unused=True)
-            pairs = zip(gradient, product, strict=True)
-            gradient = [v if h is None else v - lr * h for v, h in pairs]
+            gradient = through_step(gradient, parameters, inner_losses[m](), lr)
     finally:
         restore()
         optimizer.state.clear()
