@@ -1,13 +1,14 @@
 """All random choices of one training step, drawn before anything is computed."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from mu.attackers import Simulation
 from mu.losses import Inputs, Minibatch, draw_minibatch
-from mu.models import select
+from mu.models import select, stack
 from mu.parallel import local_shard
 from mu.sampling import sample_trajectory
 
@@ -37,7 +38,7 @@ class Draws(NamedTuple):
     concept: Inputs | None  # points of trajectories, with the concept's prompt
     no_concept: Inputs | None  # the same latents with the empty or the replacing prompt
     retained: dict[str, Minibatch]  # of the related and the unrelated set
-    prompts: dict[str, Inputs]  # drift on noisy unrelated images with other prompts: empty, any
+    prompts: dict[str, Inputs]  # of other drift terms: empty, any, sampled
     ascent: Minibatch | None
     simulation: Simulation | None
 
@@ -47,30 +48,64 @@ def repeat(one_row, n):
     return select(one_row, torch.zeros(n, dtype=torch.long))
 
 
+def trajectory_points(state, use, n, trajectory, sample):
+    """Return the next n points of the trajectories that `trajectory.reuse` steps share.
+
+    sample: draws them anew, as rows of latents, timesteps and prompts.
+    """
+    position = state.step % trajectory.reuse
+    if use not in state.trajectories or position == 0:
+        state.trajectories[use] = sample()
+    rows = slice(position * n, (position + 1) * n)
+    return [x[rows] for x in state.trajectories[use]]
+
+
 def draw_concept(state, data, method, noise_scheduler):
     """Return ESD's and SDD's inputs: with the concept's prompt, and without the concept."""
     forget, g, n = data.forget, state.generators["unlearn"], method.batch_size
-    shape = forget.mean.shape[1:]
-    position = state.step % method.trajectory.reuse
-    if state.trajectory is None or position == 0:
+
+    def sample():
         prompt = torch.randint(len(forget.prompts), (n,), generator=g)
         conditioning = select(forget.conditioning, prompt)
+        fixed = (noise_scheduler, conditioning, data.unconditional, g, method.trajectory)
         with method.sampler(state) as sampler:
-            points = sample_trajectory(
-                sampler,
-                noise_scheduler,
-                conditioning,
-                data.unconditional,
-                g,
-                method.trajectory,
-                shape,
-            )
-        state.trajectory = (*points, prompt.repeat(method.trajectory.reuse))
-    rows = slice(position * n, (position + 1) * n)
-    latents, timesteps, prompt = (x[rows] for x in state.trajectory)
+            points = sample_trajectory(sampler, *fixed, forget.mean.shape[1:])
+        return *points, prompt.repeat(method.trajectory.reuse)
+
+    points = trajectory_points(state, "concept", n, method.trajectory, sample)
+    latents, timesteps, prompt = points
     concept = Inputs(latents, timesteps, select(forget.conditioning, prompt))
     no_concept = Inputs(latents, timesteps, repeat(data.replace or data.unconditional, n))
     return local_shard(concept), local_shard(no_concept)
+
+
+def draw_sampled(state, data, objective, noise_scheduler):
+    """Return points of θ's own trajectories, with their prompts and with the empty one.
+
+    The first half of the rows has related prompts, the second half unrelated ones. A model may
+    match the frozen one on noisy images and still leave them step by step when it samples.
+    """
+    related, unrelated, g = data.retain_related, data.retain_unrelated, state.generators["sampled"]
+    n = math.ceil(objective.retain_batch_size / 2)
+    trajectory = replace(objective.method.trajectory, guidance=objective.retain_guidance)
+    sizes = [(n // 2, related), (n - n // 2, unrelated)]
+
+    def conditioning(prompt):
+        parts = prompt.split([count for count, _ in sizes])
+        pairs = zip(sizes, parts, strict=True)
+        return stack(*(select(images.conditioning, part) for (_, images), part in pairs))
+
+    def sample():
+        draws = [torch.randint(len(x.prompts), (count,), generator=g) for count, x in sizes]
+        prompt = torch.cat(draws)
+        fixed = (noise_scheduler, conditioning(prompt), data.unconditional, g, trajectory)
+        points = sample_trajectory(state.unet, *fixed, related.mean.shape[1:])
+        return *points, prompt.repeat(trajectory.reuse)
+
+    latents, timesteps, prompt = trajectory_points(state, "sampled", n, trajectory, sample)
+    full = Inputs(latents, timesteps, conditioning(prompt))
+    empty = Inputs(latents, timesteps, repeat(data.unconditional, n))
+    return {"sampled": local_shard(full), "sampled empty": local_shard(empty)}
 
 
 def draw_prompts(data, objective, unrelated, generator):
@@ -106,6 +141,8 @@ def draw_step(state, data, objective, simulator, noise_scheduler):
         retained = {name: draw(name, g_retain, n) for name in ("related", "unrelated")}
     if weights.retain:
         prompts = draw_prompts(data, objective, retained["unrelated"], g_retain)
+        if "sampled" in objective.drift_terms:
+            prompts |= draw_sampled(state, data, objective, noise_scheduler)
     retained = {name: local_shard(batch) for name, batch in retained.items()}
     if weights.ascent:
         ascent = local_shard(draw("forget"))

@@ -8,7 +8,7 @@ from mu.frozen import reference
 from mu.losses import Term, denoising, predictions
 from mu.targets import ESD, SDD
 
-DRIFT_TERMS = ("related", "unrelated", "empty", "any")
+DRIFT_TERMS = ("related", "unrelated", "empty", "any", "sampled")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Objective:
     method: ESD | SDD = ESD()
     inner: Inner = Inner()
     clean_every: int = 3  # every n-th step simulates CLEAN instead of the attack
-    drift_terms: tuple[str, ...] = DRIFT_TERMS  # x of D: images, empty prompt, random prompts
+    drift_terms: tuple[str, ...] = DRIFT_TERMS[:-1]  # x of D: images, other prompts, own samples
+    retain_guidance: float = 5.0  # scale of the trajectories of "sampled"
     retain_batch_size: int = 16  # images per step and retain set; half for "empty" and "any"
     ascent_bound: float = float("inf")  # largest L(θ; forget) that ascent asks for
     timestep: int | None = None  # of every denoising loss; None: random

@@ -17,6 +17,7 @@ STREAMS = (
     "finetune",
     "angle",
     "attackers",
+    "sampled",
 )  # order fixes the seeds: append only
 TRAJECTORY = ("latents", "timesteps", "prompt")
 
@@ -41,7 +42,7 @@ class State:
     def __init__(
         self, unet, subset="f", lr=1e-5, optimizer="adamw", *, seed=0, rank=16, ema=0.0, named=None
     ):
-        self.unet, self.step, self.trajectory, self.pool = unet, 0, None, Pool()
+        self.unet, self.step, self.trajectories, self.pool = unet, 0, {}, Pool()
         self.phase, self.phase_start, self.best = 0, 0, None
         if optimizer not in OPTIMIZERS:  # before the UNet gets adapters
             make_optimizer(optimizer, [], lr)
@@ -83,9 +84,9 @@ class State:
             out |= {f"best/weights/{name}": p for name, p in pairs}
         out |= {f"pool/{name}": value for name, value in self.pool.tensors().items()}
         out |= {f"generator/{name}": g.get_state() for name, g in self.generators.items()}
-        if self.trajectory:
-            pairs = zip(TRAJECTORY, self.trajectory, strict=True)
-            out |= {f"trajectory/{name}": value for name, value in pairs}
+        for use, points in self.trajectories.items():
+            pairs = zip(TRAJECTORY, points, strict=True)
+            out |= {f"trajectory/{use}/{name}": value for name, value in pairs}
         return out
 
     @torch.no_grad()
@@ -118,10 +119,10 @@ class State:
         self.pool.load(kept)
         for name, g in self.generators.items():
             g.set_state(tensors[f"generator/{name}"].clone())
-        if "trajectory/latents" in tensors:
-            device = self.parameters[0].device
-            found = (tensors[f"trajectory/{name}"] for name in TRAJECTORY)
-            self.trajectory = tuple(value.to(device, copy=True) for value in found)
+        device = self.parameters[0].device
+        for use in {n.split("/")[1] for n in tensors if n.startswith("trajectory/")}:
+            found = (tensors[f"trajectory/{use}/{name}"] for name in TRAJECTORY)
+            self.trajectories[use] = tuple(value.to(device, copy=True) for value in found)
 
     @contextlib.contextmanager
     def averaged(self):

@@ -60,7 +60,8 @@ class Rows:
     concept: int  # noisy latents of ESD or SDD
     inner: int  # forget images of a minibatch
     retain: int  # images per retain set
-    prompts: int  # unrelated images with other prompts
+    prompts: int  # of other drift terms: unrelated images with other prompts, own samples
+    sampled: int  # own samples
 
 
 def with_defaults(parameters):
@@ -144,7 +145,8 @@ def count_rows(objective, p):
     concept, inner, retained, half = (n // p["processes"] for n in batches.values())
     is_empty = "empty" in objective.drift_terms
     is_any = "any" in objective.drift_terms and p["retain_prompts"] > 0
-    return Rows(concept, inner, retained, half * (is_empty + is_any))
+    sampled = half * ("sampled" in objective.drift_terms)
+    return Rows(concept, inner, retained, half * (is_empty + is_any) + 2 * sampled, sampled)
 
 
 def step_costs(network, objective, rows, accumulation):
@@ -162,6 +164,7 @@ def step_costs(network, objective, rows, accumulation):
 
     return {
         "trajectory": pass_cost(network, "sample", 2 * rows.concept),
+        "own samples": pass_cost(network, "sample", 2 * rows.sampled),
         "target": pass_cost(network, "sample", rows.concept * isinstance(method, SDD)),
         "frozen": cost("frozen", asked),
         "theta": cost("train", at_theta),
@@ -183,8 +186,9 @@ def average_flops(costs, objective):
     replay = (m - 1) / 2 * flops["inner"] if objective.inner.order == "second" else 0
     simulated = clean + (1 - clean) * is_attacked(w)
     # the latest of n stops is on average at n / (n + 1) of a trajectory, sampled every n steps
+    drawn = flops["trajectory"] + flops["own samples"]
     return (
-        flops["trajectory"] * trajectory.steps / (trajectory.reuse + 1)
+        drawn * trajectory.steps / (trajectory.reuse + 1)
         + flops["target"]
         + flops["frozen"]
         + flops["theta"]
@@ -281,6 +285,7 @@ def peak_bytes(pipe, network, objective, p, costs):
     is_simulated = costs["inner"].memory > 0
     beyond = {
         "trajectory": costs["trajectory"].memory + kept["average"],
+        "own samples": costs["own samples"].memory,
         "frozen UNet": costs["frozen"].memory,
         "gradient at θ": costs["theta"].memory,
         "simulated fine-tuning": simulation_bytes(costs, objective, trained, keeps_theta),

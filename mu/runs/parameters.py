@@ -54,6 +54,7 @@ FLAT = {
     "clean_every": (Objective, "clean_every"),
     "drift_terms": (Objective, "drift_terms"),
     "retain_batch_size": (Objective, "retain_batch_size"),
+    "retain_guidance": (Objective, "retain_guidance"),
     "meta_clip": (Objective, "meta_clip"),
     "ascent_bound": (Objective, "ascent_bound"),
     "timestep": (Objective, "timestep"),

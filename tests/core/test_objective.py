@@ -91,7 +91,7 @@ def collect_draws(sets, options):
     state = State(unet, "u", lr=1e-3, seed=4)
     fixed = (state, tiny.frozen(unet), tiny.make_scheduler())
     for _ in unlearn(*fixed, *sets, steps=2, batch_size=2, trajectory_steps=8, **options):
-        drawn.append(state.trajectory)
+        drawn.append(state.trajectories["concept"])
     streams = {name: g.get_state() for name, g in state.generators.items()}
     return drawn, streams, tiny.weights(unet)
 
@@ -141,17 +141,18 @@ def test_one_step_follows_the_gradient_of_the_documented_objective(
     state.step = step
     # both use this trajectory: trajectories have their own tests
     g = torch.Generator().manual_seed(8)
-    state.trajectory = (
+    state.trajectories["concept"] = (
         torch.randn(12, 4, 8, 8, generator=g),
         torch.randint(1000, (12,), generator=g),
         torch.randint(2, (12,), generator=g),
     )
-    drawn = state.trajectory[:2]
+    drawn = state.trajectories["concept"][:2]
     monkeypatch.setattr(mu.draws, "sample_trajectory", lambda *_, **__: drawn)  # at step 0
     start = {name: p.detach().clone() for name, p in state.named.items()}
     sizes = dict(trajectory_reuse=3, inner_batch_size=5, retain_batch_size=5)
     (record,) = run(state, sets, step + 1, shifted_frozen(), clip=math.inf, **sizes, **options)
-    rows = [x[4 * step : 4 * step + 4] for x in state.trajectory]  # the loop draws the prompts
+    # the loop draws the prompts
+    rows = [x[4 * step : 4 * step + 4] for x in state.trajectories["concept"]]
     expected = objective_gradient(sets, 2, step, rows, **options)
     found = {name: start[name] - p.detach() for name, p in state.named.items()}  # learning rate 1
     difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
@@ -159,6 +160,40 @@ def test_one_step_follows_the_gradient_of_the_documented_objective(
     assert difference.norm() < 2e-5 * size
     assert size > 0.01
     assert record.step == step + 1
+
+
+def test_one_step_follows_the_drift_on_own_samples(sets, monkeypatch):
+    """Of 4 rows, 2 have related and 2 unrelated prompts; θ itself samples, at `retain_guidance`."""
+    g = torch.Generator().manual_seed(8)
+    z, t = torch.randn(4, 4, 8, 8, generator=g), torch.randint(1000, (4,), generator=g)
+    state = State(tiny.make_unet(), "u", lr=1.0, optimizer="sgd", seed=2)
+    asked, start = [], {name: p.detach().clone() for name, p in state.named.items()}
+
+    def sample(unet, _, conditioning, unconditional, generator, trajectory, shape):
+        asked.append((unet, trajectory.guidance, conditioning["encoder_hidden_states"]))
+        return z, t
+
+    monkeypatch.setattr(mu.draws, "sample_trajectory", sample)
+    options = dict(unlearn=0.0, retain=3.0, drift_terms=("sampled",), retain_batch_size=7)
+    (record,) = run(state, sets, 1, shifted_frozen(), clip=math.inf, retain_guidance=4.0, **options)
+    ((unet, guidance, states),) = asked
+    assert unet is state.unet and guidance == 4.0
+    for rows, concept_set in ((states[:2], sets[1]), (states[2:], sets[2])):
+        known = concept_set.conditioning["encoder_hidden_states"]
+        assert all(any(torch.equal(row, one) for one in known) for row in rows)
+    reference, frozen = tiny.make_unet(), shifted_frozen()
+    empty = sets[3]["encoder_hidden_states"].expand(4, -1, -1)
+    drifts = []
+    for c in (states, empty):
+        with torch.no_grad():
+            target = frozen(z, t, c).sample
+        drifts.append((reference(z, t, c).sample - target).pow(2).mean())
+    trained = dict(reference.named_parameters())
+    expected = torch.autograd.grad(sum(drifts), [trained[name] for name in state.named])
+    for (name, p), gradient in zip(state.named.items(), expected, strict=True):
+        torch.testing.assert_close(start[name] - p.detach(), gradient, rtol=1e-3, atol=1e-6)
+    names = ("sampled drift", "sampled empty drift")
+    assert [record.losses[name] for name in names] == pytest.approx([d.item() for d in drifts])
 
 
 def displacement(sets, **options):

@@ -19,7 +19,8 @@ from mu.state import State
 from mu.train import unlearn
 from mu.validation import Found, Validation, fixed_batches, validate
 
-ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4)
+ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4, trajectory_reuse=3)
+ASCENT |= dict(drift_terms=("related", "empty", "sampled"))
 WARM = ASCENT | dict(
     self_destruct=4.0, inner_lr=1e-2, inner_optimizer="adam", inner_steps=2, horizon=8
 )
