@@ -32,6 +32,7 @@ class Inner:
     one_prompt: float = 0.0  # share of these that see a single prompt
     images: int | tuple[int, int] = 0  # that one of the others sees; 0: all
     restart_below: float = -1.0  # cosine with a fresh attack below which an attacker restarts
+    restart_above: float = math.inf  # related loss at θ_FT above which an attacker restarts
     head_start: int | tuple[int, int] = 0  # steps at once when it starts, before these H; uniform
     rests: int = 0  # visits that an attacker at its horizon stands still for, before it restarts
     rank: tuple[int, ...] = (0,)  # one of them, of an own LoRA; 0: it trains the full weights
@@ -156,10 +157,16 @@ class Simulator:
         optimizer = self.optimizers[member.plan.optimizer]
         return FullWeights(member, self.parameters, optimizer, self.storage)
 
+    def destroyed(self, simulation, losses):
+        """Return whether an attack on the concept has destroyed itself: it teaches no more."""
+        on_concept = simulation.attacker.trains_on == "forget" and "related" in losses
+        return on_concept and losses["related"].item() > self.inner.restart_above
+
     def gradient(self, simulation: Simulation):
         """Return the gradient in θ of the weighted losses at θ_FT, and these losses by name.
 
-        Moves the simulation's member on by its inner steps.
+        Moves the simulation's member on by its inner steps. A member that has finished, has
+        destroyed itself, or has a loss that is not finite, starts anew at its next visit.
         """
         measured, losses, member = simulation.attacker.measured, {}, simulation.member
         bounds = dict(bound=self.inner.bound, image_bound=self.inner.image_bound)
@@ -191,6 +198,6 @@ class Simulator:
             member.rests += 1
         member.steps += len(simulation.batches)
         finite = all(math.isfinite(loss.item()) for loss in losses.values())
-        if member.finished or not finite:  # a resumed training gets another attacker
+        if member.finished or self.destroyed(simulation, losses) or not finite:
             member.finish()
         return gradient, {f"{name} after": loss.item() for name, loss in losses.items()}

@@ -42,10 +42,12 @@ def set_learning_rate(state, phases):
 def keep_best(state, found, original, validation):
     """Keep the averaged weights if no validation before has scored higher.
 
-    The score is the share of related images that the attack breaks, less what has grown beyond
-    `validation.tolerance`: the related and unrelated losses at θ, relative to the original's.
+    The score is the share of related images that the attacks break, less that of unrelated ones,
+    less what has grown beyond `validation.tolerance`: the related and unrelated losses at θ,
+    relative to the original's.
     """
-    score = found.broken("related", validation.broken)
+    broken = {name: found.broken(name, validation.broken) for name in ("related", "unrelated")}
+    score = broken["related"] - broken["unrelated"]
     for name in ("related", "unrelated"):
         growth = (found.before[name].mean() / original[name].mean()).item() - 1
         score -= max(0.0, growth - validation.tolerance)

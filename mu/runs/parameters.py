@@ -46,6 +46,7 @@ FLAT = {
     "one_prompt": (Inner, "one_prompt"),
     "inner_images": (Inner, "images"),
     "restart_below": (Inner, "restart_below"),
+    "restart_above": (Inner, "restart_above"),
     "head_start": (Inner, "head_start"),
     "rests": (Inner, "rests"),
     "inner_rank": (Inner, "rank"),
@@ -68,7 +69,7 @@ PAIRS = (
     "inner_images",
     "lora_lr",
 )  # lowest and highest
-BOUNDS = ("bound", "image_bound", "ascent_bound")  # 0: none
+BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above")  # 0: none
 LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated
 META_TERMS = ("relearn", "self_destruct", "clean", "ascent", "gradient_norm", "alignment")
 RUNTIME = (

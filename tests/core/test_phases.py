@@ -228,6 +228,20 @@ def test_harm_at_theta_lowers_the_score(sets, monkeypatch):
     assert state.best.step == 2
 
 
+def test_what_breaks_beside_the_related_images_lowers_the_score(sets, monkeypatch):
+    def pretend(state, *_):
+        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
+        after = {"related": torch.ones(10)}
+        if state.step > 2:
+            after["unrelated"] = torch.ones(10)
+        return Found(images, {("all images", 2): images | after}, {}, 5)
+
+    monkeypatch.setattr("mu.phases.validate", pretend)
+    state = make_state()
+    list(loop(state, sets, phases(1, 5)))
+    assert (state.best.step, state.best.score) == (2, pytest.approx(1.0))
+
+
 def test_meta_clip_bounds_the_gradient_after_the_attack(sets):
     """A large bound changes nothing; a small one lets the terms at θ decide."""
     weights = {}

@@ -283,6 +283,15 @@ def test_a_resting_attacker_keeps_its_displacement(sets):
     assert equal(before, state.pool["forget 0"].coordinates)
 
 
+@pytest.mark.parametrize("above, restarts", [(1e-9, True), (1e9, False)])
+def test_an_attacker_that_destroyed_itself_restarts_and_clean_does_not(sets, above, restarts):
+    options = META | dict(inner_steps=2, horizon=40, pool=1, clean=1.0, inner_batch_size=2)
+    state, _ = train(sets, steps=9, restart_above=above, **options)
+    assert state.pool["forget 0"].finished == restarts
+    assert bool(state.pool["forget 0"].coordinates) != restarts
+    assert state.pool["unrelated 0"].steps > 2
+
+
 @pytest.mark.parametrize(("head_start", "allowed"), [(5, {5}), ((4, 7), {4, 5, 6, 7})])
 def test_the_head_start_comes_at_once_and_the_horizon_after_it(sets, head_start, allowed):
     options = META | dict(inner_steps=2, horizon=4, clean=0.0, inner_batch_size=2, pool=1)
