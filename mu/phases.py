@@ -22,7 +22,7 @@ class Phase:
     steps: int  # at most
     objective: Objective
     lr: float
-    until: float = 0.0  # share of related images that the fresh attack must break; 0: all steps
+    until: float = 0.0  # score of a validation, see `keep_best`, that ends it; 0: all steps
     anneal: bool = False  # lower the learning rate linearly to 0
 
 
@@ -40,7 +40,7 @@ def set_learning_rate(state, phases):
 
 
 def keep_best(state, found, original, validation):
-    """Keep the averaged weights if no validation before has scored higher.
+    """Keep the averaged weights if no validation before has scored higher; returns the score.
 
     The score is the share of related images that the attacks break, less that of unrelated ones,
     less what has grown beyond `validation.tolerance`: the related and unrelated losses at θ,
@@ -54,6 +54,7 @@ def keep_best(state, found, original, validation):
     if state.best is None or score > state.best.score:
         source = state.ema.shadow_params if state.ema else state.parameters
         state.best = Best(score, state.step, [p.detach().clone() for p in source])
+    return score
 
 
 def restart_lost(pool, cosines, below):
@@ -76,7 +77,7 @@ def unlearn_in_phases(
     """Run `mu.train.unlearn` for one phase after the other; yields its records.
 
     Every `validation.every` steps a fresh attack runs, and what it finds joins the losses of the
-    record. A phase ends when the attack breaks enough, or after its steps. The result is the best
+    record. A phase ends when a validation scores enough, or after its steps. The result is the best
     validated average: `State.release`.
     """
     fixed = (unet_frozen, noise_scheduler, data)
@@ -89,14 +90,13 @@ def unlearn_in_phases(
         phase, end = phases[state.phase], phase_end(state, phases)
         set_learning_rate(state, phases)
         for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
-            broken = 0.0
+            score = 0.0
             if validation.every and state.step % validation.every == 0:
                 found = validate(state, data, noise_scheduler, validation, runtime)
-                keep_best(state, found, original, validation)
+                score = keep_best(state, found, original, validation)
                 restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
-                broken = found.broken("related", validation.broken)
                 record = joined(record, found, validation, state.phase)
-            ends = state.step == end or (phase.until and broken >= phase.until)
+            ends = state.step == end or (phase.until and score >= phase.until)
             if ends:  # before the record is seen: a checkpoint of this step starts the next phase
                 state.phase, state.phase_start = state.phase + 1, state.step
             yield record
