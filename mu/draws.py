@@ -54,10 +54,10 @@ def trajectory_points(state, use, n, trajectory, sample):
     sample: draws them anew, as rows of latents, timesteps and prompts.
     """
     position = state.step % trajectory.reuse
-    if use not in state.trajectories or position == 0:
-        state.trajectories[use] = sample()
-    rows = slice(position * n, (position + 1) * n)
-    return [x[rows] for x in state.trajectories[use]]
+    points = state.trajectories.get(use)
+    if points is None or position == 0 or len(points[0]) != n * trajectory.reuse:  # a new phase
+        points = state.trajectories[use] = sample()
+    return [x[position * n : (position + 1) * n] for x in points]
 
 
 def draw_concept(state, data, method, noise_scheduler):
@@ -72,8 +72,8 @@ def draw_concept(state, data, method, noise_scheduler):
             points = sample_trajectory(sampler, *fixed, forget.mean.shape[1:])
         return *points, prompt.repeat(method.trajectory.reuse)
 
-    points = trajectory_points(state, "concept", n, method.trajectory, sample)
-    latents, timesteps, prompt = points
+    drawn = trajectory_points(state, "concept", n, method.trajectory, sample)
+    latents, timesteps, prompt = drawn
     concept = Inputs(latents, timesteps, select(forget.conditioning, prompt))
     no_concept = Inputs(latents, timesteps, repeat(data.replace or data.unconditional, n))
     return local_shard(concept), local_shard(no_concept)

@@ -42,14 +42,7 @@ def through_step(gradient, parameters, loss, lr):
 
 
 def meta_gradient(
-    parameters,
-    inner_losses,
-    outer_loss,
-    optimizer,
-    lr,
-    order="first",
-    runtime=None,
-    attack=None,
+    parameters, inner_losses, outer_loss, optimizer, lr, order="first", runtime=None, attack=None
 ):
     """Return outer_loss(θ_FT) and its gradient in θ; θ_FT is θ after one step per inner loss.
 

@@ -42,8 +42,10 @@ class Objective:
     θ_FT and θ_CL are θ after a simulated fine-tuning on the forget and on the unrelated set
     (`mu.meta.Attacker`). Every loss is a mean over elements. The two losses of a bracket share
     images, noise and timesteps. The drift D(θ; x) is the mean squared difference to the frozen
-    UNet's predictions: the denoising loss without the noise of its target. With relearn =
-    self_destruct = clean = 0 this is plain ESD or SDD, bit for bit.
+    UNet's predictions: the denoising loss without the noise of its target. Its x are noisy
+    related and unrelated images ("related", "unrelated"), unrelated ones with the empty prompt
+    ("empty") or a random one ("any"), and points of θ's own trajectories ("sampled").
+    With relearn = self_destruct = clean = 0 this is plain ESD or SDD, bit for bit.
     """
 
     weights: Weights = Weights()
@@ -52,7 +54,7 @@ class Objective:
     clean_every: int = 3  # every n-th step simulates CLEAN instead of the attack
     drift_terms: tuple[str, ...] = DRIFT_TERMS[:-1]  # x of D: images, other prompts, own samples
     retain_guidance: float = 5.0  # scale of the trajectories of "sampled"
-    retain_batch_size: int = 16  # images per step and retain set; half for "empty" and "any"
+    retain_batch_size: int = 16  # images per step and retain set; half for the other x
     ascent_bound: float = float("inf")  # largest L(θ; forget) that ascent asks for
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient

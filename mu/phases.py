@@ -76,9 +76,9 @@ def unlearn_in_phases(
 ):
     """Run `mu.train.unlearn` for one phase after the other; yields its records.
 
-    Every `validation.every` steps a fresh attack runs, and what it finds joins the losses of the
-    record. A phase ends when a validation scores enough, or after its steps. The result is the best
-    validated average: `State.release`.
+    Every `validation.every` steps fresh attacks run, and what they find joins the losses of the
+    record, with the score and the number of the phase. A phase ends when a validation scores
+    enough, or after its steps. The result is the best validated average: `State.release`.
     """
     fixed = (unet_frozen, noise_scheduler, data)
     original = None
@@ -95,7 +95,9 @@ def unlearn_in_phases(
                 found = validate(state, data, noise_scheduler, validation, runtime)
                 score = keep_best(state, found, original, validation)
                 restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
-                record = joined(record, found, validation, state.phase)
+                own = {"validation phase": state.phase, "validation score": score}
+                losses = record.losses | found.losses(validation.broken) | own
+                record = replace(record, losses=losses, passes=record.passes + found.passes)
             ends = state.step == end or (phase.until and score >= phase.until)
             if ends:  # before the record is seen: a checkpoint of this step starts the next phase
                 state.phase, state.phase_start = state.phase + 1, state.step
@@ -103,9 +105,3 @@ def unlearn_in_phases(
             if ends:
                 break
             set_learning_rate(state, phases)
-
-
-def joined(record, found, validation, phase):
-    """Return a record with what a validation found, and in which phase, by number."""
-    losses = record.losses | found.losses(validation.broken) | {"validation phase": phase}
-    return replace(record, losses=losses, passes=record.passes + found.passes)

@@ -33,7 +33,12 @@ class Validation:
     seed: int = 77
 
     def check(self, runtime):
-        """Raise ValueError for a batch that does not divide, before the first step is taken."""
+        """Raise ValueError for what cannot run, before the first step is taken."""
+        if self.every and min(self.depths, default=0) < 1:
+            raise ValueError(
+                f"validation: depths {list(self.depths)} are no numbers of steps: give one or more "
+                "from 1 on, such as [50, 100]"
+            )
         shards = PartialState().num_processes * runtime.accumulation
         if self.every and self.batch_size % shards:
             raise ValueError(

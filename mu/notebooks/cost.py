@@ -277,7 +277,7 @@ def simulation_bytes(costs, objective, trained, keeps_theta):
     return peak + theta * (1 + keeps_theta) + moments
 
 
-def peak_bytes(pipe, network, objective, p, costs):
+def peak_bytes(pipe, network, objective, p, costs, validation):
     """Return what is kept, name → bytes, and the peak of each phase."""
     kept = kept_bytes(pipe, network, objective, p)
     trained = fake_network(network)[3]
@@ -290,20 +290,13 @@ def peak_bytes(pipe, network, objective, p, costs):
         "gradient at θ": costs["theta"].memory,
         "simulated fine-tuning": simulation_bytes(costs, objective, trained, keeps_theta),
         "update": theta_bytes(trained) * (1 + is_simulated),
+        "validation": validation_bytes(network, validation, trained, p["accumulation"]),
     }
     total = sum(kept.values())
     phases = {name: total + more for name, more in beyond.items() if more}
     # before anything is offloaded
     phases["start"] = kept["UNet"] + kept["frozen UNet"] + encoder_bytes(pipe)
     return {name: n for name, n in kept.items() if n}, phases
-
-
-def with_validation(found, network, validation, accumulation):
-    """Return what `peak_bytes` found, with the peak of the validation as a further phase."""
-    most, kept, peak = found
-    own = validation_bytes(network, validation, fake_network(network)[3], accumulation)
-    peak = peak | {"validation": sum(kept.values()) + own}
-    return max(most, peak["validation"]), kept, peak
 
 
 def validation_flops(network, validation):
@@ -318,9 +311,11 @@ def validation_flops(network, validation):
 
 def validation_bytes(network, validation, trained, accumulation):
     """Return the peak of a validation: a copy of θ, Adam's moments, a gradient, and its passes."""
+    if not validation.every:
+        return 0
     attack = pass_cost(network, "train", validation.batch_size, accumulation).memory
-    measured = pass_cost(network, "sample", min(16, validation.images)).memory
-    return 2 * theta_bytes(trained) + moment_bytes("adam", trained) + max(attack, measured)
+    passes = max(attack, pass_cost(network, "sample", min(16, validation.images)).memory)
+    return 2 * theta_bytes(trained) + moment_bytes("adam", trained) + passes
 
 
 def estimate(model, parameters=None, gpu=True):
@@ -345,14 +340,11 @@ def estimate(model, parameters=None, gpu=True):
     for phase in phases:
         rows = count_rows(phase.objective, p)
         costs = step_costs(network, phase.objective, rows, p["accumulation"])
-        kept, peak = peak_bytes(pipe, network, phase.objective, p, costs)
+        kept, peak = peak_bytes(pipe, network, phase.objective, p, costs, validation)
         peaks.append((max(peak.values()), kept, peak))
         flops += phase.steps * average_flops(costs, phase.objective)
-    if validation.every:
-        peaks = [with_validation(each, network, validation, p["accumulation"]) for each in peaks]
     steps = sum(phase.steps for phase in phases)
     most, kept, peak = max(peaks, key=itemgetter(0))
-    kept = {name: n / GIB for name, n in kept.items()}
-    peak = {name: n / GIB for name, n in peak.items()}
+    kept, peak = ({name: n / GIB for name, n in part.items()} for part in (kept, peak))
     each = flops / steps + validation_flops(network, validation)
     return Estimate(most / GIB, each, steps, kept, peak)

@@ -113,7 +113,7 @@ def prepare_loop(pipe, p, data, steps):
 
     def train_until(step):
         phase = Phase("rehearsal", step, objective, p["lr"])
-        state.phase, state.phase_start = 0, 0
+        state.phase, state.phase_start = 0, 0  # a later call goes on in the same phase
         return list(unlearn_in_phases(*fixed, [phase], validation=validation, runtime=runtime))
 
     return train_until
@@ -123,7 +123,7 @@ def rehearse(pipe, parameters, steps=1, profiled_steps=0):
     """Run steps of the last phase of a training as `mu.runs.train` would; returns what they took.
 
     The pipeline's UNet is trained; its other parts leave the device with `offload`. The first step
-    reaches the peak memory, except for a simulated CLEAN fine-tuning.
+    reaches the peak memory, except for a simulated CLEAN fine-tuning and a validation.
     parameters: of `DEFAULTS`. profiled_steps: further steps, under the profiler. Returns
     `Measured`. Raises as `unlearn` and `trainable` do.
     """

@@ -259,8 +259,8 @@ def validation_figure(history):
     """Draw what the defender's validation found over a training and return the figure.
 
     From the left: the related, unrelated and forget losses before and after fresh attacks, the
-    share of related images that each breaks, and the cosines of their displacement and the
-    simulated ones.
+    share of related images that each breaks with the score (`mu.phases.keep_best`), and the cosines
+    of their displacement and the simulated ones.
 
     The last validations of the phases before the last one are dotted lines. history: the records
     of `mu.runs.folder.table`. Raises ValueError for a training without a validation.
@@ -277,6 +277,7 @@ def validation_figure(history):
     axes[0].set(yscale="log", title="denoising loss, fresh attacks")
     axes[0].legend(fontsize=7)
     axes[1].plot(found.index, found.broken, color=COLORS["meta-unlearned"], label="mean")
+    axes[1].plot(found.index, found.score, color="#000000", ls=":", label="score")
     for name in found.filter(regex="^broken, "):
         attack, steps = name.removeprefix("broken, ").split(", ")
         axes[1].plot(found.index, found[name], ".-", lw=0.8, label=f"{attack}, {steps} steps")

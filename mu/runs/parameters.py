@@ -159,7 +159,10 @@ def make_phases(loop, loss, lr):
     """
     flat = dict(loop)
     steps, listed = flat.pop("steps", 0), flat.pop("phases", None) or []
-    validation = Validation(**(flat.pop("validation", None) or {"every": 0}))
+    asked, known = flat.pop("validation", None) or {"every": 0}, Validation.__dataclass_fields__
+    if unknown := sorted(set(asked) - set(known)):
+        raise ValueError(f"unknown key {unknown[0]!r} of validation: choose {', '.join(known)}")
+    validation = Validation(**asked)
     phases = []
     for given in listed or [{"name": "all", "steps": steps}]:
         if unknown := sorted(set(given) - set(FLAT) - set(PHASE)):

@@ -270,6 +270,36 @@ def test_defaults_are_one_cold_step():
     assert objective().inner.horizon == 0
 
 
+@pytest.mark.parametrize("depths", [(), (0, 50)])
+def test_depths_of_a_validation_are_steps(sets, depths):
+    state, validation = make_state(), replace(SHORT, depths=depths)
+    with pytest.raises(ValueError, match="depths .* such as .50, 100."):
+        next(loop(state, sets, phases(4), validation))
+    assert state.step == 0
+
+
+def test_phases_of_other_batches_sample_anew(sets):
+    """Trajectories of the phase before have other sizes; rows must not be cut from them."""
+    plan, sizes = phases(4, 3), []
+    larger = WARM | dict(batch_size=5, retain_batch_size=7, trajectory_reuse=8)
+    plan[1] = replace(plan[1], objective=objective(**larger))
+    state = make_state()
+    for record in loop(state, sets, plan, Validation(every=0)):
+        points = {use: len(found[0]) for use, found in state.trajectories.items()}
+        sizes.append(points)
+        assert all(math.isfinite(loss) for loss in record.losses.values())
+    assert sizes[-1] == {"concept": 8 * 5, "sampled": 8 * 4}
+
+
+def test_a_record_shows_what_a_phase_ends_by(sets):
+    records = list(loop(make_state(), sets, phases(2, 4)))
+    scores = [r.losses["validation score"] for r in records if "validation score" in r.losses]
+    assert len(scores) == 3
+    state = make_state()
+    list(loop(state, sets, phases(2, 4)))
+    assert state.best.score == max(scores)
+
+
 def test_a_validation_that_does_not_divide_is_refused_before_the_first_step(sets):
     state = make_state()
     validation = replace(SHORT, batch_size=3)

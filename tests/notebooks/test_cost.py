@@ -218,6 +218,17 @@ def test_phases_of_the_training_add_up(pipe):
     assert (reverse.gib, reverse.flops) == (both.gib, pytest.approx(both.flops))
 
 
+def test_head_starts_take_time(pipe):
+    """Two steps of head start per step of the horizon cost as twice as many further inner steps."""
+    p = META | dict(offload=True, inner_steps=(2, 2), horizon=(10, 10), clean=0.0)
+    without, started, longer = (
+        estimate(pipe, p | change).flops
+        for change in ({}, dict(head_start=(10, 30)), dict(inner_steps=(6, 6)))
+    )
+    assert started == pytest.approx(longer)
+    assert started > without
+
+
 def test_validation_takes_time(pipe):
     p = META | dict(offload=True)
     seldom, often = (estimate(pipe, p | dict(validation={"every": n})) for n in (40, 20))

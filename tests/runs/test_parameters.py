@@ -9,7 +9,7 @@ import pytest
 
 from mu import ROOT
 from mu.objective import META, PLAIN, Objective
-from mu.runs.parameters import FLAT, Training, describe, flatten, make_objective
+from mu.runs.parameters import FLAT, Training, describe, flatten, make_objective, make_phases
 
 
 def cell(notebook):
@@ -43,6 +43,11 @@ def test_every_parameter_of_the_objective_is_one_of_the_meta_notebook():
 def test_flat_parameters_come_back(recipe):
     assert make_objective(flatten(recipe)) == recipe
     assert make_objective(json.loads(json.dumps(flatten(recipe)))) == recipe
+
+
+def test_unknown_keys_of_a_validation_are_refused():
+    with pytest.raises(ValueError, match="unknown key 'step' of validation: choose every, depths"):
+        make_phases({"steps": 1, "validation": {"step": 50}}, "esd", 1e-4)
 
 
 def test_unknown_parameters_and_losses_are_refused():
