@@ -42,8 +42,8 @@ def _failures(attacks, threshold):
             f"it is {_peak(top)}, {between}."
         )
     return (
-        f"Meta-unlearning fails against {len(lost)} of {len(attacks)} attacks, after which the "
-        f"concept is recognised in more than {threshold:.0%} of the pictures: "
+        f"Meta-unlearning fails against {len(lost)} of {len(attacks)} attacks: the concept is "
+        f"recognised in more than {threshold:.0%} of the pictures after "
         f"{_listed(map(_peak, lost.itertuples()))}. The strongest is {top.attack}, {between}."
     )
 
@@ -60,7 +60,7 @@ def _baseline(table, on_plain, defended, plain, threshold):
     idle = [attack for attack in on_plain.attack if plain not in works[attack]]
     if idle:
         text += (
-            " These do not clearly bring it back there, so that they show nothing of the "
+            " These do not clearly bring it back there, so that they say nothing about the "
             f"defence: {', '.join(idle)}."
         )
     elsewhere = []
@@ -70,7 +70,7 @@ def _baseline(table, on_plain, defended, plain, threshold):
             models = ", ".join(f"{model} ({peak:.0%})" for model, peak in others.items())
             elsewhere.append(f"{attack} on {models}")
     if elsewhere:
-        text += f" That they can is seen on other models: {'; '.join(elsewhere)}."
+        text += f" They do on other models: {'; '.join(elsewhere)}."
     return text
 
 

@@ -16,7 +16,7 @@ def test_the_first_sentence_names_the_failures_of_the_defence(tmp_path):
     assert "sly (80% after 100 steps). The strongest is sly, 95 % interval" in first
     assert "full" not in first
     assert "full (90% after 50 steps)" in second
-    assert "show nothing of the defence: words" in second
+    assert "say nothing about the defence: words" in second
     assert "under 1 of 3 attacks: full." in third
 
     def sentences(part):
@@ -39,7 +39,7 @@ def test_an_attack_that_fails_on_the_plain_model_may_work_on_another(tmp_path):
     both = {name: SCORES.get(name, {}) | edited.get(name, {}) for name in {**SCORES, **edited}}
     rows, budget, _ = read_attacks(write_attacks(tmp_path, both))
     second = verdict(attack_table(rows, budget), gains(rows))[1]
-    assert "show nothing of the defence: merged, words." in second
+    assert "say nothing about the defence: merged, words." in second
     assert "merged on edited (100%); words on edited (70%)" in second
 
 
