@@ -30,11 +30,9 @@ class Inner:
     horizon: int | tuple[int, int] = 0  # H, log-uniform: restart at θ after H steps; 0: after M
     pool: int = 2  # attackers on the forget set that take turns
     one_prompt: float = 0.0  # share of these that see a single prompt
-    images: int | tuple[int, int] = 0  # that one of the others sees; 0: all
     restart_below: float = -1.0  # cosine with a fresh attack below which an attacker restarts
     restart_above: float = math.inf  # related loss at θ_FT above which an attacker restarts
     head_start: int | tuple[int, int] = 0  # steps at once when it starts, before these H; uniform
-    rests: int = 0  # visits that an attacker at its horizon stands still for, before it restarts
     rank: tuple[int, ...] = (0,)  # one of them, of an own LoRA; 0: it trains the full weights
     lora_lr: float | tuple[float, float] = (3e-4, 3e-3)  # as lr, of those with a LoRA
 
@@ -106,7 +104,7 @@ class Simulator:
         horizon = int(draw_choice(inner.horizon, g, log=True))
         if attacker.slot not in self.pool:
             horizon = max(steps, int(horizon * torch.rand((), generator=g).item()))
-        plan = Plan(horizon, inner.rests)
+        plan = Plan(horizon)
         if attacker.trains_on == "forget":
             plan.images = self.draw_images(prompt)
             plan.rank = inner.rank[int(torch.randint(len(inner.rank), (), generator=g))]
@@ -114,15 +112,12 @@ class Simulator:
         return plan
 
     def draw_images(self, prompt):
-        """Return the images that an attacker has: of one prompt, a random part, or () for all."""
-        inner, g = self.inner, self.generator
-        if inner.one_prompt and torch.rand((), generator=g).item() < inner.one_prompt:
-            only = prompt[int(torch.randint(len(prompt), (), generator=g))]
-            return torch.nonzero(prompt == only).flatten().tolist()
-        if not inner.images:
+        """Return the images that an attacker has: of one prompt, or [] for all."""
+        share, g = self.inner.one_prompt, self.generator
+        if not share or torch.rand((), generator=g).item() >= share:
             return []
-        count = min(len(prompt), draw_choice(inner.images, g))
-        return torch.randperm(len(prompt), generator=g)[:count].tolist()
+        only = prompt[int(torch.randint(len(prompt), (), generator=g))]
+        return torch.nonzero(prompt == only).flatten().tolist()
 
     def draw(self, attacker: Attacker, draw_batch: Callable, retained: dict, prompt, generator):
         """Draw a simulation. The order of draws is fixed.
@@ -194,8 +189,6 @@ class Simulator:
             self.runtime,
             attack,
         )
-        if not simulation.batches:
-            member.rests += 1
         member.steps += len(simulation.batches)
         finite = all(math.isfinite(loss.item()) for loss in losses.values())
         if member.finished or self.destroyed(simulation, losses) or not finite:

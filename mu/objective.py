@@ -82,8 +82,8 @@ class Objective:
                 "self_destruct or clean a weight"
             )
         inner = self.inner
-        warm = dict(one_prompt=inner.one_prompt, inner_images=inner.images, rests=inner.rests)
-        warm |= dict(head_start=inner.head_start, inner_rank=any(inner.rank))
+        warm = dict(one_prompt=inner.one_prompt, head_start=inner.head_start)
+        warm |= dict(inner_rank=any(inner.rank))
         if not inner.horizon and (given := [name for name, value in warm.items() if value]):
             raise ValueError(
                 f"{given[0]} is for attackers that persist, and horizon is 0: set a horizon, such "

@@ -10,8 +10,7 @@ import torch
 class Plan:
     """What an attacker draws when it starts at θ."""
 
-    horizon: int  # steps after which it stands still, and then starts anew
-    rests: int = 0  # visits that it stands still for
+    horizon: int  # steps after which it starts anew
     images: list = field(default_factory=list)  # indices of those it trains on; empty: all
     rank: int = 0  # of its LoRA; 0: it trains the weights themselves
     seed: int = 0  # of its LoRA's first factors
@@ -29,18 +28,17 @@ class Member:
 
     plan: Plan
     steps: int = 0  # of fine-tuning, since it started at θ
-    rests: int = 0  # visits without a step
     coordinates: list = field(default_factory=list)
     moments: list = field(default_factory=list)
 
     @property
     def finished(self):
         """Return whether the next visit starts anew."""
-        return self.steps >= self.plan.horizon and self.rests >= self.plan.rests
+        return self.steps >= self.plan.horizon
 
     def finish(self):
         """Drop δ, so that the next visit starts anew."""
-        self.steps, self.rests = self.plan.horizon, self.plan.rests
+        self.steps = self.plan.horizon
         self.coordinates, self.moments = [], []
 
 
@@ -51,9 +49,7 @@ class Pool(dict):
         """Return a flat dict of tensors that `load` restores."""
         out = {}
         for slot, member in self.items():
-            facts = json.dumps(
-                {"steps": member.steps, "rests": member.rests, "plan": asdict(member.plan)}
-            )
+            facts = json.dumps({"steps": member.steps, "plan": asdict(member.plan)})
             out[f"{slot}/facts"] = torch.tensor(list(facts.encode()), dtype=torch.uint8)
             for i, value in enumerate(member.coordinates):
                 out[f"{slot}/coordinates/{i:04}"] = value.detach()
@@ -71,7 +67,6 @@ class Pool(dict):
             if kind == "facts":
                 facts = json.loads(bytes(tensors[name].tolist()))
                 member.plan, member.steps = Plan(**facts["plan"]), facts["steps"]
-                member.rests = facts["rests"]
             elif kind == "coordinates":
                 member.coordinates.append(tensors[name].clone())
             else:

@@ -44,11 +44,9 @@ FLAT = {
     "horizon": (Inner, "horizon"),
     "pool": (Inner, "pool"),
     "one_prompt": (Inner, "one_prompt"),
-    "inner_images": (Inner, "images"),
     "restart_below": (Inner, "restart_below"),
     "restart_above": (Inner, "restart_above"),
     "head_start": (Inner, "head_start"),
-    "rests": (Inner, "rests"),
     "inner_rank": (Inner, "rank"),
     "lora_lr": (Inner, "lora_lr"),
     **{field.name: (Controls, field.name) for field in fields(Controls)},
@@ -61,14 +59,7 @@ FLAT = {
     "timestep": (Objective, "timestep"),
 }
 PHASE = ("name", "steps", "until", "lr", "anneal")  # of a phase, beside overrides of FLAT
-PAIRS = (
-    "inner_steps",
-    "inner_lr",
-    "horizon",
-    "head_start",
-    "inner_images",
-    "lora_lr",
-)  # lowest and highest
+PAIRS = ("inner_steps", "inner_lr", "horizon", "head_start", "lora_lr")  # lowest and highest
 BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above")  # 0: none
 LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated
 META_TERMS = ("relearn", "self_destruct", "clean", "ascent", "gradient_norm", "alignment")

@@ -64,7 +64,7 @@ def visit(state, horizon, batches, measured, rank=0, runtime=None):
     """Visit one member with given minibatches; returns the gradient, the losses and the member."""
     inner = Inner(2, 1e-3, "adam", 3, horizon=horizon, bound=math.inf)
     simulator = Simulator(state, inner, runtime or Runtime())
-    member = state.pool.setdefault("forget 0", Member(Plan(horizon, 0, [], rank, 5, "adam", 1e-3)))
+    member = state.pool.setdefault("forget 0", Member(Plan(horizon, [], rank, 5, "adam", 1e-3)))
     attacker = Attacker("forget", {name: 1.0 for name in measured})
     gradient, losses = simulator.gradient(Simulation(batches, measured, attacker, member))
     return gradient, losses, member
@@ -175,8 +175,6 @@ def test_one_prompt_attackers_see_one_prompt(sets):
     assert state.pool["unrelated 0"].plan.images == []
     state, _ = train(sets, **options | dict(one_prompt=0.0))
     assert all(m.plan.images == [] for m in state.pool.values())
-    state, _ = train(sets, **options | dict(one_prompt=0.0, inner_images=(2, 3)))
-    assert {len(m.plan.images) for slot, m in state.pool.items() if "forget" in slot} <= {2, 3}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -262,27 +260,6 @@ def test_second_order_refuses_attackers_that_go_on(sets):
         train(sets, **options)
 
 
-def test_an_attacker_stands_still_at_its_horizon(sets):
-    """With as many steps as its horizon, each attack runs once and serves several outer steps."""
-    options = META | dict(inner_steps=5, horizon=5, rests=2, clean=0.0)
-    state = State(tiny.make_unet(), "f", lr=1e-3, seed=3)
-    seen = []
-    for step in range(1, 13):
-        _, records = train(sets, steps=step, state=state, **options)
-        member = state.pool[f"forget {(step - 1) % 2}"]
-        seen.append((member.steps, member.rests, len(member.coordinates) > 0))
-    assert seen[::2] == [(5, 0, True), (5, 1, True), (5, 2, False)] * 2
-    assert seen[1::2] == seen[::2]
-
-
-def test_a_resting_attacker_keeps_its_displacement(sets):
-    options = META | dict(inner_steps=5, horizon=5, rests=3, clean=0.0, relearn=0.0)
-    state, _ = train(sets, steps=2, **options)
-    before = [d.clone() for d in state.pool["forget 0"].coordinates]
-    train(sets, steps=3, state=state, **options)
-    assert equal(before, state.pool["forget 0"].coordinates)
-
-
 @pytest.mark.parametrize("above, restarts", [(1e-9, True), (1e9, False)])
 def test_an_attacker_that_destroyed_itself_restarts_and_clean_does_not(sets, above, restarts):
     options = META | dict(inner_steps=2, horizon=40, pool=1, clean=1.0, inner_batch_size=2)
@@ -312,8 +289,6 @@ def test_the_head_start_comes_at_once_and_the_horizon_after_it(sets, head_start,
     "option",
     [
         dict(one_prompt=0.5),
-        dict(inner_images=(2, 3)),
-        dict(rests=1),
         dict(head_start=3),
         dict(inner_rank=(0, 4)),
     ],
