@@ -26,7 +26,7 @@ class Inner:
     batch_size: int = 8  # images per step
     order: str = "first"  # first (FOMAML), or second: exact through SGD
     bound: float = 1.0  # do not push a loss at θ_FT, a mean over images, above this value
-    image_bound: float = math.inf  # nor that of an image above this one
+    image_bound: float = math.inf  # in place of it: nor the loss of an image above this value
     horizon: int | tuple[int, int] = 0  # H, log-uniform: restart at θ after H steps; 0: after M
     pool: int = 2  # attackers on the forget set that take turns
     one_prompt: float = 0.0  # share of these that see a single prompt
@@ -164,7 +164,9 @@ class Simulator:
         destroyed itself, or has a loss that is not finite, starts anew at its next visit.
         """
         measured, losses, member = simulation.attacker.measured, {}, simulation.member
-        bounds = dict(bound=self.inner.bound, image_bound=self.inner.image_bound)
+        bounds = {"bound": self.inner.bound}
+        if self.inner.image_bound < math.inf:
+            bounds = {"image_bound": self.inner.image_bound}
         terms = [
             denoising(simulation.outer[name], name, weight, **(bounds if weight < 0 else {}))
             for name, weight in measured.items()
