@@ -50,3 +50,10 @@ def limit(gradient, other, largest):
     norm, reference = (torch.nn.utils.get_total_norm(g).item() for g in (gradient, other))
     torch._foreach_mul_(gradient, min(1.0, largest * reference / (norm + 1e-12)))
     return norm, reference
+
+
+def calm(losses, drift_bound):
+    """Return min(1, drift_bound / mean drift), the factor by which `meta_clip` shrinks."""
+    drifts = [loss for name, loss in losses.items() if name.endswith(" drift")]
+    mean = sum(drifts) / max(1, len(drifts))
+    return drift_bound / mean if mean > drift_bound else 1.0

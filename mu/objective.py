@@ -1,5 +1,6 @@
 """The objective of unlearning and meta-unlearning: arXiv 2410.12777, eq. 3-5."""
 
+import math
 from dataclasses import dataclass
 
 from mu.attackers import Attacker, Inner
@@ -59,6 +60,7 @@ class Objective:
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient
     meta_clip: float = 0.0  # largest norm of the gradient at θ_FT, in norms of that at θ; 0: any
+    drift_bound: float = math.inf  # mean drift D at θ from which `meta_clip` shrinks, as 1 / D
     controls: Controls = Controls()
 
     def attacker(self, step):
@@ -88,6 +90,11 @@ class Objective:
             raise ValueError(
                 f"{given[0]} is for attackers that persist, and horizon is 0: set a horizon, such "
                 f"as [100, 200], or leave {given[0]} at its default"
+            )
+        if self.drift_bound < math.inf and not (self.meta_clip and self.weights.retain):
+            raise ValueError(
+                f"drift_bound is {self.drift_bound:g}, a mean drift from which meta_clip shrinks: "
+                "set meta_clip and retain, such as 1.5 and 100, or drift_bound to 0"
             )
         if unknown := sorted(set(self.drift_terms) - set(DRIFT_TERMS)):
             raise ValueError(f"unknown drift term {unknown[0]!r}: choose {', '.join(DRIFT_TERMS)}")

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from mu.attackers import Simulator
 from mu.controls import add_controls, gradient_angle
 from mu.draws import Data, draw_step
-from mu.guards import check_norm, clip_gradient, count_passes, limit, refuse_nan
+from mu.guards import calm, check_norm, clip_gradient, count_passes, limit, refuse_nan
 from mu.losses import denoising, draw_minibatch, gradients, squared_errors, weighted_sum
 from mu.meta import inner_step
 from mu.objective import Objective, frozen_predictions, terms_at_theta
@@ -80,7 +80,8 @@ def step_gradient(state, unet_frozen, noise_scheduler, data, objective, simulato
         simulated, after = simulator.gradient(draws.simulation)
         losses |= after
         if objective.meta_clip:
-            norms = limit(simulated, gradient, objective.meta_clip)
+            most = objective.meta_clip * calm(losses, objective.drift_bound)
+            norms = limit(simulated, gradient, most)
             losses["norm after"], losses["norm"] = norms
         torch._foreach_add_(gradient, simulated)
     losses |= add_controls(gradient, state, data, objective, noise_scheduler, runtime)

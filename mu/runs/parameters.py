@@ -55,12 +55,13 @@ FLAT = {
     "retain_batch_size": (Objective, "retain_batch_size"),
     "retain_guidance": (Objective, "retain_guidance"),
     "meta_clip": (Objective, "meta_clip"),
+    "drift_bound": (Objective, "drift_bound"),
     "ascent_bound": (Objective, "ascent_bound"),
     "timestep": (Objective, "timestep"),
 }
 PHASE = ("name", "steps", "until", "lr", "anneal")  # of a phase, beside overrides of FLAT
 PAIRS = ("inner_steps", "inner_lr", "horizon", "head_start", "lora_lr")  # lowest and highest
-BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above")  # 0: none
+BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above", "drift_bound")  # 0: none
 LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated
 META_TERMS = ("relearn", "self_destruct", "clean", "ascent", "gradient_norm", "alignment")
 RUNTIME = (

@@ -10,7 +10,7 @@ from flat import DEFAULTS, objective
 from plain import denoising_loss
 
 from mu.draws import Data
-from mu.guards import limit
+from mu.guards import calm, limit
 from mu.losses import draw_minibatch, image_losses
 from mu.parallel import Runtime
 from mu.phases import Phase, unlearn_in_phases
@@ -263,6 +263,35 @@ def test_a_gradient_is_limited_by_the_norm_of_another(largest, factor):
     expected = [factor * g for g in gradient]
     assert limit(gradient, other, largest) == pytest.approx((10.0, 5.0))
     torch.testing.assert_close(gradient, expected)
+
+
+def test_meta_clip_shrinks_with_the_drift():
+    losses = {"related": 9.0, "related drift": 0.01, "any drift": 0.05}
+    assert calm(losses, math.inf) == calm(losses, 0.04) == calm({"forget": 1.0}, 0.0) == 1.0
+    assert calm(losses, 0.015) == pytest.approx(0.5)
+    assert calm({"related drift": 0.0}, 0.015) == 1.0
+
+
+def test_a_model_that_drifts_is_mended_before_it_learns_to_break(sets):
+    """Far beyond the bound, a step is that of the terms at θ."""
+
+    def weights(**options):
+        state = State(tiny.make_unet(seed=5), "f", lr=1e-3, optimizer="sgd", seed=3)
+        fixed = (state, tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), Data(*sets))
+        what = replace(objective(**WARM | options), clip=math.inf)
+        (record,) = unlearn(*fixed, what, steps=1)
+        assert record.losses["related drift"] > 0
+        return tiny.weights(state.unet).clone()
+
+    bounded = weights(meta_clip=1.5, drift_bound=1e-9)
+    torch.testing.assert_close(bounded, weights(meta_clip=1e-9), rtol=0, atol=1e-7)
+    assert not torch.allclose(bounded, weights(meta_clip=1.5), rtol=0, atol=1e-7)
+
+
+def test_a_drift_bound_needs_a_clip_and_a_drift(sets):
+    plan = [Phase("grow", 2, objective(**WARM, drift_bound=0.1), lr=1e-3)]
+    with pytest.raises(ValueError, match="drift_bound is 0.1, .* set meta_clip and retain"):
+        next(loop(make_state(), sets, plan))
 
 
 def test_defaults_are_one_cold_step():
