@@ -115,8 +115,8 @@ def prompt_facts(concept_prompts):
 
 def table(folder):
     """Return the records of a run as a table: index step; columns losses, passes, seconds."""
-    records = read_json(Path(folder) / "records.json")
-    return pd.DataFrame([r | r.pop("losses") for r in records]).set_index("step")
+    rows = [r | r.pop("losses") for r in read_json(Path(folder) / "records.json", [])]
+    return pd.DataFrame(rows or {"step": [], "passes": [], "seconds": []}).set_index("step")
 
 
 def run_to_end(folder, state, records, steps, checkpoint_every=25):

@@ -94,7 +94,7 @@ class Training:
     weights_dtype: str = "full"
     precision: str = "auto"
     seed: int = 0
-    loop: dict | None = None  # of `make_phases`; None: closed form only
+    loop: dict | None = None  # of `make_phases`; None: the start, or a closed form, is the result
     closed_form: dict | None = None  # keywords of `mu.runs.train.edit`; None: no closed form
     runtime: dict | None = None  # frozen_dtype, gradient_checkpointing, offload, and of `Runtime`
 
@@ -193,12 +193,14 @@ def describe(parameters, closed_form=None):
     """Return the params.json of a training, and its runtime, from a notebook's parameters.
 
     parameters: name → value; other names are ignored, so a notebook passes `globals()`.
-    closed_form: keywords of `mu.runs.train.edit`, for UCE and RECE.
+    closed_form: keywords of `mu.runs.train.edit`, for UCE and RECE. Without steps there is no loop:
+    the run is what it starts from.
     """
     loss, _ = check_method(parameters["method"])
     run = {f.name: parameters[f.name] for f in fields(Training) if f.name in parameters}
     loop = {name: parameters[name] for name in FLAT if name in parameters}
-    if loss or any(loop.get(name) for name in META_TERMS):
+    trains = parameters["steps"] or parameters.get("phases")
+    if trains and (loss or any(loop.get(name) for name in META_TERMS)):
         more = {name: parameters[name] for name in ("phases", "validation") if name in parameters}
         run["loop"] = loop | {"steps": parameters["steps"]} | more
         if not loss:

@@ -22,6 +22,7 @@ from experiment import (
 from safetensors.torch import load_file
 
 from mu.concepts.probe import load_probe
+from mu.files import read_json
 from mu.measures.statistics import relearning_steps, scores
 from mu.models import load_pipeline
 from mu.runs.folder import run_to_end, table, with_digests
@@ -174,6 +175,18 @@ def test_start_here_needs_no_other_notebook(experiment):
     steps = dict(unlearn_steps=1, meta_steps=3, attack_at="0,1")
     assert experiment.run("00_start_here", out=str(out), probe_seeds="1,1,1", **steps)
     assert (out / "meta-unlearned" / "unet").is_dir()
+
+
+def test_zero_steps_measure_weights_that_are_there(experiment):
+    start = experiment.runs / "unlearned"
+    options = META | dict(steps=0, start=str(start))
+    assert experiment.run("21_meta_unlearn", output="21_zero", name="zero-steps", **options)
+    kept, made = (
+        load_file(f / "unet" / "diffusion_pytorch_model.safetensors")
+        for f in (start, experiment.runs / "zero-steps")
+    )
+    assert all(torch.equal(made[name], value) for name, value in kept.items())
+    assert read_json(experiment.runs / "zero-steps" / "metrics.json")["rows"]
 
 
 def test_the_digest_of_a_run_depends_on_its_weights_only(experiment, tmp_path, monkeypatch):
