@@ -42,12 +42,18 @@ class Attacker:
     """A simulated fine-tuning of θ to θ_FT, and what the objective measures there.
 
     The outer objective gets Σ weight · L_name(θ_FT) over `measured`, and −weight · L_name(θ) for
-    the related and unrelated sets: a bracket L(θ_FT) − L(θ), exactly 0 at θ_FT = θ.
+    the sets of `brackets`: a bracket L(θ_FT) − L(θ) is exactly 0 at θ_FT = θ.
     """
 
     trains_on: str  # the set it fine-tunes on: forget (the attack) or unrelated (CLEAN)
     measured: dict[str, float]  # set → weight of its loss at θ_FT; negative: maximised
     number: int = 0  # among the attackers on this set
+    brackets: tuple[str, ...] = ()  # sets whose loss at θ is subtracted
+
+    @property
+    def bracketed(self):
+        """Return set → weight of its bracket."""
+        return {name: self.measured[name] for name in self.brackets}
 
     @property
     def slot(self):

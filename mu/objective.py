@@ -23,7 +23,7 @@ class Weights:
     ascent: float = 0.0  # −min[L(θ; forget), ascent_bound], no simulated attack (ours)
     relearn: float = 0.0  # γ2: −L(θ_FT; forget)
     self_destruct: float = 0.0  # γ2 ζ: −[L(θ_FT; related) − L(θ; related)]
-    keep: float = 0.0  # L(θ_FT; unrelated) − L(θ; unrelated) (ours)
+    keep: float = 0.0  # L(θ_FT; unrelated) (ours)
     clean: float = 0.0  # ½ [...] of related and unrelated after simulated CLEAN (ours)
 
 
@@ -34,7 +34,7 @@ class Objective:
         unlearn · L_method(θ) + retain · ⅓ Σ_x D(θ; x) − ascent · L(θ; forget)
         + learn_related · L(θ; related) + learn_unrelated · L(θ; unrelated)
         − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
-        + keep · [L(θ_FT; unrelated) − L(θ; unrelated)]
+        + keep · L(θ_FT; unrelated)
 
     where every `clean_every`-th step has, in place of the last two lines,
 
@@ -42,10 +42,12 @@ class Objective:
 
     θ_FT and θ_CL are θ after a simulated fine-tuning on the forget and on the unrelated set
     (`mu.meta.Attacker`). Every loss is a mean over elements. The two losses of a bracket share
-    images, noise and timesteps. The drift D(θ; x) is the mean squared difference to the frozen
-    UNet's predictions: the denoising loss without the noise of its target. Its x are noisy
-    related and unrelated images ("related", "unrelated"), unrelated ones with the empty prompt
-    ("empty") or a random one ("any"), and points of θ's own trajectories ("sampled").
+    images, noise and timesteps. The term of keep has no second half: with a weight above the
+    drift's, it would ask for an unbounded loss at θ. The drift D(θ; x) is the mean squared
+    difference to the frozen UNet's predictions: the denoising loss without the noise of its
+    target. Its x are noisy related and unrelated images ("related", "unrelated"), unrelated ones
+    with the empty prompt ("empty") or a random one ("any"), and points of θ's own trajectories
+    ("sampled").
     With relearn = self_destruct = clean = 0 this is plain ESD or SDD, bit for bit.
     """
 
@@ -67,14 +69,15 @@ class Objective:
         """Return the `Attacker` that step number `step` (from 0) simulates, or None."""
         w = self.weights
         if w.clean and step % self.clean_every == self.clean_every - 1:
-            return Attacker("unrelated", {"related": w.clean / 2, "unrelated": w.clean / 2})
+            measured = {"related": w.clean / 2, "unrelated": w.clean / 2}
+            return Attacker("unrelated", measured, brackets=("related", "unrelated"))
         if not (w.relearn or w.self_destruct):
             return None
         visits = step - step // self.clean_every if w.clean else step
         measured = {"forget": -w.relearn, "related": -w.self_destruct}
         if w.keep:
             measured["unrelated"] = w.keep
-        return Attacker("forget", measured, visits % self.inner.pool)
+        return Attacker("forget", measured, visits % self.inner.pool, ("related",))
 
     def check(self, state, runtime):
         """Raise ValueError for what cannot be minimised."""
@@ -130,7 +133,7 @@ def terms_at_theta(unet, draws, frozen, objective, runtime):
         target = objective.method.target(frozen, unet, draws, runtime)
         terms.append(Term("unlearn", weights.unlearn, draws.concept, target))
     learn = {"related": weights.learn_related, "unrelated": weights.learn_unrelated}
-    after = draws.simulation.attacker.measured if draws.simulation else {}
+    after = draws.simulation.attacker.bracketed if draws.simulation else {}
     for name, batch in draws.retained.items():
         terms.append(denoising(batch, name, learn[name] - after.get(name, 0.0)))
         if name in frozen:

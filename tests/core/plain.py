@@ -200,7 +200,7 @@ def objective_gradient(sets, seed, step, trajectory, **options):
     else:
         total = total - o.relearn * r.loss(forget, fine_tuned)
         total = total - o.self_destruct * r.bracket(related, fine_tuned)
-        total = total + o.keep * r.bracket(unrelated, fine_tuned)
+        total = total + o.keep * r.loss(unrelated, fine_tuned)
     if o.gradient_norm or o.alignment:
         total = total + r.controls(o.gradient_norm, o.alignment)
     found = torch.autograd.grad(total, list(r.theta.values()))

@@ -34,7 +34,7 @@ DEFAULTS = dict(
 # 0.1 L(θ; unrelated) + 0.01 L(θ; related) − 0.1 L(θ_FT; forget) − 0.1 L(θ_FT; related)
 # − 0.01 L(θ_FT; unrelated): the weights that the public scripts intend
 PUBLIC = dict(retain=0.0, relearn=0.1, self_destruct=0.1, keep=-0.01)
-PUBLIC |= dict(learn_related=0.01 - 0.1, learn_unrelated=0.1 - 0.01)
+PUBLIC |= dict(learn_related=0.01 - 0.1, learn_unrelated=0.1)
 RANDOM_PROMPTS = {
     "encoder_hidden_states": torch.linspace(-1, 1, 4)[:, None, None].expand(4, tiny.LENGTH, 16)
 }
