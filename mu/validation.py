@@ -28,7 +28,7 @@ class Validation:
     lr: float = 6e-5  # of its Adam
     batch_size: int = 4
     images: int = 48  # per set, with fixed noise and timesteps
-    broken: float = 3.0  # growth of its loss, as a factor, from which an image counts as broken
+    broken: float = 0.3  # growth of its loss from which an image counts as broken
     tolerance: float = 0.5  # growth of a loss at θ, relative to the original's, that is allowed
     seed: int = 77
 
@@ -63,25 +63,26 @@ class Found(NamedTuple):
     cosines: dict[str, float]  # slot → of a member's displacement and that of the nearest attack
     passes: int
 
-    def share(self, where, name, factor):
-        """Return the share of images of a set whose loss an attack has multiplied by `factor`."""
-        return (self.after[where][name] > factor * self.before[name]).float().mean().item()
+    def share(self, where, name, growth):
+        """Return the share of images of a set whose loss an attack has raised by `growth`."""
+        return (self.after[where][name] > self.before[name] + growth).float().mean().item()
 
-    def broken(self, name, factor):
+    def broken(self, name, growth):
         """Return the mean `share` of all attacks and depths."""
-        shares = [self.share(where, name, factor) for where in self.after]
+        shares = [self.share(where, name, growth) for where in self.after]
         return sum(shares) / len(shares)
 
-    def losses(self, factor):
+    def losses(self, growth):
         """Return what a record shows, by name."""
         out = {}
         for name in FIXED:
             after = [found[name].mean().item() for found in self.after.values()]
             out[f"validation {name}"] = self.before[name].mean().item()
             out[f"validation {name} after"] = sum(after) / len(after)
-        out["validation broken"] = self.broken("related", factor)
+        out["validation broken"] = self.broken("related", growth)
+        out["validation unrelated broken"] = self.broken("unrelated", growth)
         for attack, step in self.after:
-            share = self.share((attack, step), "related", factor)
+            share = self.share((attack, step), "related", growth)
             out[f"validation broken, {attack}, {step}"] = share
         return out | {f"validation cosine {slot}": value for slot, value in self.cosines.items()}
 

@@ -258,9 +258,9 @@ def trend(records, y, ax=None, legend=True):
 def validation_figure(history):
     """Draw what the defender's validation found over a training and return the figure.
 
-    From the left: the related, unrelated and forget losses before and after fresh attacks, the
-    share of related images that each breaks with the score (`mu.phases.keep_best`), and the cosines
-    of their displacement and the simulated ones.
+    From the left: the related, unrelated and forget losses before and after fresh attacks; the
+    share of related images that each breaks, of unrelated ones, and the score
+    (`mu.phases.keep_best`); the cosines of the attacks' displacement and the simulated ones.
 
     The last validations of the phases before the last one are dotted lines. history: the records
     of `mu.runs.folder.table`. Raises ValueError for a training without a validation.
@@ -277,11 +277,12 @@ def validation_figure(history):
     axes[0].set(yscale="log", title="denoising loss, fresh attacks")
     axes[0].legend(fontsize=7)
     axes[1].plot(found.index, found.broken, color=COLORS["meta-unlearned"], label="mean")
+    axes[1].plot(found.index, found["unrelated broken"], color=OTHER, label="unrelated, mean")
     axes[1].plot(found.index, found.score, color="#000000", ls=":", label="score")
     for name in found.filter(regex="^broken, "):
         attack, steps = name.removeprefix("broken, ").split(", ")
         axes[1].plot(found.index, found[name], ".-", lw=0.8, label=f"{attack}, {steps} steps")
-    axes[1].set(ylim=(-0.02, 1.02), title="related images broken by them")
+    axes[1].set(ylim=(-0.02, 1.02), title="related images broken by these")
     axes[1].legend(fontsize=7)
     for name in found.filter(regex="^cosine "):
         axes[2].plot(found.index, found[name], ".-", label=name.removeprefix("cosine "))
