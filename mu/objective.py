@@ -41,7 +41,7 @@ class Objective:
         clean · ½ Σ_{x = related, unrelated} [L(θ_CL; x) − L(θ; x)].
 
     θ_FT and θ_CL are θ after a simulated fine-tuning on the forget and on the unrelated set
-    (`mu.meta.Attacker`). Every loss is a mean over elements. The two losses of a bracket share
+    (`mu.attackers.Attacker`). Every loss is a mean over elements. The two losses of a bracket share
     images, noise and timesteps. The term of keep has no second half: with a weight above the
     drift's, it would ask for an unbounded loss at θ. The drift D(θ; x) is the mean squared
     difference to the frozen UNet's predictions: the denoising loss without the noise of its

@@ -260,6 +260,20 @@ def test_second_order_refuses_attackers_that_go_on(sets):
         train(sets, **options)
 
 
+def test_a_bound_on_each_image_replaces_that_on_the_mean(sets):
+    """A mean above its bound gives no gradient; images below theirs still do."""
+    options = META | dict(inner_steps=2, relearn=0.0, self_destruct=5.0, clean=0.0)
+
+    def after(**bounds):
+        state, _ = train(sets, steps=1, **options, **bounds)
+        return tiny.weights(state.unet).clone()
+
+    mean_only = after(bound=1e-9)
+    assert torch.equal(after(bound=1e-9, image_bound=1e-9), mean_only)
+    assert not torch.equal(after(bound=1e-9, image_bound=1e9), mean_only)
+    assert torch.equal(after(bound=1e-9, image_bound=1e9), after(bound=math.inf))
+
+
 @pytest.mark.parametrize("above, restarts", [(1e-9, True), (1e9, False)])
 def test_an_attacker_that_destroyed_itself_restarts_and_clean_does_not(sets, above, restarts):
     options = META | dict(inner_steps=2, horizon=40, pool=1, clean=1.0, inner_batch_size=2)

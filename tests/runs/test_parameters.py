@@ -70,3 +70,11 @@ def test_a_closed_form_without_meta_terms_has_no_loop():
     assert runtime["frozen_dtype"] == "same" and "runtime" not in meta
     esd, _ = describe(cell("20_unlearn"), {"forget": ["cat"]})
     assert esd["closed_form"] is None and esd["loop"]["eta"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["esd-f", "uce"])
+def test_without_steps_and_phases_a_run_is_what_it_starts_from(method):
+    given = cell("21_meta_unlearn") | {"method": method, "start": "", "steps": 0, "phases": []}
+    assert describe(given)[0]["loop"] is None
+    phase = {"name": "only", "steps": 2}
+    assert describe(given | {"phases": [phase]})[0]["loop"]["phases"] == [phase]
