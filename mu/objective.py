@@ -65,6 +65,12 @@ class Objective:
     drift_bound: float = math.inf  # mean drift D at θ from which `meta_clip` shrinks, as 1 / D
     controls: Controls = Controls()
 
+    @property
+    def simulates(self):
+        """Return whether steps simulate attackers."""
+        w = self.weights
+        return bool(w.relearn or w.self_destruct or w.clean)
+
     def attacker(self, step):
         """Return the `Attacker` that step number `step` (from 0) simulates, or None."""
         w = self.weights

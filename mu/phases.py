@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from mu.draws import Data
-from mu.frozen import reference
-from mu.losses import image_losses
 from mu.objective import Objective
 from mu.parallel import Runtime
 from mu.state import Best, State
 from mu.train import unlearn
-from mu.validation import Validation, fixed_batches, validate
+from mu.validation import Validation, validate
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Phase:
     steps: int  # at most
     objective: Objective
     lr: float
-    until: float = 0.0  # score of a validation, see `keep_best`, that ends it; 0: all steps
+    until: float = 0.0  # `Found.score` of a validation that ends it; 0: all steps
     anneal: bool = False  # lower the learning rate linearly to 0
 
 
@@ -39,22 +37,11 @@ def set_learning_rate(state, phases):
         group["lr"] = phase.lr * (left if phase.anneal else 1.0)
 
 
-def keep_best(state, found, original, validation):
-    """Keep the averaged weights if no validation before has scored higher; returns the score.
-
-    The score is the share of related images that the attacks break, less that of unrelated ones,
-    less what has grown beyond `validation.tolerance`: the related and unrelated losses at θ,
-    relative to the original's.
-    """
-    broken = {name: found.broken(name, validation.broken) for name in ("related", "unrelated")}
-    score = broken["related"] - broken["unrelated"]
-    for name in ("related", "unrelated"):
-        growth = (found.before[name].mean() / original[name].mean()).item() - 1
-        score -= max(0.0, growth - validation.tolerance)
+def keep_best(state, score):
+    """Keep the averaged weights if no validation before has scored higher."""
     if state.best is None or score > state.best.score:
         source = state.ema.shadow_params if state.ema else state.parameters
         state.best = Best(score, state.step, [p.detach().clone() for p in source])
-    return score
 
 
 def restart_lost(pool, cosines, below):
@@ -76,27 +63,26 @@ def unlearn_in_phases(
 ):
     """Run `mu.train.unlearn` for one phase after the other; yields its records.
 
-    Every `validation.every` steps fresh attacks run, and what they find joins the losses of the
-    record, with the score and the number of the phase. A phase ends when a validation scores
-    enough, or after its steps. The result is the best validated average: `State.release`.
+    Every `validation.every` steps of a phase with simulated attackers fresh attacks run, and what
+    they find joins the losses of the record, with the number of the phase. A phase ends when a
+    validation scores enough (`mu.validation.Found.score`), or after its steps. The result is the
+    best validated average: `State.release`.
     """
     fixed = (unet_frozen, noise_scheduler, data)
-    original = None
     validation.check(runtime)
-    if validation.every:
-        with reference(state.unet, unet_frozen) as unet:
-            original = image_losses(unet, fixed_batches(data, noise_scheduler, validation))
     while state.phase < len(phases):
         phase, end = phases[state.phase], phase_end(state, phases)
         set_learning_rate(state, phases)
+        validated = validation.every and phase.objective.simulates
         for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
             score = 0.0
-            if validation.every and state.step % validation.every == 0:
-                found = validate(state, data, noise_scheduler, validation, runtime)
-                score = keep_best(state, found, original, validation)
+            if validated and state.step % validation.every == 0:
+                found = validate(state, *fixed, validation, runtime)
+                score = found.score(validation.lost)
+                keep_best(state, score)
                 restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
-                own = {"validation phase": state.phase, "validation score": score}
-                losses = record.losses | found.losses(validation.broken) | own
+                own = {"validation phase": state.phase}
+                losses = record.losses | found.losses(validation.lost) | own
                 record = replace(record, losses=losses, passes=record.passes + found.passes)
             ends = state.step == end or (phase.until and score >= phase.until)
             if ends:  # before the record is seen: a checkpoint of this step starts the next phase

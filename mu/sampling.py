@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from mu.models import predict_noise, stack
+from mu.frozen import reference
+from mu.models import predict_noise, select, stack
 from mu.parallel import gather_rows, local_shard
 
 
@@ -53,6 +54,17 @@ class Trajectory:
     reuse: int = 8  # training steps that share one batch of trajectories
 
 
+def guided_noise(unet, latents, t, both, guidance):
+    """Return ε(∅) + w · [ε(c) − ε(∅)] and ε(c), in one pass.
+
+    both: conditioning of twice as many rows as latents, the empty prompts first.
+    """
+    timesteps = t.expand(2 * len(latents)).to(latents.device)
+    predicted = predict_noise(unet, torch.cat([latents] * 2), timesteps, both).float()
+    without, full = predicted.chunk(2)
+    return without + guidance * (full - without), full
+
+
 @torch.no_grad()
 def sample_trajectory(
     unet, noise_scheduler, conditioning, unconditional, generator, trajectory, shape
@@ -78,12 +90,36 @@ def sample_trajectory(
     empty = {name: value.expand(n, *value.shape[1:]) for name, value in unconditional.items()}
     both = stack(empty, local_shard(conditioning))
     for i in range(int(stop.max())):
-        t = grid[i].expand(2 * n).to(device)
-        predicted = predict_noise(unet, torch.cat([latents] * 2), t, both).float()
-        without, full = predicted.chunk(2)
-        guided = without + trajectory.guidance * (full - without)
+        guided, _ = guided_noise(unet, latents, grid[i], both, trajectory.guidance)
         latents = noise_scheduler.step(guided, grid[i], latents).prev_sample
         reached = (stop == i + 1)[..., None, None, None]
         stopped = torch.where(reached, latents, stopped)
     stopped = gather_rows(stopped.transpose(0, 1)).transpose(0, 1)
     return stopped.flatten(0, 1), timesteps
+
+
+@torch.no_grad()
+def trajectory_drifts(unet, unet_frozen, noise_scheduler, conditioning, unconditional, latents, s):
+    """Return (n,): the drift along each row's own trajectory, a mean over elements and steps.
+
+    The drift is ‖ε_θ(z_t, t, c) − ε_0(z_t, t, c)‖² at the points z_t that θ itself reaches when it
+    samples from the initial `latents`, with guidance and DDIM steps of the `Sampling` s. It stays
+    small where θ draws what ε_0 draws, and a picture that comes apart shows in it even if the
+    denoising loss of images does not. unet_frozen: as in `mu.train.unlearn`. Rows go 8 at a time.
+    """
+    noise_scheduler.set_timesteps(s.steps)
+    drifts = []
+    for index in torch.arange(len(latents)).split(8):
+        z, c, found = latents[index], select(conditioning, index), 0.0
+        empty = {
+            name: value.expand(len(z), *value.shape[1:]) for name, value in unconditional.items()
+        }
+        both = stack(empty, c)
+        for t in noise_scheduler.timesteps:
+            guided, full = guided_noise(unet, z, t, both, s.guidance)
+            with reference(unet, unet_frozen) as net:
+                expected = predict_noise(net, z, t.expand(len(z)).to(z.device), c).float()
+            found = found + (full - expected).pow(2).flatten(1).mean(1).cpu()
+            z = noise_scheduler.step(guided, t, z).prev_sample
+        drifts.append(found / s.steps)
+    return torch.cat(drifts)

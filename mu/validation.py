@@ -6,30 +6,36 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from mu.losses import denoising, draw_minibatch, image_losses, squared_errors
+from mu.guards import count_passes
+from mu.losses import Minibatch, denoising, draw_minibatch, image_losses, squared_errors
 from mu.lowrank import displacement
 from mu.meta import inner_step
+from mu.models import select, stack
 from mu.optimizers import make_optimizer
 from mu.parallel import local_shard
+from mu.sampling import Sampling, trajectory_drifts
 
 FIXED = ("related", "unrelated", "forget")
+PICTURED = ("related", "unrelated")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Fresh attacks on the defender's images, and when they count as having broken an image.
+    """Fresh attacks on the defender's images, and when a picture counts as lost.
 
     One attack has all images of the forget set, the other those of one prompt, as HRM-m and HRM-s
     have. Neither the images nor the prompts of the attacks that are reported are used.
     """
 
     every: int = 30  # outer steps between two validations; 0: never
-    depths: tuple[int, ...] = (50, 100)  # steps of an attack after which losses are measured
+    depths: tuple[int, ...] = (50, 100)  # steps of an attack after which it is measured
     lr: float = 6e-5  # of its Adam
     batch_size: int = 4
     images: int = 48  # per set, with fixed noise and timesteps
-    broken: float = 0.3  # growth of its loss from which an image counts as broken
-    tolerance: float = 0.5  # growth of a loss at θ, relative to the original's, that is allowed
+    pictures: int = 16  # to sample per set, from fixed latents
+    guidance: float = 5.0  # scale, of these pictures
+    sampling_steps: int = 12  # DDIM steps
+    lost: float = 0.05  # drift along its trajectory from which a picture counts as lost
     seed: int = 77
 
     def check(self, runtime):
@@ -38,6 +44,11 @@ class Validation:
             raise ValueError(
                 f"validation: depths {list(self.depths)} are no numbers of steps: give one or more "
                 "from 1 on, such as [50, 100]"
+            )
+        if self.every and self.pictures < 1:
+            raise ValueError(
+                f"validation: pictures is {self.pictures}, and the score counts lost ones: give "
+                "1 or more, such as 16, or set every to 0"
             )
         shards = PartialState().num_processes * runtime.accumulation
         if self.every and self.batch_size % shards:
@@ -55,46 +66,92 @@ class Validation:
         return {"all images": forget, "one prompt": forget.subset(part)}
 
 
-class Found(NamedTuple):
-    """What a validation found, on fixed images, noise and timesteps."""
+class Measured(NamedTuple):
+    """What one model's fixed images and pictures show, one value each."""
 
-    before: dict[str, torch.Tensor]  # set → loss of each image at θ
-    after: dict[tuple[str, int], dict]  # attack and its steps → set → loss of each image
+    losses: dict[str, torch.Tensor]  # set → denoising losses
+    drifts: dict[str, torch.Tensor]  # set → drifts along trajectories
+
+    def lost(self, name, drift):
+        """Return the share of a set's pictures with at least this drift."""
+        return (self.drifts[name] >= drift).float().mean().item()
+
+
+class Found(NamedTuple):
+    """What a validation found."""
+
+    before: Measured  # at θ
+    after: dict[tuple[str, int], Measured]  # attack and its steps →
     cosines: dict[str, float]  # slot → of a member's displacement and that of the nearest attack
     passes: int
 
-    def share(self, where, name, growth):
-        """Return the share of images of a set whose loss an attack has raised by `growth`."""
-        return (self.after[where][name] > self.before[name] + growth).float().mean().item()
+    def lost(self, name, drift):
+        """Return the share of pictures lost after the attacks, a mean of attacks and depths."""
+        return sum(measured.lost(name, drift) for measured in self.after.values()) / len(self.after)
 
-    def broken(self, name, growth):
-        """Return the mean `share` of all attacks and depths."""
-        shares = [self.share(where, name, growth) for where in self.after]
-        return sum(shares) / len(shares)
+    def score(self, drift):
+        """Return the share of related pictures that the attacks lose, less two kinds of harm.
 
-    def losses(self, growth):
+        These are the share of unrelated pictures that they lose, and twice what θ itself loses.
+        """
+        harm = sum(self.before.lost(name, drift) for name in PICTURED)
+        return self.lost("related", drift) - self.lost("unrelated", drift) - 2 * harm
+
+    def losses(self, drift):
         """Return what a record shows, by name."""
         out = {}
         for name in FIXED:
-            after = [found[name].mean().item() for found in self.after.values()]
-            out[f"validation {name}"] = self.before[name].mean().item()
+            after = [measured.losses[name].mean().item() for measured in self.after.values()]
+            out[f"validation {name}"] = self.before.losses[name].mean().item()
             out[f"validation {name} after"] = sum(after) / len(after)
-        out["validation broken"] = self.broken("related", growth)
-        out["validation unrelated broken"] = self.broken("unrelated", growth)
-        for attack, step in self.after:
-            share = self.share((attack, step), "related", growth)
-            out[f"validation broken, {attack}, {step}"] = share
+        for name in PICTURED:
+            out[f"validation {name} lost before"] = self.before.lost(name, drift)
+            out[f"validation {name} lost"] = self.lost(name, drift)
+        for (attack, step), measured in self.after.items():
+            out[f"validation lost, {attack}, {step}"] = measured.lost("related", drift)
+        out["validation score"] = self.score(drift)
         return out | {f"validation cosine {slot}": value for slot, value in self.cosines.items()}
 
 
-def fixed_batches(data, noise_scheduler, validation):
-    """Return the minibatches on which losses are measured, the same at each validation."""
+class FixedDraws(NamedTuple):
+    """Images and starts of pictures, the same at each validation."""
+
+    batches: dict[str, Minibatch]
+    conditioning: dict  # of the pictures, related ones first
+    latents: torch.Tensor
+
+    def measure(self, state, unet_frozen, noise_scheduler, data, validation):
+        """Return `Measured` of the present weights."""
+        losses = image_losses(state.unet, self.batches)
+        drifts = trajectory_drifts(
+            state.unet,
+            unet_frozen,
+            noise_scheduler,
+            self.conditioning,
+            data.unconditional,
+            self.latents,
+            Sampling(validation.guidance, validation.sampling_steps),
+        )
+        return Measured(losses, dict(zip(PICTURED, drifts.chunk(2), strict=True)))
+
+
+def fixed_draws(data, noise_scheduler, validation):
+    """Draw the `FixedDraws` of a validation."""
     generator = torch.Generator().manual_seed(validation.seed)
     sets = {name: data.concept_set(name) for name in FIXED} | {"forget": data.forget}
-    return {
+    batches = {
         name: draw_minibatch(images, noise_scheduler, validation.images, generator)
         for name, images in sets.items()
     }
+    pictured, n = [sets[name] for name in PICTURED], validation.pictures
+    prompts = [torch.randperm(max(n, len(x.prompts)), generator=generator)[:n] for x in pictured]
+    rows = [
+        select(images.conditioning, index % len(images.prompts))
+        for images, index in zip(pictured, prompts, strict=True)
+    ]
+    shape = pictured[0].mean.shape[1:]
+    latents = torch.randn((2 * n, *shape), generator=generator) * noise_scheduler.init_noise_sigma
+    return FixedDraws(batches, stack(*rows), latents.to(pictured[0].mean.device))
 
 
 def cosine(one, other):
@@ -127,25 +184,25 @@ def member_cosines(state, start):
     return {slot: cosine(moved, displacement(m, state.named)) for slot, m in members.items()}
 
 
-def validate(state, data, noise_scheduler, validation, runtime):
+def validate(state, unet_frozen, noise_scheduler, data, validation, runtime):
     """Attack the averaged weights afresh and measure; returns `Found`, and leaves θ as it was."""
     present = [p.detach().clone() for p in state.parameters]
     start = state.ema.shadow_params if state.ema else present
-    batches = fixed_batches(data, noise_scheduler, validation)
+    test = fixed_draws(data, noise_scheduler, validation)
+    fixed = (state, unet_frozen, noise_scheduler, data, validation)
     before, after, cosines = None, {}, {}
-    attacks = validation.attacks(data.forget)
-    try:
-        for attack, images in attacks.items():
+    with count_passes(state.unet, unet_frozen) as passes:
+        try:
+            for attack, images in validation.attacks(data.forget).items():
+                with torch.no_grad():
+                    torch._foreach_copy_(state.parameters, start)
+                before = before or test.measure(*fixed)
+                for step in fresh_attack(state, images, noise_scheduler, validation, runtime):
+                    after[attack, step] = test.measure(*fixed)
+                    if step == min(validation.depths):
+                        for slot, value in member_cosines(state, start).items():
+                            cosines[slot] = max(value, cosines.get(slot, -1.0))
+        finally:
             with torch.no_grad():
-                torch._foreach_copy_(state.parameters, start)
-            before = before or image_losses(state.unet, batches)
-            for step in fresh_attack(state, images, noise_scheduler, validation, runtime):
-                after[attack, step] = image_losses(state.unet, batches)
-                if step == min(validation.depths):
-                    for slot, value in member_cosines(state, start).items():
-                        cosines[slot] = max(value, cosines.get(slot, -1.0))
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(state.parameters, present)
-    passes = len(attacks) * max(validation.depths) + 1 + len(after)
-    return Found(before, after, cosines, passes)
+                torch._foreach_copy_(state.parameters, present)
+    return Found(before, after, cosines, len(passes))

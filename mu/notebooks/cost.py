@@ -19,7 +19,7 @@ from mu.objective import Objective
 from mu.optimizers import OPTIMIZERS
 from mu.runs.parameters import FLAT, average_decay, check_method, defaults, make_phases
 from mu.targets import ESD, SDD
-from mu.validation import FIXED
+from mu.validation import FIXED, PICTURED
 
 GIB = 2**30
 # a notebook without meta terms trains without them, so these are not the defaults of `META`
@@ -304,9 +304,11 @@ def validation_flops(network, validation):
     if not validation.every:
         return 0.0
     attack = max(validation.depths) * pass_cost(network, "train", validation.batch_size).flops
+    image = pass_cost(network, "sample", 1).flops
+    points = validation.sampling_steps * validation.pictures * len(PICTURED)
+    rows = len(FIXED) * validation.images + 3 * points  # guided, and of the frozen UNet
     times = 1 + 2 * len(validation.depths)  # before, and after two attacks
-    measured = times * len(FIXED) * pass_cost(network, "sample", validation.images).flops
-    return (2 * attack + measured) / validation.every
+    return (2 * attack + times * rows * image) / validation.every
 
 
 def validation_bytes(network, validation, trained, accumulation):
@@ -314,7 +316,7 @@ def validation_bytes(network, validation, trained, accumulation):
     if not validation.every:
         return 0
     attack = pass_cost(network, "train", validation.batch_size, accumulation).memory
-    passes = max(attack, pass_cost(network, "sample", min(16, validation.images)).memory)
+    passes = max(attack, pass_cost(network, "sample", 16).memory)
     return 2 * theta_bytes(trained) + moment_bytes("adam", trained) + passes
 
 
@@ -342,9 +344,11 @@ def estimate(model, parameters=None, gpu=True):
         costs = step_costs(network, phase.objective, rows, p["accumulation"])
         kept, peak = peak_bytes(pipe, network, phase.objective, p, costs, validation)
         peaks.append((max(peak.values()), kept, peak))
-        flops += phase.steps * average_flops(costs, phase.objective)
+        each = average_flops(costs, phase.objective)
+        if phase.objective.simulates:
+            each += validation_flops(network, validation)
+        flops += phase.steps * each
     steps = sum(phase.steps for phase in phases)
     most, kept, peak = max(peaks, key=itemgetter(0))
     kept, peak = ({name: n / GIB for name, n in part.items()} for part in (kept, peak))
-    each = flops / steps + validation_flops(network, validation)
-    return Estimate(most / GIB, each, steps, kept, peak)
+    return Estimate(most / GIB, flops / steps, steps, kept, peak)

@@ -259,8 +259,9 @@ def validation_figure(history):
     """Draw what the defender's validation found over a training and return the figure.
 
     From the left: the related, unrelated and forget losses before and after fresh attacks; the
-    share of related images that each breaks, of unrelated ones, and the score
-    (`mu.phases.keep_best`); the cosines of the attacks' displacement and the simulated ones.
+    share of related pictures that each attack loses, their mean, that of unrelated pictures, what
+    the model loses before any attack, and the score (`mu.validation.Found.score`); the cosines of
+    the attacks' displacement and the simulated ones.
 
     The last validations of the phases before the last one are dotted lines. history: the records
     of `mu.runs.folder.table`. Raises ValueError for a training without a validation.
@@ -276,13 +277,14 @@ def validation_figure(history):
         axes[0].plot(found.index, found[f"{name} after"], color=color, label=f"{name}, attacked")
     axes[0].set(yscale="log", title="denoising loss, fresh attacks")
     axes[0].legend(fontsize=7)
-    axes[1].plot(found.index, found.broken, color=COLORS["meta-unlearned"], label="mean")
-    axes[1].plot(found.index, found["unrelated broken"], color=OTHER, label="unrelated, mean")
-    axes[1].plot(found.index, found.score, color="#000000", ls=":", label="score")
-    for name in found.filter(regex="^broken, "):
-        attack, steps = name.removeprefix("broken, ").split(", ")
+    for name, color in (("related", colors["related"]), ("unrelated", OTHER)):
+        axes[1].plot(found.index, found[f"{name} lost"], color=color, label=f"{name}, mean")
+        axes[1].plot(found.index, found[f"{name} lost before"], color=color, ls=":")
+    axes[1].plot(found.index, found.score, color="#000000", ls="--", label="score")
+    for name in found.filter(regex="^lost, "):
+        attack, steps = name.removeprefix("lost, ").split(", ")
         axes[1].plot(found.index, found[name], ".-", lw=0.8, label=f"{attack}, {steps} steps")
-    axes[1].set(ylim=(-0.02, 1.02), title="related images broken by these")
+    axes[1].set(ylim=(-0.02, 1.02), title="related pictures lost to these")
     axes[1].legend(fontsize=7)
     for name in found.filter(regex="^cosine "):
         axes[2].plot(found.index, found[name], ".-", label=name.removeprefix("cosine "))

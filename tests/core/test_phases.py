@@ -15,16 +15,20 @@ from mu.losses import draw_minibatch, image_losses
 from mu.parallel import Runtime
 from mu.phases import Phase, unlearn_in_phases
 from mu.pool import Member, Plan
+from mu.sampling import Sampling, trajectory_drifts
 from mu.state import State
 from mu.train import unlearn
-from mu.validation import Found, Validation, fixed_batches, validate
+from mu.validation import FIXED, Found, Measured, Validation, fixed_draws, validate
 
 ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4, trajectory_reuse=3)
 ASCENT |= dict(drift_terms=("related", "empty", "sampled"))
 WARM = ASCENT | dict(
     self_destruct=4.0, inner_lr=1e-2, inner_optimizer="adam", inner_steps=2, horizon=8
 )
-SHORT = Validation(every=2, depths=(1, 2), lr=1e-2, batch_size=2, images=6)
+SHORT = Validation(
+    every=2, depths=(1, 2), lr=1e-2, batch_size=2, images=6, pictures=3, sampling_steps=2
+)
+IMAGES = {name: torch.full((10,), 0.1) for name in FIXED}
 
 
 def phases(*steps, until=0.0, anneal=False):
@@ -43,6 +47,25 @@ def loop(state, sets, plan, validation=SHORT, **options):
     unet_frozen = tiny.frozen(tiny.make_unet())
     fixed = (state, unet_frozen, tiny.make_scheduler(), Data(*sets))
     return unlearn_in_phases(*fixed, plan, validation=validation, **options)
+
+
+def measured(related=0.0, unrelated=0.0, losses=IMAGES):
+    """Return what ten pictures show of which these shares are lost."""
+    shares = {"related": related, "unrelated": unrelated}
+    tenths = {name: torch.arange(10) < 10 * share for name, share in shares.items()}
+    return Measured(losses, {name: torch.where(lost, 0.05, 0.04) for name, lost in tenths.items()})
+
+
+def pretend(monkeypatch, related, unrelated=None, before=None):
+    """Let validations find these shares of lost pictures, by step; `before` is at θ."""
+    unrelated, before = unrelated or {}, before or {}
+
+    def found(state, *_):
+        step = state.step
+        after = measured(related.get(step, 0.0), unrelated.get(step, 0.0))
+        return Found(measured(*before.get(step, ())), {("all images", 2): after}, {}, 5)
+
+    monkeypatch.setattr("mu.phases.validate", found)
 
 
 def comparable(records):
@@ -76,18 +99,20 @@ def test_the_learning_rate_is_annealed_to_zero(sets):
 
 @pytest.mark.parametrize("until, steps", [(0.5, 4), (0.9, 7)])
 def test_a_phase_ends_when_the_attack_breaks_enough(sets, until, steps, monkeypatch):
-    def pretend(state, *_):
-        share = 0.6 if state.step >= 4 else 0.1
-        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
-        broken = torch.where(torch.arange(10) < 10 * share, 1.0, 0.1)
-        return Found(images, {("all images", 2): images | {"related": broken}}, {}, 5)
-
-    monkeypatch.setattr("mu.phases.validate", pretend)
+    pretend(monkeypatch, {2: 0.1, 4: 0.6, 6: 0.6})
     state = make_state()
     records = list(loop(state, sets, phases(1, 6, until=until)))
     assert len(records) == steps
-    assert [r.step for r in records if "validation broken" in r.losses] == [2, 4, 6][: steps // 2]
+    assert [r.step for r in records if "validation score" in r.losses] == [2, 4, 6][: steps // 2]
     assert state.best.step == 4
+
+
+def test_a_phase_without_attackers_is_not_validated(sets, monkeypatch):
+    pretend(monkeypatch, dict.fromkeys(range(9), 0.5))
+    state = make_state()
+    records = list(loop(state, sets, phases(4, 3)))
+    assert [r.step for r in records if "validation score" in r.losses] == [6]
+    assert state.best.step == 6
 
 
 @pytest.mark.parametrize("stopped", [2, 3, 4, 5])
@@ -111,24 +136,28 @@ def test_a_killed_run_resumes_to_the_same_bits(sets, stopped):
 def test_a_validation_changes_nothing_and_repeats_itself(sets):
     state = make_state()
     list(loop(state, sets, phases(2), Validation(every=0)))
-    fixed = (state, Data(*sets), tiny.make_scheduler(), SHORT, Runtime())
+    frozen = tiny.frozen(tiny.make_unet())
+    fixed = (state, frozen, tiny.make_scheduler(), Data(*sets), SHORT, Runtime())
     before = {name: value.clone() for name, value in state.tensors().items()}
     one, other = validate(*fixed), validate(*fixed)
     for name, value in state.tensors().items():
         assert torch.equal(value, before[name]), name
-    for name, losses in one.before.items():
-        assert torch.equal(losses, other.before[name])
-    for where, found in one.after.items():
-        for name, losses in found.items():
-            assert torch.equal(losses, other.after[where][name])
-        assert not torch.equal(one.before["forget"], found["forget"])
+    pairs = [(one.before, other.before)] + [(m, other.after[w]) for w, m in one.after.items()]
+    for found, again in pairs:
+        for values, repeated in zip(found, again, strict=True):
+            for name, value in values.items():
+                assert torch.equal(value, repeated[name])
+    assert one.passes == other.passes
+    for found in one.after.values():
+        assert not torch.equal(one.before.losses["forget"], found.losses["forget"])
 
 
 def test_a_validation_attacks_with_all_images_and_with_those_of_one_prompt(sets):
     """Its numbers are those of two attacks written by hand, at each depth."""
     state, scheduler, losses = make_state(), tiny.make_scheduler(), {}
-    found = validate(state, Data(*sets), scheduler, SHORT, Runtime())
-    batches = fixed_batches(Data(*sets), scheduler, SHORT)
+    frozen = tiny.frozen(tiny.make_unet())
+    found = validate(state, frozen, scheduler, Data(*sets), SHORT, Runtime())
+    batches = fixed_draws(Data(*sets), scheduler, SHORT).batches
     chosen = sets[0].prompt[SHORT.seed % len(sets[0].prompt)]
     one_prompt = sets[0].subset(torch.nonzero(sets[0].prompt == chosen).flatten())
     for attack, images in {"all images": sets[0], "one prompt": one_prompt}.items():
@@ -143,7 +172,7 @@ def test_a_validation_attacks_with_all_images_and_with_those_of_one_prompt(sets)
     assert list(found.after) == list(losses)
     for where, expected in losses.items():
         for name in expected:
-            torch.testing.assert_close(found.after[where][name], expected[name])
+            torch.testing.assert_close(found.after[where].losses[name], expected[name])
 
 
 def test_one_prompt_needs_no_second_attack(sets):
@@ -151,26 +180,33 @@ def test_one_prompt_needs_no_second_attack(sets):
     assert list(SHORT.attacks(sets[0].subset(first))) == ["all images"]
 
 
-def test_an_image_is_broken_if_its_loss_has_grown_enough():
-    losses = {name: torch.tensor([0.1, 0.2]) for name in ("related", "unrelated", "forget")}
-    first = losses | {"related": torch.tensor([0.41, 0.49])}
-    second = losses | {"related": torch.tensor([0.41, 0.7])}
-    found = Found(losses, {("all images", 50): first, ("one prompt", 50): second}, {}, 0)
-    shown = found.losses(0.3)
-    assert shown["validation broken"] == found.broken("related", 0.3) == 0.75
-    assert shown["validation broken, all images, 50"] == 0.5
-    assert shown["validation broken, one prompt, 50"] == 1.0
-    assert shown["validation related after"] == pytest.approx((0.45 + 0.555) / 2)
+def test_pictures_whose_drift_is_large_are_lost():
+    after = {("all images", 50): measured(0.5, 0.2), ("one prompt", 50): measured(1.0)}
+    worse = IMAGES | {"related": torch.tensor([0.5, 0.7])}
+    after["one prompt", 50] = after["one prompt", 50]._replace(losses=worse)
+    found = Found(measured(0.1, 0.2), after, {"forget 0": 0.6}, 0)
+    shown = found.losses(0.05)
+    assert shown["validation related lost"] == found.lost("related", 0.05) == 0.75
+    assert shown["validation unrelated lost"] == pytest.approx(0.1)
+    assert shown["validation related lost before"] == pytest.approx(0.1)
+    assert shown["validation unrelated lost before"] == pytest.approx(0.2)
+    assert shown["validation lost, all images, 50"] == 0.5
+    assert shown["validation lost, one prompt, 50"] == 1.0
+    assert shown["validation related after"] == pytest.approx(0.35)
+    assert shown["validation score"] == pytest.approx(0.75 - 0.1 - 2 * 0.3)
+    assert shown["validation cosine forget 0"] == 0.6
+    assert found.lost("related", 0.06) == 0
 
 
 def test_a_validation_attacks_the_average(sets):
     state = make_state()
     list(loop(state, sets, phases(3), Validation(every=0)))
-    found = validate(state, Data(*sets), tiny.make_scheduler(), SHORT, Runtime())
-    batches = fixed_batches(Data(*sets), tiny.make_scheduler(), SHORT)
+    fixed = (tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), Data(*sets), SHORT)
+    found = validate(state, *fixed, Runtime())
+    batches = fixed_draws(Data(*sets), tiny.make_scheduler(), SHORT).batches
     with state.averaged() as unet:
         expected = image_losses(unet, batches)
-    assert torch.equal(found.before["related"], expected["related"])
+    assert torch.equal(found.before.losses["related"], expected["related"])
 
 
 def test_a_validation_finds_the_members_that_go_its_way(sets):
@@ -188,21 +224,15 @@ def test_a_validation_finds_the_members_that_go_its_way(sets):
     state.pool["forget 0"] = Member(Plan(9), 2, coordinates=moved)
     state.pool["forget 1"] = Member(Plan(9), 2, coordinates=[-delta for delta in moved])
     state.pool["unrelated 0"] = Member(Plan(9), 0)
-    found = validate(state, Data(*sets), scheduler, SHORT, Runtime())
+    frozen = tiny.frozen(tiny.make_unet())
+    found = validate(state, frozen, scheduler, Data(*sets), SHORT, Runtime())
     assert set(found.cosines) == {"forget 0", "forget 1"}
     assert found.cosines["forget 0"] == pytest.approx(1.0, abs=1e-3)
     assert -1 < found.cosines["forget 1"] < 0  # that with the nearest of two attacks
 
 
 def test_the_result_is_the_best_average(sets, monkeypatch):
-    scores = {2: 0.2, 4: 0.7, 6: 0.4}
-
-    def pretend(state, *_):
-        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
-        broken = torch.where(torch.arange(10) < 10 * scores[state.step], 1.0, 0.1)
-        return Found(images, {("all images", 2): images | {"related": broken}}, {}, 5)
-
-    monkeypatch.setattr("mu.phases.validate", pretend)
+    pretend(monkeypatch, {2: 0.2, 4: 0.7, 6: 0.4})
     state = make_state()
     for record in loop(state, sets, phases(1, 6)):
         if record.step == 4:
@@ -212,34 +242,42 @@ def test_the_result_is_the_best_average(sets, monkeypatch):
     assert torch.equal(tiny.weights(state.release()), expected)
 
 
-def test_harm_at_theta_lowers_the_score(sets, monkeypatch):
-    """A model that breaks without an attack is no result."""
-
-    def pretend(state, *_):
-        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
-        if state.step > 2:
-            images["unrelated"] = torch.full((10,), 9.0)
-        after = {("all images", 2): images | {"related": torch.ones(10)}}
-        return Found(images, after, {}, 5)
-
-    monkeypatch.setattr("mu.phases.validate", pretend)
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"before": {4: (0.6, 0.0), 6: (0.6, 0.0)}},
+        {"before": {4: (0.0, 0.6), 6: (0.0, 0.6)}},
+        {"unrelated": {4: 0.6, 6: 0.6}},
+    ],
+)
+def test_harm_lowers_the_score(harm, sets, monkeypatch):
+    """A model that breaks without an attack, or loses unrelated pictures to one, is no result."""
+    pretend(monkeypatch, dict.fromkeys((2, 4, 6), 0.9), **harm)
     state = make_state()
     list(loop(state, sets, phases(1, 5)))
-    assert state.best.step == 2
+    assert (state.best.step, state.best.score) == (2, pytest.approx(0.9))
 
 
-def test_what_breaks_beside_the_related_images_lowers_the_score(sets, monkeypatch):
-    def pretend(state, *_):
-        images = {name: torch.full((10,), 0.1) for name in ("related", "unrelated", "forget")}
-        after = {"related": torch.ones(10)}
-        if state.step > 2:
-            after["unrelated"] = torch.ones(10)
-        return Found(images, {("all images", 2): images | after}, {}, 5)
-
-    monkeypatch.setattr("mu.phases.validate", pretend)
-    state = make_state()
-    list(loop(state, sets, phases(1, 5)))
-    assert (state.best.step, state.best.score) == (2, pytest.approx(1.0))
+def test_the_drift_along_a_trajectory_is_that_of_a_loop_by_hand(sets):
+    """The points are those that θ itself reaches with guidance; the frozen UNet judges them."""
+    unet, frozen, scheduler = tiny.make_unet(seed=5), tiny.make_unet(), tiny.make_scheduler()
+    data = Data(*sets)
+    embeds = data.retain_related.conditioning["encoder_hidden_states"][:1].repeat(9, 1, 1)
+    empty = data.unconditional["encoder_hidden_states"]
+    start = torch.randn(9, *data.retain_related.mean.shape[1:])
+    fixed = (scheduler, {"encoder_hidden_states": embeds}, data.unconditional, start)
+    found = trajectory_drifts(unet, tiny.frozen(frozen), *fixed, Sampling(4.0, 3))
+    z, expected = start, 0.0
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            noise = unet(z, t, embeds).sample
+            without = unet(z, t, empty.expand_as(embeds)).sample
+            expected += (noise - frozen(z, t, embeds).sample).pow(2).mean((1, 2, 3)) / 3
+            z = scheduler.step(without + 4.0 * (noise - without), t, z).prev_sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    same = trajectory_drifts(frozen, tiny.frozen(frozen), *fixed, Sampling(4.0, 3))
+    assert same.max() < 1e-9
 
 
 def test_meta_clip_bounds_the_gradient_after_the_attack(sets):
@@ -299,10 +337,17 @@ def test_defaults_are_one_cold_step():
     assert objective().inner.horizon == 0
 
 
-@pytest.mark.parametrize("depths", [(), (0, 50)])
-def test_depths_of_a_validation_are_steps(sets, depths):
-    state, validation = make_state(), replace(SHORT, depths=depths)
-    with pytest.raises(ValueError, match="depths .* such as .50, 100."):
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"depths": ()}, "depths .* such as .50, 100."),
+        ({"depths": (0, 50)}, "depths .* such as .50, 100."),
+        ({"pictures": 0}, "pictures is 0, .* such as 16"),
+    ],
+)
+def test_a_validation_that_cannot_run_is_refused(sets, wrong, message):
+    state, validation = make_state(), replace(SHORT, **wrong)
+    with pytest.raises(ValueError, match=message):
         next(loop(state, sets, phases(4), validation))
     assert state.step == 0
 
@@ -323,7 +368,7 @@ def test_phases_of_other_batches_sample_anew(sets):
 def test_a_record_shows_what_a_phase_ends_by(sets):
     records = list(loop(make_state(), sets, phases(2, 4)))
     scores = [r.losses["validation score"] for r in records if "validation score" in r.losses]
-    assert len(scores) == 3
+    assert len(scores) == 2
     state = make_state()
     list(loop(state, sets, phases(2, 4)))
     assert state.best.score == max(scores)

@@ -55,18 +55,20 @@ def test_the_validation_figure_shows_losses_share_and_cosines():
     losses = {f"validation {name}": [0.05, 0.06] for name in sets}
     losses |= {f"validation {name} after": [0.1, 0.5] for name in sets}
     losses |= {
-        "validation broken": [0.0, 0.7],
-        "validation unrelated broken": [0.0, 0.1],
+        "validation related lost": [0.0, 0.7],
+        "validation unrelated lost": [0.0, 0.1],
+        "validation related lost before": [0.0, 0.1],
+        "validation unrelated lost before": [0.0, 0.0],
         "validation cosine forget 0": [0.6, np.nan],
     }
     losses |= {
         "validation phase": [0, 1],
         "validation score": [0.0, 0.6],
-        "validation broken, one prompt, 50": [0.0, 0.5],
+        "validation lost, one prompt, 50": [0.0, 0.5],
     }
     history = pd.DataFrame(losses, index=[30, 60]).reindex(range(1, 61))
     fig = validation_figure(history)
-    assert [len(ax.lines) for ax in fig.axes] == [7, 5, 2]  # the end of one phase in each
+    assert [len(ax.lines) for ax in fig.axes] == [7, 7, 2]  # the end of one phase in each
     assert fig.axes[0].lines[-1].get_xdata() == [30, 30]
     assert fig.axes[1].lines[0].get_ydata().tolist() == [0.0, 0.7]
 
