@@ -163,24 +163,17 @@ class Simulator:
         on_concept = simulation.attacker.trains_on == "forget" and "related" in losses
         return on_concept and losses["related"].item() > self.inner.restart_above
 
-    def gradient(self, simulation: Simulation):
-        """Return the gradient in θ of the weighted losses at θ_FT, and these losses by name.
+    def gradient(self, simulation: Simulation, terms):
+        """Return the gradient in θ of the terms at θ_FT, and their losses by name.
 
         Moves the simulation's member on by its inner steps. A member that has finished, has
         destroyed itself, or has a loss that is not finite, starts anew at its next visit.
         """
-        measured, losses, member = simulation.attacker.measured, {}, simulation.member
-        bounds = {"bound": self.inner.bound}
-        if self.inner.image_bound < math.inf:
-            bounds = {"image_bound": self.inner.image_bound}
-        terms = [
-            denoising(simulation.outer[name], name, weight, **(bounds if weight < 0 else {}))
-            for name, weight in measured.items()
-        ]
+        losses, member = {}, simulation.member
 
         def outer_loss():
             found = squared_errors(self.unet, terms, self.runtime.accumulation)
-            losses.update(zip(measured, found, strict=True))
+            losses.update(zip([term.name for term in terms], found, strict=True))
             return weighted_sum(terms, found)
 
         def inner_loss(batch):

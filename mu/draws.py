@@ -12,6 +12,12 @@ from mu.models import select, stack
 from mu.parallel import local_shard
 from mu.sampling import sample_trajectory
 
+# own samples with their prompts, and with the empty one: of related prompts, of unrelated ones
+SAMPLED = (
+    ("sampled related", "sampled related, empty"),
+    ("sampled unrelated", "sampled unrelated, empty"),
+)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -38,7 +44,7 @@ class Draws(NamedTuple):
     concept: Inputs | None  # points of trajectories, with the concept's prompt
     no_concept: Inputs | None  # the same latents with the empty or the replacing prompt
     retained: dict[str, Minibatch]  # of the related and the unrelated set
-    prompts: dict[str, Inputs]  # of other drift terms: empty, any, sampled
+    prompts: dict[str, Inputs]  # of other drift terms: empty, any, and those of `SAMPLED`
     ascent: Minibatch | None
     simulation: Simulation | None
 
@@ -80,32 +86,34 @@ def draw_concept(state, data, method, noise_scheduler):
 
 
 def draw_sampled(state, data, objective, noise_scheduler):
-    """Return points of θ's own trajectories, with their prompts and with the empty one.
+    """Return points of θ's own trajectories: name → `Inputs`, see `SAMPLED`.
 
-    The first half of the rows has related prompts, the second half unrelated ones. A model may
-    match the frozen one on noisy images and still leave them step by step when it samples.
+    As many trajectories have related prompts as unrelated ones. Each point also comes with the
+    empty prompt. A model may match the frozen one on noisy images and still leave it step by step
+    when it samples.
     """
-    related, unrelated, g = data.retain_related, data.retain_unrelated, state.generators["sampled"]
-    n = math.ceil(objective.retain_batch_size / 2)
+    sets, g = (data.retain_related, data.retain_unrelated), state.generators["sampled"]
+    n = math.ceil(objective.retain_batch_size / 4)
     trajectory = replace(objective.method.trajectory, guidance=objective.retain_guidance)
-    sizes = [(n // 2, related), (n - n // 2, unrelated)]
 
-    def conditioning(prompt):
-        parts = prompt.split([count for count, _ in sizes])
-        pairs = zip(sizes, parts, strict=True)
-        return stack(*(select(images.conditioning, part) for (_, images), part in pairs))
+    def conditionings(prompt):
+        pairs = zip(sets, prompt.split(n), strict=True)
+        return [select(images.conditioning, part) for images, part in pairs]
 
     def sample():
-        draws = [torch.randint(len(x.prompts), (count,), generator=g) for count, x in sizes]
-        prompt = torch.cat(draws)
-        fixed = (noise_scheduler, conditioning(prompt), data.unconditional, g, trajectory)
-        points = sample_trajectory(state.unet, *fixed, related.mean.shape[1:])
+        prompt = torch.cat([torch.randint(len(x.prompts), (n,), generator=g) for x in sets])
+        fixed = (noise_scheduler, stack(*conditionings(prompt)), data.unconditional, g, trajectory)
+        points = sample_trajectory(state.unet, *fixed, sets[0].mean.shape[1:])
         return *points, prompt.repeat(trajectory.reuse)
 
-    latents, timesteps, prompt = trajectory_points(state, "sampled", n, trajectory, sample)
-    full = Inputs(latents, timesteps, conditioning(prompt))
-    empty = Inputs(latents, timesteps, repeat(data.unconditional, n))
-    return {"sampled": local_shard(full), "sampled empty": local_shard(empty)}
+    drawn = trajectory_points(state, "sampled", 2 * n, trajectory, sample)
+    latents, timesteps, prompt = drawn
+    rows, points = conditionings(prompt), zip(latents.split(n), timesteps.split(n), strict=True)
+    inputs = {}
+    for (name, empty), row, point in zip(SAMPLED, rows, points, strict=True):
+        inputs[name] = local_shard(Inputs(*point, row))
+        inputs[empty] = local_shard(Inputs(*point, repeat(data.unconditional, n)))
+    return inputs
 
 
 def draw_prompts(data, objective, unrelated, generator):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mu.attackers import Attacker, Inner
 from mu.controls import Controls
+from mu.draws import SAMPLED
 from mu.frozen import reference
 from mu.losses import Term, denoising, predictions
 from mu.targets import ESD, SDD
@@ -23,7 +24,7 @@ class Weights:
     ascent: float = 0.0  # −min[L(θ; forget), ascent_bound], no simulated attack (ours)
     relearn: float = 0.0  # γ2: −L(θ_FT; forget)
     self_destruct: float = 0.0  # γ2 ζ: −[L(θ_FT; related) − L(θ; related)]
-    keep: float = 0.0  # L(θ_FT; unrelated) (ours)
+    keep: float = 0.0  # L(θ_FT; unrelated), and the drift there on own unrelated samples (ours)
     clean: float = 0.0  # ½ [...] of related and unrelated after simulated CLEAN (ours)
 
 
@@ -34,7 +35,7 @@ class Objective:
         unlearn · L_method(θ) + retain · ⅓ Σ_x D(θ; x) − ascent · L(θ; forget)
         + learn_related · L(θ; related) + learn_unrelated · L(θ; unrelated)
         − relearn · L(θ_FT; forget) − self_destruct · [L(θ_FT; related) − L(θ; related)]
-        + keep · L(θ_FT; unrelated)
+        + keep · [L(θ_FT; unrelated) + D(θ_FT; sampled unrelated)]
 
     where every `clean_every`-th step has, in place of the last two lines,
 
@@ -47,7 +48,7 @@ class Objective:
     difference to the frozen UNet's predictions: the denoising loss without the noise of its
     target. Its x are noisy related and unrelated images ("related", "unrelated"), unrelated ones
     with the empty prompt ("empty") or a random one ("any"), and points of θ's own trajectories
-    ("sampled").
+    ("sampled": with related and unrelated prompts, and with the empty one).
     With relearn = self_destruct = clean = 0 this is plain ESD or SDD, bit for bit.
     """
 
@@ -145,8 +146,26 @@ def terms_at_theta(unet, draws, frozen, objective, runtime):
         if name in frozen:
             terms.append(Term(f"{name} drift", drift, batch.inputs, frozen[name]))
     for name, inputs in draws.prompts.items():
-        terms.append(Term(f"{name} drift", drift, inputs, frozen[name]))
+        share = 0.5 if name.startswith("sampled") else 1.0  # halves of the own samples
+        terms.append(Term(f"{name} drift", share * drift, inputs, frozen[name]))
     if weights.ascent:
         term = denoising(draws.ascent, "forget", -weights.ascent, bound=objective.ascent_bound)
         terms.append(term)
+    return terms
+
+
+def terms_after_attack(draws, frozen, objective):
+    """Return the terms of the objective at θ_FT or θ_CL; maximised losses are bounded."""
+    inner, attacker = objective.inner, draws.simulation.attacker
+    bounds = {"bound": inner.bound}
+    if inner.image_bound < math.inf:
+        bounds = {"image_bound": inner.image_bound}
+    terms = [
+        denoising(draws.simulation.outer[name], name, weight, **(bounds if weight < 0 else {}))
+        for name, weight in attacker.measured.items()
+    ]
+    keep = attacker.measured.get("unrelated", 0.0) if attacker.trains_on == "forget" else 0.0
+    for name in SAMPLED[1]:
+        if keep and name in frozen:
+            terms.append(Term(f"{name} drift", keep, draws.prompts[name], frozen[name]))
     return terms

@@ -16,7 +16,7 @@ from mu.draws import Data, draw_step
 from mu.guards import calm, check_norm, clip_gradient, count_passes, limit, refuse_nan
 from mu.losses import denoising, draw_minibatch, gradients, squared_errors, weighted_sum
 from mu.meta import inner_step
-from mu.objective import Objective, frozen_predictions, terms_at_theta
+from mu.objective import Objective, frozen_predictions, terms_after_attack, terms_at_theta
 from mu.parallel import Runtime, local_shard
 from mu.state import State
 
@@ -77,7 +77,8 @@ def step_gradient(state, unet_frozen, noise_scheduler, data, objective, simulato
     terms = terms_at_theta(state.unet, draws, frozen, objective, runtime)
     gradient, losses = gradient_at_theta(state, terms, runtime)
     if draws.simulation:
-        simulated, after = simulator.gradient(draws.simulation)
+        after_attack = terms_after_attack(draws, frozen, objective)
+        simulated, after = simulator.gradient(draws.simulation, after_attack)
         losses |= after
         if objective.meta_clip:
             most = objective.meta_clip * calm(losses, objective.drift_bound)

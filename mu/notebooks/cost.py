@@ -129,11 +129,13 @@ def count_rows(objective, p):
     """
     w, retain = objective.weights, objective.retain_batch_size
     simulated, learns = is_attacked(w) or w.clean, w.learn_related or w.learn_unrelated
+    is_sampled = w.retain and "sampled" in objective.drift_terms
     batches = {
         "batch_size": objective.method.batch_size if w.unlearn else 0,
         "inner_batch_size": objective.inner.batch_size if simulated or w.ascent else 0,
         "retain_batch_size": retain if simulated or w.retain or learns else 0,
         "half of retain_batch_size": math.ceil(retain / 2) if w.retain else 0,
+        "a quarter of retain_batch_size": math.ceil(retain / 4) if is_sampled else 0,
     }
     shards = p["processes"] * p["accumulation"]
     for name, n in batches.items():
@@ -142,11 +144,11 @@ def count_rows(objective, p):
                 f"{name}: {n} rows do not divide among {p['processes']} processes × "
                 f"{p['accumulation']} micro-batches: choose a multiple of {shards}"
             )
-    concept, inner, retained, half = (n // p["processes"] for n in batches.values())
+    concept, inner, retained, half, quarter = (n // p["processes"] for n in batches.values())
     is_empty = "empty" in objective.drift_terms
     is_any = "any" in objective.drift_terms and p["retain_prompts"] > 0
-    sampled = half * ("sampled" in objective.drift_terms)
-    return Rows(concept, inner, retained, half * (is_empty + is_any) + 2 * sampled, sampled)
+    prompts = half * (is_empty + is_any) + 4 * quarter
+    return Rows(concept, inner, retained, prompts, 2 * quarter)
 
 
 def step_costs(network, objective, rows, accumulation):
@@ -159,6 +161,8 @@ def step_costs(network, objective, rows, accumulation):
     asked = 2 * rows.concept * isinstance(method, ESD) + kept * rows.retain + rows.prompts
     at_theta = rows.concept + 2 * rows.retain + rows.prompts + rows.inner * bool(w.ascent)
 
+    after_attack = rows.inner + rows.retain + bool(w.keep) * (rows.retain + rows.sampled)
+
     def cost(kind, n):
         return pass_cost(network, kind, n, accumulation)
 
@@ -169,7 +173,7 @@ def step_costs(network, objective, rows, accumulation):
         "frozen": cost("frozen", asked),
         "theta": cost("train", at_theta),
         "inner": cost("train", rows.inner * is_simulated),
-        "after attack": cost("train", (rows.inner + rows.retain * (1 + bool(w.keep))) * is_attack),
+        "after attack": cost("train", after_attack * is_attack),
         "after clean": cost("train", 2 * rows.retain * is_clean),
         "product": cost("second", rows.inner * is_second * is_simulated),
     }

@@ -9,6 +9,7 @@ from flat import META, run, train_short, unlearn
 from plain import objective_gradient, plain_esd, plain_sdd, shifted_frozen
 
 import mu.draws
+from mu.draws import SAMPLED
 from mu.state import State
 
 DEFAULTS = dict(
@@ -184,16 +185,67 @@ def test_one_step_follows_the_drift_on_own_samples(sets, monkeypatch):
     reference, frozen = tiny.make_unet(), shifted_frozen()
     empty = sets[3]["encoder_hidden_states"].expand(4, -1, -1)
     drifts = []
-    for c in (states, empty):
-        with torch.no_grad():
-            target = frozen(z, t, c).sample
-        drifts.append((reference(z, t, c).sample - target).pow(2).mean())
+    for half in (slice(0, 2), slice(2, 4)):
+        for c in (states, empty):
+            with torch.no_grad():
+                target = frozen(z[half], t[half], c[half]).sample
+            drifts.append((reference(z[half], t[half], c[half]).sample - target).pow(2).mean())
     trained = dict(reference.named_parameters())
-    expected = torch.autograd.grad(sum(drifts), [trained[name] for name in state.named])
+    expected = torch.autograd.grad(sum(drifts) / 2, [trained[name] for name in state.named])
     for (name, p), gradient in zip(state.named.items(), expected, strict=True):
         torch.testing.assert_close(start[name] - p.detach(), gradient, rtol=1e-3, atol=1e-6)
-    names = ("sampled drift", "sampled empty drift")
-    assert [record.losses[name] for name in names] == pytest.approx([d.item() for d in drifts])
+    found = [record.losses[f"{name} drift"] for names in SAMPLED for name in names]
+    assert found == pytest.approx([d.item() for d in drifts])
+
+
+def test_keep_holds_the_own_unrelated_samples_after_the_attack(sets, monkeypatch):
+    """An attack at learning rate 0 leaves θ: keep then adds these drifts to the unrelated loss."""
+    g = torch.Generator().manual_seed(8)
+    z, t = torch.randn(4, 4, 8, 8, generator=g), torch.randint(1000, (4,), generator=g)
+    prompts = []
+
+    def sample(unet, _, conditioning, *rest):
+        prompts.append(conditioning["encoder_hidden_states"])
+        return z, t
+
+    def moved(**options):
+        state = State(tiny.make_unet(), "u", lr=1.0, optimizer="sgd", seed=2)
+        start = [p.detach().clone() for p in state.parameters]
+        (record,) = run(
+            state,
+            sets,
+            1,
+            shifted_frozen(),
+            clip=math.inf,
+            unlearn=0.0,
+            retain=3.0,
+            self_destruct=1.0,
+            inner_lr=0.0,
+            retain_batch_size=8,
+            **options,
+        )
+        pairs = zip(state.parameters, start, strict=True)
+        return [p.detach() - s for p, s in pairs], record.losses
+
+    monkeypatch.setattr(mu.draws, "sample_trajectory", sample)
+    own, losses = moved(keep=2.0, drift_terms=("sampled",))
+    parts = [moved(drift_terms=("sampled",))[0]]
+    parts += [moved(keep=keep, drift_terms=("related",))[0] for keep in (2.0, 0.0)]
+    reference, frozen = tiny.make_unet(), shifted_frozen()
+    empty = sets[3]["encoder_hidden_states"].expand(2, -1, -1)
+    drifts = []
+    for c in (prompts[0][2:], empty):
+        with torch.no_grad():
+            target = frozen(z[2:], t[2:], c).sample
+        drifts.append((reference(z[2:], t[2:], c).sample - target).pow(2).mean())
+    found = [losses[f"{name} drift after"] for name in SAMPLED[1]]
+    assert found == pytest.approx([d.item() for d in drifts], rel=1e-4)
+    trained = dict(reference.named_parameters())
+    names = State(tiny.make_unet(), "u", lr=1.0, optimizer="sgd").named
+    expected = torch.autograd.grad(2.0 * sum(drifts), [trained[name] for name in names])
+    for both, without, kept, neither, gradient in zip(own, *parts, expected, strict=True):
+        difference = (both - without) - (kept - neither)
+        torch.testing.assert_close(-difference, gradient, rtol=1e-2, atol=1e-5)
 
 
 def displacement(sets, **options):

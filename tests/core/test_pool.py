@@ -66,7 +66,9 @@ def visit(state, horizon, batches, measured, rank=0, runtime=None):
     simulator = Simulator(state, inner, runtime or Runtime())
     member = state.pool.setdefault("forget 0", Member(Plan(horizon, [], rank, 5, "adam", 1e-3)))
     attacker = Attacker("forget", {name: 1.0 for name in measured})
-    gradient, losses = simulator.gradient(Simulation(batches, measured, attacker, member))
+    terms = [denoising(batch, name) for name, batch in measured.items()]
+    simulation = Simulation(batches, measured, attacker, member)
+    gradient, losses = simulator.gradient(simulation, terms)
     return gradient, losses, member
 
 
