@@ -10,7 +10,7 @@ import torch
 
 from mu.losses import Minibatch, denoising, squared_errors, weighted_sum
 from mu.lowrank import LowRank
-from mu.meta import meta_gradient
+from mu.meta import meta_gradients
 from mu.optimizers import make_optimizer
 from mu.parallel import Runtime
 from mu.pool import FullWeights, Member, Plan, Storage
@@ -163,27 +163,30 @@ class Simulator:
         on_concept = simulation.attacker.trains_on == "forget" and "related" in losses
         return on_concept and losses["related"].item() > self.inner.restart_above
 
-    def gradient(self, simulation: Simulation, terms):
-        """Return the gradient in θ of the terms at θ_FT, and their losses by name.
+    def gradients(self, simulation: Simulation, terms):
+        """Return gradients in θ of the terms at θ_FT, and the terms' losses by name.
 
-        Moves the simulation's member on by its inner steps. A member that has finished, has
-        destroyed itself, or has a loss that is not finite, starts anew at its next visit.
+        There is one gradient of the terms that are maximised, and one of those that are minimised;
+        either is None without such terms. Moves the simulation's member on by its inner steps. A
+        member that has finished, has destroyed itself, or has a loss that is not finite, starts
+        anew at its next visit.
         """
         losses, member = {}, simulation.member
+        groups = [t for t in terms if t.weight < 0], [t for t in terms if t.weight >= 0]
 
-        def outer_loss():
-            found = squared_errors(self.unet, terms, self.runtime.accumulation)
-            losses.update(zip([term.name for term in terms], found, strict=True))
-            return weighted_sum(terms, found)
+        def outer_loss(group):
+            found = squared_errors(self.unet, group, self.runtime.accumulation)
+            losses.update(zip([term.name for term in group], found, strict=True))
+            return weighted_sum(group, found)
 
         def inner_loss(batch):
             return squared_errors(self.unet, [denoising(batch)], self.runtime.accumulation)[0]
 
         attack = self.attack(member)
-        _, gradient = meta_gradient(
+        found = meta_gradients(
             self.parameters,
             [partial(inner_loss, batch) for batch in simulation.batches],
-            outer_loss,
+            [partial(outer_loss, group) for group in groups if group],
             getattr(attack, "optimizer", None) or self.optimizers[member.plan.optimizer],
             member.plan.lr,
             self.inner.order,
@@ -194,4 +197,6 @@ class Simulator:
         finite = all(math.isfinite(loss.item()) for loss in losses.values())
         if member.finished or self.destroyed(simulation, losses) or not finite:
             member.finish()
-        return gradient, {f"{name} after": loss.item() for name, loss in losses.items()}
+        remaining = iter(gradient for _, gradient in found)
+        of_groups = [next(remaining) if group else None for group in groups]
+        return of_groups, {f"{name} after": loss.item() for name, loss in losses.items()}

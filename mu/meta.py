@@ -41,14 +41,16 @@ def through_step(gradient, parameters, loss, lr):
     return [v if h is None else v - lr * h for v, h in pairs]
 
 
-def meta_gradient(
-    parameters, inner_losses, outer_loss, optimizer, lr, order="first", runtime=None, attack=None
+def meta_gradients(
+    parameters, inner_losses, outer_losses, optimizer, lr, order="first", runtime=None, attack=None
 ):
-    """Return outer_loss(θ_FT) and its gradient in θ; θ_FT is θ after one step per inner loss.
+    """Return (value at θ_FT, gradient in θ) of each outer loss.
+
+    θ_FT is θ after one step per inner loss.
 
     parameters: the trained tensors. They hold θ, bit for bit, before and after.
     inner_losses: M functions without arguments, each the loss of one simulated step.
-    outer_loss: function without arguments, called at θ_FT.
+    outer_losses: functions without arguments, called at θ_FT.
     order: "first" takes the gradient at θ_FT for that at θ (FOMAML). "second" is exact through
     SGD: `through_step` for m = M … 1. Each θ_m is recomputed, so memory does not depend on M, at
     the cost of M(M − 1)/2 more passes.
@@ -76,13 +78,16 @@ def meta_gradient(
         replay(len(inner_losses))
         if attack is not None and inner_losses:
             attack.leave(start)
-        loss = outer_loss()
-        gradient = gradients(loss, parameters, runtime.loss_scale)
+        values, found = [], []
+        for outer_loss in outer_losses:
+            loss = outer_loss()
+            values.append(loss.detach())
+            found.append(gradients(loss, parameters, runtime.loss_scale))
         for m in reversed(range(len(inner_losses))) if order == "second" else ():
             restore()
             replay(m)
-            gradient = through_step(gradient, parameters, inner_losses[m](), lr)
+            found = [through_step(v, parameters, inner_losses[m](), lr) for v in found]
     finally:
         restore()
         optimizer.state.clear()
-    return loss.detach(), gradient
+    return list(zip(values, found, strict=True))

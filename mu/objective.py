@@ -62,7 +62,7 @@ class Objective:
     ascent_bound: float = float("inf")  # largest L(θ; forget) that ascent asks for
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient
-    meta_clip: float = 0.0  # largest norm of the gradient at θ_FT, in norms of that at θ; 0: any
+    meta_clip: float = 0.0  # largest norm of each gradient at θ_FT, in norms of that at θ; 0: any
     drift_bound: float = math.inf  # mean drift D at θ from which `meta_clip` shrinks, as 1 / D
     controls: Controls = Controls()
 

@@ -77,16 +77,32 @@ def step_gradient(state, unet_frozen, noise_scheduler, data, objective, simulato
     terms = terms_at_theta(state.unet, draws, frozen, objective, runtime)
     gradient, losses = gradient_at_theta(state, terms, runtime)
     if draws.simulation:
-        after_attack = terms_after_attack(draws, frozen, objective)
-        simulated, after = simulator.gradient(draws.simulation, after_attack)
+        terms = terms_after_attack(draws, frozen, objective)
+        (destroy, keep), after = simulator.gradients(draws.simulation, terms)
         losses |= after
-        if objective.meta_clip:
-            most = objective.meta_clip * calm(losses, objective.drift_bound)
-            norms = limit(simulated, gradient, most)
-            losses["norm after"], losses["norm"] = norms
-        torch._foreach_add_(gradient, simulated)
+        losses |= add_limited(gradient, destroy, keep, objective, losses)
     losses |= add_controls(gradient, state, data, objective, noise_scheduler, runtime)
     return gradient, losses | angle
+
+
+def add_limited(gradient, destroy, keep, objective, losses):
+    """Add the gradients at θ_FT to that at θ in place; returns the norms that were limited.
+
+    With `meta_clip`, either has at most so many norms of the gradient at θ. That of the maximised
+    losses has less where θ drifts. Clipped together, the steep one of self-destruction would leave
+    nothing of the other.
+    """
+    norms, largest = {}, objective.meta_clip
+    limits = (
+        ("", destroy, largest * calm(losses, objective.drift_bound)),
+        (" keep", keep, largest),
+    )
+    parts = [(name, part, most) for name, part, most in limits if part is not None]
+    for name, part, most in parts if largest else ():
+        norms[f"norm after{name}"], norms["norm"] = limit(part, gradient, most)
+    for _, part, _ in parts:
+        torch._foreach_add_(gradient, part)
+    return norms
 
 
 def gradient_at_theta(state, terms, runtime):

@@ -8,7 +8,7 @@ from plain import generator
 
 from mu.files import read_json
 from mu.losses import Inputs, denoising, draw_minibatch, predictions, squared_errors
-from mu.meta import meta_gradient
+from mu.meta import meta_gradients
 from mu.optimizers import make_optimizer
 from mu.parallel import Runtime, shard
 from mu.params import open_run
@@ -112,7 +112,7 @@ def test_the_snapshot_is_on_the_requested_device(monkeypatch):
         return (p**2).sum()
 
     optimizer, runtime = make_optimizer("sgd", [p], lr=0.0), Runtime(snapshot="cpu")
-    meta_gradient([p], [loss], loss, optimizer, 0.1, runtime=runtime)
+    meta_gradients([p], [loss], [loss], optimizer, 0.1, runtime=runtime)
     assert ("cpu",) in devices
     assert p.tolist() == [1, 1, 1]
 

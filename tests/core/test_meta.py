@@ -7,10 +7,16 @@ import tiny
 import torch
 
 from mu.controls import Controls, angle, expansion
-from mu.meta import inner_step, meta_gradient
+from mu.meta import inner_step, meta_gradients
 from mu.models import predict_noise
 from mu.optimizers import make_optimizer
 from mu.trainable import trainable
+
+
+def meta_gradient(parameters, inner, outer, *args, **options):
+    """Return value and gradient of one outer loss."""
+    (found,) = meta_gradients(parameters, inner, [outer], *args, **options)
+    return found
 
 
 def quadratics(steps, n=6):

@@ -264,7 +264,7 @@ def test_a_bracket_has_no_gradient_where_the_attack_changes_nothing(sets, bracke
     moved, losses = displacement(sets, **still, **bracket)
     one_term, _ = displacement(sets, retain=2.0)
     assert one_term > 0.1
-    assert moved < 1e-6 * one_term
+    assert moved < 1e-5 * one_term  # other batches, other rounding
     for name in ("related", "unrelated") if "clean" in bracket else ("related",):
         assert losses[f"{name} after"] == pytest.approx(losses[name], rel=1e-6)
     pushed, losses = displacement(sets, inner_lr=0.1, inner_steps=2, **bracket)

@@ -17,7 +17,7 @@ from mu.phases import Phase, unlearn_in_phases
 from mu.pool import Member, Plan
 from mu.sampling import Sampling, trajectory_drifts
 from mu.state import State
-from mu.train import unlearn
+from mu.train import add_limited, unlearn
 from mu.validation import FIXED, Found, Measured, Validation, fixed_draws, validate
 
 ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4, trajectory_reuse=3)
@@ -301,6 +301,23 @@ def test_a_gradient_is_limited_by_the_norm_of_another(largest, factor):
     expected = [factor * g for g in gradient]
     assert limit(gradient, other, largest) == pytest.approx((10.0, 5.0))
     torch.testing.assert_close(gradient, expected)
+
+
+def test_what_the_attack_destroys_and_what_it_keeps_are_limited_apart():
+    """A steep gradient of self-destruction leaves that of the kept losses as it is."""
+    steep, kept = [torch.tensor([300.0, 400.0])], [torch.tensor([0.0, 6.0])]
+    losses = {"related drift": 0.03}
+    for bound, factor in ((math.inf, 1.0), (0.015, 0.5)):  # twice the bound halves the first
+        gradient = [torch.tensor([3.0, 4.0])]
+        what = replace(objective(meta_clip=1.5, retain=1.0), drift_bound=bound)
+        parts = ([g.clone() for g in part] for part in (steep, kept))
+        norms = add_limited(gradient, *parts, what, losses)
+        expected = torch.tensor([3.0, 4.0]) + 1.5 * factor * torch.tensor([3.0, 4.0])
+        torch.testing.assert_close(gradient[0], expected + torch.tensor([0.0, 6.0]))
+        assert norms == {"norm": 5.0, "norm after": 500.0, "norm after keep": 6.0}
+    gradient = [torch.tensor([3.0, 4.0])]
+    assert add_limited(gradient, None, kept, objective(), losses) == {}
+    assert gradient[0].tolist() == [3.0, 10.0]
 
 
 def test_meta_clip_shrinks_with_the_drift():

@@ -68,7 +68,7 @@ def visit(state, horizon, batches, measured, rank=0, runtime=None):
     attacker = Attacker("forget", {name: 1.0 for name in measured})
     terms = [denoising(batch, name) for name, batch in measured.items()]
     simulation = Simulation(batches, measured, attacker, member)
-    gradient, losses = simulator.gradient(simulation, terms)
+    (_, gradient), losses = simulator.gradients(simulation, terms)
     return gradient, losses, member
 
 
