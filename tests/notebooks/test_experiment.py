@@ -151,7 +151,7 @@ def test_attackers_persist_through_phases_with_a_validation(experiment):
         **META
         | dict(
             phases=[ascend, grow],
-            validation=dict(every=2, depths=[1, 2], images=2),
+            validation=dict(every=2, depths=[1, 2], images=2, pictures=2, sampling_steps=2),
             ema=0.5,
             horizon=[2, 4],
             one_prompt=0.5,
@@ -160,7 +160,7 @@ def test_attackers_persist_through_phases_with_a_validation(experiment):
     )
     history = table(experiment.runs / "phases")
     assert len(history) == 5
-    assert list(history.index[history["validation broken"].notna()]) == [2, 4]
+    assert list(history.index[history["validation score"].notna()]) == [4]
     assert not history["related after"].iloc[:2].notna().any()
     assert list((experiment.runs / "cache").glob("rehearsal-*"))
     notebook = nbformat.read(experiment.report / "notebooks" / "21_phases.ipynb", 4)
