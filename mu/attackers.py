@@ -166,13 +166,13 @@ class Simulator:
     def gradients(self, simulation: Simulation, terms):
         """Return gradients in θ of the terms at θ_FT, and the terms' losses by name.
 
-        There is one gradient of the terms that are maximised, and one of those that are minimised;
-        either is None without such terms. Moves the simulation's member on by its inner steps. A
-        member that has finished, has destroyed itself, or has a loss that is not finite, starts
-        anew at its next visit.
+        There is one gradient of the terms that are maximised (or only recorded, at weight 0), and
+        one of those that are minimised; either is None without such terms. Moves the simulation's
+        member on by its inner steps. A member that has finished, has destroyed itself, or has a
+        loss that is not finite, starts anew at its next visit.
         """
         losses, member = {}, simulation.member
-        groups = [t for t in terms if t.weight < 0], [t for t in terms if t.weight >= 0]
+        groups = [t for t in terms if t.weight <= 0], [t for t in terms if t.weight > 0]
 
         def outer_loss(group):
             found = squared_errors(self.unet, group, self.runtime.accumulation)

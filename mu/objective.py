@@ -164,8 +164,8 @@ def terms_after_attack(draws, frozen, objective):
         denoising(draws.simulation.outer[name], name, weight, **(bounds if weight < 0 else {}))
         for name, weight in attacker.measured.items()
     ]
-    keep = attacker.measured.get("unrelated", 0.0) if attacker.trains_on == "forget" else 0.0
-    for name in SAMPLED[1]:
-        if keep and name in frozen:
-            terms.append(Term(f"{name} drift", keep, draws.prompts[name], frozen[name]))
+    keep = objective.weights.keep
+    if attacker.trains_on == "forget" and keep > 0:
+        own = [name for name in SAMPLED[1] if name in frozen]
+        terms += [Term(f"{name} drift", keep, draws.prompts[name], frozen[name]) for name in own]
     return terms
