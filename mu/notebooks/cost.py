@@ -278,7 +278,8 @@ def simulation_bytes(costs, objective, trained, keeps_theta):
     vector = theta if objective.inner.order == "second" else 0
     passes = [costs[name].memory for name in ("inner", "after attack", "after clean")]
     peak = max(*passes, costs["product"].memory + vector)
-    return peak + theta * (1 + keeps_theta) + moments
+    kept = objective.weights.keep > 0  # its gradient comes beside that of self-destruction
+    return peak + theta * (1 + keeps_theta + kept) + moments
 
 
 def peak_bytes(pipe, network, objective, p, costs, validation):
@@ -293,7 +294,7 @@ def peak_bytes(pipe, network, objective, p, costs, validation):
         "frozen UNet": costs["frozen"].memory,
         "gradient at θ": costs["theta"].memory,
         "simulated fine-tuning": simulation_bytes(costs, objective, trained, keeps_theta),
-        "update": theta_bytes(trained) * (1 + is_simulated),
+        "update": theta_bytes(trained) * (1 + is_simulated + (objective.weights.keep > 0)),
         "validation": validation_bytes(network, validation, trained, p["accumulation"]),
     }
     total = sum(kept.values())

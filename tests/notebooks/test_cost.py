@@ -78,6 +78,7 @@ CASES = {
     "micro-batches": META | dict(accumulation=4, retain_prompts=4),
     "fewer drift terms": META | dict(drift_terms="related,any", retain_prompts=4),
     "own samples": META | dict(drift_terms="related,sampled", trajectory_reuse=2),
+    "keep": META | dict(drift_terms="related,sampled", trajectory_reuse=2, keep=5.0, clean=0.0),
     "checkpointing": META | dict(gradient_checkpointing=True, frozen_dtype="half"),
     "bf16": META | dict(precision="bf16", method="esd-x"),
     "lora": META | LORA | dict(accumulation=2),
