@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from mu.frozen import reference
 from mu.models import predict_noise, select, stack
 from mu.parallel import gather_rows, local_shard
 
@@ -55,14 +54,14 @@ class Trajectory:
 
 
 def guided_noise(unet, latents, t, both, guidance):
-    """Return ε(∅) + w · [ε(c) − ε(∅)] and ε(c), in one pass.
+    """Return ε(∅) + w · [ε(c) − ε(∅)], in one pass.
 
     both: conditioning of twice as many rows as latents, the empty prompts first.
     """
     timesteps = t.expand(2 * len(latents)).to(latents.device)
     predicted = predict_noise(unet, torch.cat([latents] * 2), timesteps, both).float()
     without, full = predicted.chunk(2)
-    return without + guidance * (full - without), full
+    return without + guidance * (full - without)
 
 
 @torch.no_grad()
@@ -87,10 +86,9 @@ def sample_trajectory(
 
     latents, stop = local_shard(latents.to(device)), local_shard(stop.T.to(device)).T
     n, stopped = len(latents), latents.expand(reuse, *latents.shape).clone()
-    empty = {name: value.expand(n, *value.shape[1:]) for name, value in unconditional.items()}
-    both = stack(empty, local_shard(conditioning))
+    both = with_empty(local_shard(conditioning), unconditional)
     for i in range(int(stop.max())):
-        guided, _ = guided_noise(unet, latents, grid[i], both, trajectory.guidance)
+        guided = guided_noise(unet, latents, grid[i], both, trajectory.guidance)
         latents = noise_scheduler.step(guided, grid[i], latents).prev_sample
         reached = (stop == i + 1)[..., None, None, None]
         stopped = torch.where(reached, latents, stopped)
@@ -98,28 +96,47 @@ def sample_trajectory(
     return stopped.flatten(0, 1), timesteps
 
 
-@torch.no_grad()
-def trajectory_drifts(unet, unet_frozen, noise_scheduler, conditioning, unconditional, latents, s):
-    """Return (n,): the drift along each row's own trajectory, a mean over elements and steps.
+def with_empty(conditioning, unconditional):
+    """Return a conditioning of twice as many rows: the empty prompt for each, then its own."""
+    n = len(conditioning["encoder_hidden_states"])
+    empty = {name: value.expand(n, *value.shape[1:]) for name, value in unconditional.items()}
+    return stack(empty, conditioning)
 
-    The drift is ‖ε_θ(z_t, t, c) − ε_0(z_t, t, c)‖² at the points z_t that θ itself reaches when it
-    samples from the initial `latents`, with guidance and DDIM steps of the `Sampling` s. It stays
-    small where θ draws what ε_0 draws, and a picture that comes apart shows in it even if the
-    denoising loss of images does not. unet_frozen: as in `mu.train.unlearn`. Rows go 8 at a time.
+
+@torch.no_grad()
+def sample_latents(unet, noise_scheduler, conditioning, unconditional, latents, sampling):
+    """Sample by guided DDIM from initial `latents`; returns those of the pictures, (n, …).
+
+    Rows go 8 at a time.
     """
-    noise_scheduler.set_timesteps(s.steps)
-    drifts = []
+    noise_scheduler.set_timesteps(sampling.steps)
+    sampled = []
     for index in torch.arange(len(latents)).split(8):
-        z, c, found = latents[index], select(conditioning, index), 0.0
-        empty = {
-            name: value.expand(len(z), *value.shape[1:]) for name, value in unconditional.items()
-        }
-        both = stack(empty, c)
+        z, both = latents[index], with_empty(select(conditioning, index), unconditional)
         for t in noise_scheduler.timesteps:
-            guided, full = guided_noise(unet, z, t, both, s.guidance)
-            with reference(unet, unet_frozen) as net:
-                expected = predict_noise(net, z, t.expand(len(z)).to(z.device), c).float()
-            found = found + (full - expected).pow(2).flatten(1).mean(1).cpu()
+            guided = guided_noise(unet, z, t, both, sampling.guidance)
             z = noise_scheduler.step(guided, t, z).prev_sample
-        drifts.append(found / s.steps)
-    return torch.cat(drifts)
+        sampled.append(z)
+    return torch.cat(sampled)
+
+
+@torch.no_grad()
+def prompt_gains(unet, noise_scheduler, conditioning, unconditional, latents, noises):
+    """Return (n,): how much each picture's prompt c helps `unet` to denoise it.
+
+    The gain is 1 − L(z; c) / L(z; ∅), a mean over timesteps in the middle of equal strata, one for
+    each row of `noises`. As in a diffusion classifier (arXiv 2303.16203), it is positive where the
+    picture shows what c asks for, and about 0 or negative where it does not. Rows go 8 at a time.
+    """
+    t_max, gains = noise_scheduler.config.num_train_timesteps, []
+    for index in torch.arange(len(latents)).split(8):
+        z, both, gain = latents[index], with_empty(select(conditioning, index), unconditional), 0.0
+        for k, noise in enumerate(noises):
+            t = torch.tensor(int(t_max * (k + 0.5) / len(noises)), device=z.device)
+            noisy = noise_scheduler.add_noise(z, noise.expand_as(z), t.expand(len(z)))
+            predicted = predict_noise(unet, torch.cat([noisy] * 2), t.expand(2 * len(z)), both)
+            losses = (predicted.float() - noise).pow(2).flatten(1).mean(1).cpu()
+            without, full = losses.chunk(2)
+            gain = gain + (1 - full / without) / len(noises)
+        gains.append(gain)
+    return torch.cat(gains)

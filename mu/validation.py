@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
+from mu.frozen import reference
 from mu.guards import count_passes
 from mu.losses import Minibatch, denoising, draw_minibatch, image_losses, squared_errors
 from mu.lowrank import displacement
@@ -13,7 +14,7 @@ from mu.meta import inner_step
 from mu.models import select, stack
 from mu.optimizers import make_optimizer
 from mu.parallel import local_shard
-from mu.sampling import Sampling, trajectory_drifts
+from mu.sampling import Sampling, prompt_gains, sample_latents
 
 FIXED = ("related", "unrelated", "forget")
 PICTURED = ("related", "unrelated")
@@ -22,6 +23,10 @@ PICTURED = ("related", "unrelated")
 @dataclass(frozen=True)
 class Validation:
     """Fresh attacks on the defender's images, and when a picture counts as lost.
+
+    The original judges pictures: a prompt helps it to denoise what shows the prompt's concept
+    (`mu.sampling.prompt_gains`). A picture is lost if the prompt helps less than a tenth as much as
+    for the original's own picture from the same noise.
 
     One attack has all images of the forget set, the other those of one prompt, as HRM-m and HRM-s
     have. Neither the images nor the prompts of the attacks that are reported are used.
@@ -35,7 +40,8 @@ class Validation:
     pictures: int = 16  # to sample per set, from fixed latents
     guidance: float = 5.0  # scale, of these pictures
     sampling_steps: int = 12  # DDIM steps
-    lost: float = 0.05  # drift along its trajectory from which a picture counts as lost
+    gain_steps: int = 8  # timesteps at which the original judges a picture
+    lost: float = 0.1  # share of the original's gain below which a picture counts as lost
     seed: int = 77
 
     def check(self, runtime):
@@ -70,11 +76,11 @@ class Measured(NamedTuple):
     """What one model's fixed images and pictures show, one value each."""
 
     losses: dict[str, torch.Tensor]  # set → denoising losses
-    drifts: dict[str, torch.Tensor]  # set → drifts along trajectories
+    gains: dict[str, torch.Tensor]  # set → gains of pictures by their prompts; the original's: 1
 
-    def lost(self, name, drift):
-        """Return the share of a set's pictures with at least this drift."""
-        return (self.drifts[name] >= drift).float().mean().item()
+    def lost(self, name, least):
+        """Return the share of a set's pictures with less than this gain."""
+        return (self.gains[name] < least).float().mean().item()
 
 
 class Found(NamedTuple):
@@ -85,19 +91,19 @@ class Found(NamedTuple):
     cosines: dict[str, float]  # slot → of a member's displacement and that of the nearest attack
     passes: int
 
-    def lost(self, name, drift):
+    def lost(self, name, least):
         """Return the share of pictures lost after the attacks, a mean of attacks and depths."""
-        return sum(measured.lost(name, drift) for measured in self.after.values()) / len(self.after)
+        return sum(measured.lost(name, least) for measured in self.after.values()) / len(self.after)
 
-    def score(self, drift):
+    def score(self, least):
         """Return the share of related pictures that the attacks lose, less two kinds of harm.
 
         These are the share of unrelated pictures that they lose, and twice what θ itself loses.
         """
-        harm = sum(self.before.lost(name, drift) for name in PICTURED)
-        return self.lost("related", drift) - self.lost("unrelated", drift) - 2 * harm
+        harm = sum(self.before.lost(name, least) for name in PICTURED)
+        return self.lost("related", least) - self.lost("unrelated", least) - 2 * harm
 
-    def losses(self, drift):
+    def losses(self, least):
         """Return what a record shows, by name."""
         out = {}
         for name in FIXED:
@@ -105,11 +111,11 @@ class Found(NamedTuple):
             out[f"validation {name}"] = self.before.losses[name].mean().item()
             out[f"validation {name} after"] = sum(after) / len(after)
         for name in PICTURED:
-            out[f"validation {name} lost before"] = self.before.lost(name, drift)
-            out[f"validation {name} lost"] = self.lost(name, drift)
+            out[f"validation {name} lost before"] = self.before.lost(name, least)
+            out[f"validation {name} lost"] = self.lost(name, least)
         for (attack, step), measured in self.after.items():
-            out[f"validation lost, {attack}, {step}"] = measured.lost("related", drift)
-        out["validation score"] = self.score(drift)
+            out[f"validation lost, {attack}, {step}"] = measured.lost("related", least)
+        out["validation score"] = self.score(least)
         return out | {f"validation cosine {slot}": value for slot, value in self.cosines.items()}
 
 
@@ -118,21 +124,26 @@ class FixedDraws(NamedTuple):
 
     batches: dict[str, Minibatch]
     conditioning: dict  # of the pictures, related ones first
-    latents: torch.Tensor
+    latents: torch.Tensor  # that the pictures are sampled from
+    noises: torch.Tensor  # that the original adds to them, one per timestep
 
-    def measure(self, state, unet_frozen, noise_scheduler, data, validation):
-        """Return `Measured` of the present weights."""
-        losses = image_losses(state.unet, self.batches)
-        drifts = trajectory_drifts(
-            state.unet,
-            unet_frozen,
-            noise_scheduler,
-            self.conditioning,
-            data.unconditional,
-            self.latents,
-            Sampling(validation.guidance, validation.sampling_steps),
-        )
-        return Measured(losses, dict(zip(PICTURED, drifts.chunk(2), strict=True)))
+    def gains(self, unet, unet_frozen, noise_scheduler, data, validation):
+        """Return the gains of the pictures that a UNet samples, as the original judges them."""
+        prompts = (noise_scheduler, self.conditioning, data.unconditional)
+        sampling = Sampling(validation.guidance, validation.sampling_steps)
+        pictures = sample_latents(unet, *prompts, self.latents, sampling)
+        with reference(unet, unet_frozen) as original:
+            return prompt_gains(original, *prompts, pictures, self.noises)
+
+    def measure(self, unet, unet_frozen, gains, *fixed):
+        """Return `Measured` of the present weights; `gains` are those of the original's pictures.
+
+        The difference of two gains is relative to the original's size, so that a picture counts as
+        kept where the original itself denoises its own no better with the prompt.
+        """
+        losses = image_losses(unet, self.batches)
+        relative = 1 + (self.gains(unet, unet_frozen, *fixed) - gains) / gains.abs()
+        return Measured(losses, dict(zip(PICTURED, relative.chunk(2), strict=True)))
 
 
 def fixed_draws(data, noise_scheduler, validation):
@@ -149,9 +160,10 @@ def fixed_draws(data, noise_scheduler, validation):
         select(images.conditioning, index % len(images.prompts))
         for images, index in zip(pictured, prompts, strict=True)
     ]
-    shape = pictured[0].mean.shape[1:]
+    shape, device = pictured[0].mean.shape[1:], pictured[0].mean.device
     latents = torch.randn((2 * n, *shape), generator=generator) * noise_scheduler.init_noise_sigma
-    return FixedDraws(batches, stack(*rows), latents.to(pictured[0].mean.device))
+    noises = torch.randn((validation.gain_steps, *shape), generator=generator)
+    return FixedDraws(batches, stack(*rows), latents.to(device), noises.to(device))
 
 
 def cosine(one, other):
@@ -189,16 +201,18 @@ def validate(state, unet_frozen, noise_scheduler, data, validation, runtime):
     present = [p.detach().clone() for p in state.parameters]
     start = state.ema.shadow_params if state.ema else present
     test = fixed_draws(data, noise_scheduler, validation)
-    fixed = (state, unet_frozen, noise_scheduler, data, validation)
+    fixed = (noise_scheduler, data, validation)
     before, after, cosines = None, {}, {}
     with count_passes(state.unet, unet_frozen) as passes:
+        with reference(state.unet, unet_frozen) as original:
+            gains = test.gains(original, unet_frozen, *fixed)
         try:
             for attack, images in validation.attacks(data.forget).items():
                 with torch.no_grad():
                     torch._foreach_copy_(state.parameters, start)
-                before = before or test.measure(*fixed)
+                before = before or test.measure(state.unet, unet_frozen, gains, *fixed)
                 for step in fresh_attack(state, images, noise_scheduler, validation, runtime):
-                    after[attack, step] = test.measure(*fixed)
+                    after[attack, step] = test.measure(state.unet, unet_frozen, gains, *fixed)
                     if step == min(validation.depths):
                         for slot, value in member_cosines(state, start).items():
                             cosines[slot] = max(value, cosines.get(slot, -1.0))

@@ -310,10 +310,11 @@ def validation_flops(network, validation):
         return 0.0
     attack = max(validation.depths) * pass_cost(network, "train", validation.batch_size).flops
     image = pass_cost(network, "sample", 1).flops
-    points = validation.sampling_steps * validation.pictures * len(PICTURED)
-    rows = len(FIXED) * validation.images + 3 * points  # guided, and of the frozen UNet
+    passes = 2 * (validation.sampling_steps + validation.gain_steps)  # with and without prompt
+    pictures = passes * validation.pictures * len(PICTURED)
     times = 1 + 2 * len(validation.depths)  # before, and after two attacks
-    return (2 * attack + times * rows * image) / validation.every
+    rows = times * len(FIXED) * validation.images + (times + 1) * pictures  # also the original's
+    return (2 * attack + rows * image) / validation.every
 
 
 def validation_bytes(network, validation, trained, accumulation):
