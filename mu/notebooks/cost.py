@@ -161,7 +161,8 @@ def step_costs(network, objective, rows, accumulation):
     asked = 2 * rows.concept * isinstance(method, ESD) + kept * rows.retain + rows.prompts
     at_theta = rows.concept + 2 * rows.retain + rows.prompts + rows.inner * bool(w.ascent)
 
-    after_attack = rows.inner + rows.retain + bool(w.keep) * (rows.retain + rows.sampled)
+    after_keep = (w.keep > 0) * (rows.retain + rows.sampled)
+    after_attack = rows.inner + rows.retain + (w.keep < 0) * rows.retain
 
     def cost(kind, n):
         return pass_cost(network, kind, n, accumulation)
@@ -174,6 +175,7 @@ def step_costs(network, objective, rows, accumulation):
         "theta": cost("train", at_theta),
         "inner": cost("train", rows.inner * is_simulated),
         "after attack": cost("train", after_attack * is_attack),
+        "keep": cost("train", after_keep * is_attack),
         "after clean": cost("train", 2 * rows.retain * is_clean),
         "product": cost("second", rows.inner * is_second * is_simulated),
     }
@@ -197,7 +199,7 @@ def average_flops(costs, objective):
         + flops["frozen"]
         + flops["theta"]
         + clean * flops["after clean"]
-        + (1 - clean) * flops["after attack"]
+        + (1 - clean) * (flops["after attack"] + flops["keep"])
         + simulated * m * (flops["inner"] + flops["product"] + replay)
     )
 
@@ -277,9 +279,10 @@ def simulation_bytes(costs, objective, trained, keeps_theta):
         moments = 0  # a part of the pool
     vector = theta if objective.inner.order == "second" else 0
     passes = [costs[name].memory for name in ("inner", "after attack", "after clean")]
+    if costs["keep"].memory:  # its pass comes after that of self-destruction, whose gradient stays
+        passes.append(costs["keep"].memory + theta)
     peak = max(*passes, costs["product"].memory + vector)
-    kept = objective.weights.keep > 0  # its gradient comes beside that of self-destruction
-    return peak + theta * (1 + keeps_theta + kept) + moments
+    return peak + theta * (1 + keeps_theta) + moments
 
 
 def peak_bytes(pipe, network, objective, p, costs, validation):

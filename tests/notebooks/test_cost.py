@@ -116,6 +116,16 @@ def test_the_real_loop_takes_what_was_predicted(folder, name, request):
         assert found.flops == pytest.approx(measured.flops, rel=0.05)
 
 
+def test_the_second_gradient_that_keep_holds_is_counted():
+    """Batches are small and weights large, so that the gradients decide."""
+    p = CASES["keep"] | dict(batch_size=1, retain_batch_size=1, inner_batch_size=1)
+    pipe = load_pipeline("pocket", device="cpu", precision="no")
+    others = encoder_bytes(pipe)
+    found, measured = estimate(pipe, p, gpu=False), rehearse(pipe, p, steps=2)
+    predicted = found.phases["simulated fine-tuning"] * GIB
+    assert predicted - others == pytest.approx(measured.gib * GIB - others, rel=0.03)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="needs CUDA's allocator; the test above compares the tensors of a CPU",
