@@ -3,27 +3,28 @@
 All tables and figures are rebuilt from these files: without a model, a GPU or the experiment.
 """
 
-import gzip
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
-from mu.files import atomic, read_json, save_json
+from mu.files import read_json
 from mu.measures.attack_results import SHARED_FACTS
 from mu.measures.card import same_protocol
 from mu.params import ASIDE
+from mu.reports.collected import (
+    COLUMNS,
+    FACTS,
+    Collected,
+    read_collected,
+    read_table,
+    save_collected,
+)
 from mu.reports.explorer import read_progress, save_sprite_sheet
 from mu.reports.plots import label
 from mu.reports.tables import VARIANTS
 
-COLUMNS = [
-    *("panel", "method", "model", "run", "training", "attack", "name", "lr", "attack_seed"),
-    *("step", "group", "asked", "prompt", "seed", "expected", "seen", "hit"),
-]
-NUMBERS = ("lr", "attack_seed", "step", "seed", "hit")
-TEXT_COLUMNS = [column for column in COLUMNS if column not in NUMBERS]
 # Attacks of the paper: fine-tuning of all weights with Adam on one of its image sets.
 PAPER_ATTACKS = ("HRM-m", "HRM-s", "CLEAN")
 # Facts of an attack that adds data, steps or a merge to fine-tuning; older cards have other names.
@@ -121,7 +122,7 @@ def _complete(rows):
     return rows.assign(asked=rows.get("asked", rows.prompt).fillna(rows.prompt))
 
 
-def collect(out, folder, training="", pictures=True, show_unblurred=False, main=""):
+def collect(out, folder, training="", pictures=True, show_unblurred=False, main="", add=False):
     """Collect the experiment `out` (one training seed) in `folder`; return `folder`.
 
     Writes rows.csv.gz (one row per judged image, before and under all attacks), records.csv.gz
@@ -132,30 +133,31 @@ def collect(out, folder, training="", pictures=True, show_unblurred=False, main=
     training: name of the training; empty: the number at the end of each run's name. show_unblurred:
     keep images of a harmful concept as saved. main: method whose images are kept under all attacks
     of the paper, while other methods keep those under HRM-m; unknown: the first method; empty: all.
+    add: keep what was collected of runs that `out` lacks.
     Raises FileNotFoundError if `out` has no evaluated run.
     """
     out, folder = Path(out), Path(folder)
     panels = _panels(out)
-    found = [read_experiment(place, panel, training) for panel, place in panels.items()]
-    if all(rows.empty for rows, _, _ in found):
+    parts = [read_experiment(place, panel, training) for panel, place in panels.items()]
+    if all(rows.empty for rows, _, _ in parts):
         raise FileNotFoundError(
             f"no evaluated run in {out}: run 20_unlearn, 21_meta_unlearn and 30_attack_finetune "
             "there (make demo or make paper)"
         )
-    rows = pd.concat([rows for rows, _, _ in found])
-    cards = {name: card for _, _, part in found for name, card in part.items()}
-    sheets = _save_sheets(rows, cards, panels, folder, main, show_unblurred) if pictures else []
-    evaluations = sorted(out.glob("evaluate/**/evaluation.json"))
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_table(rows.reindex(columns=COLUMNS), folder / "rows.csv.gz")
-    _save_table(pd.concat([records for _, records, _ in found]), folder / "records.csv.gz")
-    save_json(cards, folder / "cards.json")
-    save_json({file.parent.name: read_json(file) for file in evaluations}, folder / "numbers.json")
+    rows = pd.concat([rows for rows, _, _ in parts]).reindex(columns=COLUMNS)
+    cards = {name: card for _, _, part in parts for name, card in part.items()}
+    sheets = None
     if pictures:
-        # The report keeps the sheets of one training only.
-        for other in folder.parent.glob("*/courses.json"):
-            other.unlink()
-        save_json(sheets, folder / "courses.json")
+        sheets = _save_sheets(rows, cards, panels, folder, main, show_unblurred)
+    evaluations = sorted(out.glob("evaluate/**/evaluation.json"))
+    numbers = {file.parent.name: read_json(file) for file in evaluations}
+    records = pd.concat([part for _, part, _ in parts])
+    if records.empty:  # of runs without a loop
+        records = records.reindex(columns=FACTS)
+    found = Collected(rows, records, cards, numbers, sheets)
+    if add and (folder / "rows.csv.gz").exists():
+        found = found.completed(read_collected(folder))
+    save_collected(found, folder, add)
     return folder
 
 
@@ -165,14 +167,6 @@ def _panels(out):
         return {}
     folders = sorted(path for path in out.iterdir() if path.is_dir() and path.name != ASIDE)
     return {"": out} | {path.name: path for path in folders if any(path.glob("*/metrics.json"))}
-
-
-def _save_table(table, file):
-    """Save a table as compressed CSV; equal tables give equal bytes."""
-    text = table.to_csv(index=False, float_format="%.6g")
-    # pandas would write the temporary file's name into the archive.
-    with atomic(file) as temporary:
-        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def _save_sheets(rows, cards, panels, folder, main, show_unblurred):
@@ -211,7 +205,7 @@ class Results:
     records: pd.DataFrame  # the same facts of a run, step, and the losses of that step
     cards: dict  # folder → {"<panel>/<run>" or "<panel>/attack/<name>": protocol}
     numbers: dict  # folder → {place: {"numbers", "protocol"}} of 50_evaluate
-    courses: list  # of `mu.reports.explorer.save_sprite_sheet`, of the first training with images
+    courses: list  # of `mu.reports.explorer.save_sprite_sheet`, one training per attack
 
 
 def read_results(folder, trainings=()):
@@ -232,7 +226,7 @@ def read_results(folder, trainings=()):
 
     def read_tables(name):
         tables = [
-            _read_table(folder / training / name).assign(folder=training) for training in wanted
+            read_table(folder / training / name).assign(folder=training) for training in wanted
         ]
         return pd.concat(tables, ignore_index=True)
 
@@ -241,14 +235,8 @@ def read_results(folder, trainings=()):
 
     rows, cards = read_tables("rows.csv.gz"), read_facts("cards.json")
     _check_protocols(rows, cards)
-    courses = next(filter(None, read_facts("courses.json").values()), [])
+    courses = [sheet for sheets in read_facts("courses.json").values() for sheet in sheets]
     return Results(rows, read_tables("records.csv.gz"), cards, read_facts("numbers.json"), courses)
-
-
-def _read_table(file):
-    """Read a table of `collect`: empty text is "", a missing number NaN."""
-    table = pd.read_csv(file, dtype=dict.fromkeys(TEXT_COLUMNS, str))
-    return table.fillna({name: "" for name in TEXT_COLUMNS if name in table})
 
 
 def _check_protocols(rows, cards):

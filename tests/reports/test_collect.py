@@ -4,6 +4,7 @@ import gzip
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import synthetic
 
@@ -111,6 +112,40 @@ def test_images_are_kept_in_sheets_of_the_first_training(results, collected):
         "meta-unlearned\n+ 100 steps",
     ]
     assert len(fig.axes) == 20
+
+
+def test_runs_that_an_experiment_lacks_are_kept_if_asked(tmp_path):
+    raw, names = tmp_path / "report" / "raw", ("esd-u-3", "uce")
+    both = synthetic.experiment(tmp_path / "both", methods=names)
+    first = read_results(collect(both, raw / "0", "0").parent)
+    one = synthetic.experiment(tmp_path / "one", seed=1, methods=("uce",))  # the plain model: .9
+    added = read_results(collect(one, raw / "0", "0", add=True).parent)
+    alone = read_results(collect(one, tmp_path / "alone" / "raw" / "0", "0").parent.parent / "raw")
+
+    def sorted_rows(rows):
+        return rows.sort_values(list(rows)).reset_index(drop=True)
+
+    kept = first.rows[first.rows.method == "esd-u-3"]
+    pd.testing.assert_frame_equal(
+        sorted_rows(added.rows), sorted_rows(pd.concat([alone.rows, kept]))
+    )
+    assert len(added.records) == len(first.records)
+    assert added.cards["0"].keys() == first.cards["0"].keys()
+    assert added.numbers["0"].keys() == {"esd-u-3", "uce"}
+    assert {sheet["method"] for sheet in added.courses} == {"esd-u-3", "uce"}
+    again = read_results(collect(one, raw / "0", "0").parent)
+    pd.testing.assert_frame_equal(sorted_rows(again.rows), sorted_rows(alone.rows))
+
+
+def test_an_attack_on_runs_of_two_experiments_has_the_weights_of_both(tmp_path):
+    raw = tmp_path / "raw"
+    for seed, run in enumerate(("one", "two")):
+        out = synthetic.run(tmp_path / run, run, synthetic.ALL, {}) or tmp_path / run
+        weights = {run: f"{run} (d1gest)"}
+        synthetic.attack(out, "fast", {run: {0: synthetic.ALL}}, attack="forget", weights=weights)
+        collect(out, raw / "0", "0", pictures=False, add=bool(seed))
+    card = json.loads((raw / "0" / "cards.json").read_text())["/attack/fast"]
+    assert card["weights"] == {"one": "one (d1gest)", "two": "two (d1gest)"}
 
 
 def test_harmful_images_are_blurred_in_sheets(tmp_path):
