@@ -32,7 +32,7 @@ class Term(NamedTuple):
     inputs: Inputs  # terms that share one `Inputs` object share its rows of the pass
     target: torch.Tensor
     bound: float = float("inf")  # a loss above it adds no gradient
-    image_bound: float = float("inf")  # nor does the loss of an image above this one
+    image_bound: float = float("inf")  # nor an image's loss above this one; see `mean_square`
 
 
 def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep=None):
@@ -97,11 +97,17 @@ def squared_errors(unet, terms, accumulation=1):
 
 
 def mean_square(error, image_bound=float("inf")):
-    """Return the mean square; rows whose own mean exceeds `image_bound` have no gradient."""
+    """Return the mean square, with gradients that draw each row's own mean to `image_bound`.
+
+    A row above the bound has no gradient, and one above twice the bound has the opposite one:
+    maximised, it falls. Without it, images that have run away stay away, and others with them.
+    """
     if image_bound == float("inf"):
         return error.pow(2).mean()
     rows = error.pow(2).flatten(1).mean(1)
-    return torch.where(rows > image_bound, rows.detach(), rows).mean()
+    pulled_back = 2 * rows.detach() - rows
+    bounded = torch.where(rows > image_bound, rows.detach(), rows)
+    return torch.where(rows > 2 * image_bound, pulled_back, bounded).mean()
 
 
 @torch.no_grad()

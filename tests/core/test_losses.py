@@ -8,7 +8,15 @@ import torch
 from diffusers.models.attention_processor import Attention
 from plain import denoising_loss, generator, guided_ddim, unet_inputs
 
-from mu.losses import Inputs, Term, denoising, draw_minibatch, predictions, squared_errors
+from mu.losses import (
+    Inputs,
+    Term,
+    denoising,
+    draw_minibatch,
+    mean_square,
+    predictions,
+    squared_errors,
+)
 from mu.models import predict_noise, select, stack
 from mu.sampling import Trajectory, sample_trajectory
 from mu.targets import ESD
@@ -75,6 +83,15 @@ def test_parts_in_one_pass_are_the_losses_of_separate_passes(unet, sets, noise_s
     apart = [squared_errors(unet, [part])[0] for part in parts]
     torch.testing.assert_close(torch.stack(together), torch.stack(apart), rtol=1e-5, atol=0)
     assert len({round(x.item(), 4) for x in apart}) == 3  # the order matters
+
+
+def test_the_gradient_of_an_image_ends_at_its_bound_and_turns_at_twice_the_bound():
+    error = torch.tensor([[0.5, -0.5], [1.2, 1.0], [2.0, 1.0]], requires_grad=True)
+    loss = mean_square(error, image_bound=1.0)  # the rows' own means: .25, 1.22, 2.5
+    assert loss.item() == pytest.approx(error.pow(2).mean().item())
+    (free,) = torch.autograd.grad(error.pow(2).mean(), error)
+    (found,) = torch.autograd.grad(loss, error)
+    assert torch.equal(found, free * torch.tensor([[1.0], [0.0], [-1.0]]))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
