@@ -4,7 +4,9 @@ import json
 
 import pytest
 import tiny
+import torch
 from experiment import NOTEBOOKS, assert_no_warnings, read, stamps, tiny_experiment
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.notebooks
 # The trained Inception and the trained trunk of LPIPS would be downloaded: both are random here.
@@ -110,12 +112,14 @@ def test_fid_and_lpips(experiment):
 
 def test_a_run_is_published_in_three_forms(experiment):
     to = experiment.base / "published"
-    given = dict(run=str(experiment.runs / "meta"), to=str(to), rank=4)
+    given = dict(run=str(experiment.runs / "meta"), to=str(to), rank=4, half=True)
     assert experiment.run("60_publish", **given, prompt="a tiger", sampling_steps=2)
     for name in ("pipeline", "difference", "lora"):
         card = (to / name / "README.md").read_text()
         assert "license: cc-by-sa-4.0" in card
         assert "esd-f" in card
+    tensors = load_file(to / "difference" / "difference.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float16}
 
 
 def test_no_executed_notebook_shows_a_warning(experiment):
