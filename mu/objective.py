@@ -114,7 +114,22 @@ class Objective:
 
 
 PLAIN = Objective(Weights(retain=5.0))
-META = Objective(Weights(2.0, retain=40.0, ascent=1.0, relearn=1.0, self_destruct=12.0, clean=12.0))
+META = Objective(
+    Weights(2.0, retain=100.0, ascent=1.0, self_destruct=300.0, keep=20.0, clean=12.0),
+    inner=Inner(
+        steps=(8, 8),
+        lr=(4e-5, 2e-4),
+        batch_size=4,
+        horizon=(100, 200),
+        one_prompt=0.5,
+        head_start=(48, 48),
+    ),
+    clean_every=4,
+    drift_terms=DRIFT_TERMS,
+    ascent_bound=30.0,
+    meta_clip=1.5,
+    drift_bound=0.015,
+)
 
 
 def frozen_predictions(unet, unet_frozen, draws, objective, runtime):
