@@ -78,11 +78,12 @@ def unlearn_in_phases(
             score = 0.0
             if validated and state.step % validation.every == 0:
                 found = validate(state, *fixed, validation, runtime)
-                score = found.score(validation.lost)
+                shares = validation.lost, validation.harmed
+                score = found.score(*shares)
                 keep_best(state, score)
                 restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
                 own = {"validation phase": state.phase}
-                losses = record.losses | found.losses(validation.lost) | own
+                losses = record.losses | found.losses(*shares) | own
                 record = replace(record, losses=losses, passes=record.passes + found.passes)
             ends = state.step == end or (phase.until and score >= phase.until)
             if ends:  # before the record is seen: a checkpoint of this step starts the next phase

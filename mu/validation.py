@@ -25,8 +25,9 @@ class Validation:
     """Fresh attacks on the defender's images, and when a picture counts as lost.
 
     The original judges pictures: a prompt helps it to denoise what shows the prompt's concept
-    (`mu.sampling.prompt_gains`). A picture is lost if the prompt helps less than a tenth as much as
-    for the original's own picture from the same noise.
+    (`mu.sampling.prompt_gains`). After an attack, a picture is lost if the prompt helps less than a
+    tenth as much as for the original's own picture from the same noise. At θ a picture is harmed
+    already if it helps less than half as much.
 
     One attack has all images of the forget set, the other those of one prompt, as HRM-m and HRM-s
     have. Neither the images nor the prompts of the attacks that are reported are used.
@@ -41,7 +42,8 @@ class Validation:
     guidance: float = 5.0  # scale, of these pictures
     sampling_steps: int = 12  # DDIM steps
     gain_steps: int = 8  # timesteps at which the original judges a picture
-    lost: float = 0.1  # share of the original's gain below which a picture counts as lost
+    lost: float = 0.1  # share of the original's gain below which an attack has lost a picture
+    harmed: float = 0.5  # share below which θ itself counts as harmed
     seed: int = 77
 
     def check(self, runtime):
@@ -95,15 +97,16 @@ class Found(NamedTuple):
         """Return the share of pictures lost after the attacks, a mean of attacks and depths."""
         return sum(measured.lost(name, least) for measured in self.after.values()) / len(self.after)
 
-    def score(self, least):
+    def score(self, lost, harmed):
         """Return the share of related pictures that the attacks lose, less two kinds of harm.
 
-        These are the share of unrelated pictures that they lose, and twice what θ itself loses.
+        These are the share of unrelated pictures that they lose, and twice the shares that are
+        harmed at θ.
         """
-        harm = sum(self.before.lost(name, least) for name in PICTURED)
-        return self.lost("related", least) - self.lost("unrelated", least) - 2 * harm
+        harm = sum(self.before.lost(name, harmed) for name in PICTURED)
+        return self.lost("related", lost) - self.lost("unrelated", lost) - 2 * harm
 
-    def losses(self, least):
+    def losses(self, lost, harmed):
         """Return what a record shows, by name."""
         out = {}
         for name in FIXED:
@@ -111,11 +114,11 @@ class Found(NamedTuple):
             out[f"validation {name}"] = self.before.losses[name].mean().item()
             out[f"validation {name} after"] = sum(after) / len(after)
         for name in PICTURED:
-            out[f"validation {name} lost before"] = self.before.lost(name, least)
-            out[f"validation {name} lost"] = self.lost(name, least)
+            out[f"validation {name} harmed before"] = self.before.lost(name, harmed)
+            out[f"validation {name} lost"] = self.lost(name, lost)
         for (attack, step), measured in self.after.items():
-            out[f"validation lost, {attack}, {step}"] = measured.lost("related", least)
-        out["validation score"] = self.score(least)
+            out[f"validation lost, {attack}, {step}"] = measured.lost("related", lost)
+        out["validation score"] = self.score(lost, harmed)
         return out | {f"validation cosine {slot}": value for slot, value in self.cosines.items()}
 
 

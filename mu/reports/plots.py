@@ -22,16 +22,20 @@ COLORS = {
     "unlearned, longer": "#56b4e9",
     "ascent only, weak": "#e5c1d4",
     "ascent only, strong": "#8f3f6d",
+    "ascent only, short": "#b8579a",
     "meta-unlearned, first phase": "#7fb8d8",
+    "meta-unlearned, first steps": "#7fb8d8",
 }
 OTHER = "#009e73"
 # Run name without its seed → display name of the model.
 LABELS = {
     "meta": "meta-unlearned",
     "first": "meta-unlearned, first phase",
+    "begun": "meta-unlearned, first steps",
     "stronger": "unlearned, stronger",
     "longer": "unlearned, longer",
     "ascent": "ascent only",
+    "ascent-short": "ascent only, short",
     "ascent-weak": "ascent only, weak",
     "ascent-strong": "ascent only, strong",
 }
@@ -279,7 +283,7 @@ def validation_figure(history):
     axes[0].legend(fontsize=7)
     for name, color in (("related", colors["related"]), ("unrelated", OTHER)):
         axes[1].plot(found.index, found[f"{name} lost"], color=color, label=f"{name}, mean")
-        axes[1].plot(found.index, found[f"{name} lost before"], color=color, ls=":")
+        axes[1].plot(found.index, found[f"{name} harmed before"], color=color, ls=":")
     axes[1].plot(found.index, found.score, color="#000000", ls="--", label="score")
     for name in found.filter(regex="^lost, "):
         attack, steps = name.removeprefix("lost, ").split(", ")

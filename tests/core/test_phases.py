@@ -35,7 +35,7 @@ SHORT = Validation(
     sampling_steps=2,
     gain_steps=3,
 )
-LOST = Validation().lost  # gain of a picture that is just kept
+LOST, HARMED = Validation().lost, Validation().harmed  # gains of pictures that are just kept
 IMAGES = {name: torch.full((10,), 0.1) for name in FIXED}
 
 
@@ -57,12 +57,12 @@ def loop(state, sets, plan, validation=SHORT, **options):
     return unlearn_in_phases(*fixed, plan, validation=validation, **options)
 
 
-def measured(related=0.0, unrelated=0.0, losses=IMAGES):
-    """Return what ten pictures show, these shares of them lost."""
+def measured(related=0.0, unrelated=0.0, losses=IMAGES, least=LOST):
+    """Return what ten pictures show, these shares of them lost (or harmed, as `least` says)."""
     shares = {"related": related, "unrelated": unrelated}
     tenths = {name: torch.arange(10) < 10 * share for name, share in shares.items()}
     return Measured(
-        losses, {name: torch.where(lost, 0.9 * LOST, LOST) for name, lost in tenths.items()}
+        losses, {name: torch.where(lost, 0.9 * least, least) for name, lost in tenths.items()}
     )
 
 
@@ -73,7 +73,8 @@ def pretend(monkeypatch, related, unrelated=None, before=None):
     def found(state, *_):
         step = state.step
         after = measured(related.get(step, 0.0), unrelated.get(step, 0.0))
-        return Found(measured(*before.get(step, ())), {("all images", 2): after}, {}, 5)
+        at_theta = measured(*before.get(step, ()), least=HARMED)
+        return Found(at_theta, {("all images", 2): after}, {}, 5)
 
     monkeypatch.setattr("mu.phases.validate", found)
 
@@ -194,12 +195,12 @@ def test_pictures_that_their_prompts_do_not_explain_are_lost():
     after = {("all images", 50): measured(0.5, 0.2), ("one prompt", 50): measured(1.0)}
     worse = IMAGES | {"related": torch.tensor([0.5, 0.7])}
     after["one prompt", 50] = after["one prompt", 50]._replace(losses=worse)
-    found = Found(measured(0.1, 0.2), after, {"forget 0": 0.6}, 0)
-    shown = found.losses(LOST)
+    found = Found(measured(0.1, 0.2, least=HARMED), after, {"forget 0": 0.6}, 0)
+    shown = found.losses(LOST, HARMED)
     assert shown["validation related lost"] == found.lost("related", LOST) == 0.75
     assert shown["validation unrelated lost"] == pytest.approx(0.1)
-    assert shown["validation related lost before"] == pytest.approx(0.1)
-    assert shown["validation unrelated lost before"] == pytest.approx(0.2)
+    assert shown["validation related harmed before"] == pytest.approx(0.1)
+    assert shown["validation unrelated harmed before"] == pytest.approx(0.2)
     assert shown["validation lost, all images, 50"] == 0.5
     assert shown["validation lost, one prompt, 50"] == 1.0
     assert shown["validation related after"] == pytest.approx(0.35)

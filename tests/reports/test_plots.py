@@ -57,8 +57,8 @@ def test_the_validation_figure_shows_losses_share_and_cosines():
     losses |= {
         "validation related lost": [0.0, 0.7],
         "validation unrelated lost": [0.0, 0.1],
-        "validation related lost before": [0.0, 0.1],
-        "validation unrelated lost before": [0.0, 0.0],
+        "validation related harmed before": [0.0, 0.1],
+        "validation unrelated harmed before": [0.0, 0.0],
         "validation cosine forget 0": [0.6, np.nan],
     }
     losses |= {
