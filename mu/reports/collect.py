@@ -207,6 +207,12 @@ class Results:
     numbers: dict  # folder → {place: {"numbers", "protocol"}} of 50_evaluate
     courses: list  # of `mu.reports.explorer.save_sprite_sheet`, one training per attack
 
+    @property
+    def first_cards(self):
+        """Return name → protocol, each of the first training that has it."""
+        by_training = reversed(self.cards.values())
+        return {name: card for found in by_training for name, card in found.items()}
+
 
 def read_results(folder, trainings=()):
     """Return the `Results` of the trainings (subfolders of `folder`), by default of all.

@@ -13,7 +13,7 @@ import pandas as pd
 from mu.measures.comparison import mean_interval
 from mu.reports.plots import COLORS, intervals, legend_below, panel, trend
 from mu.reports.tables import VARIANTS, display_name, sort_like_paper
-from mu.reports.training_tables import angle_change, merge_phases
+from mu.reports.training_tables import angle_change
 
 MARKERS = dict(zip(VARIANTS, "os", strict=True))
 
@@ -93,7 +93,7 @@ def angle_figure(records):
     The gradients are those of the loss of the concept and of the related loss, see `trend`.
     Returns (figure, table of `angle_change`).
     """
-    records = merge_phases(records[records.panel.eq("")]).dropna(subset=["cosine"])
+    records = records[records.panel.eq("")].dropna(subset=["cosine"])
     records = records[records.model.isin(VARIANTS)]
     methods = _methods(records)
     fig, axes = method_grid(methods, ["inner product", "angle, degrees"], "step of training")

@@ -1,30 +1,12 @@
 """How each method was trained, and how the angle of its two gradients changed in training."""
 
-import itertools
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
 from mu.measures.statistics import student_interval
 from mu.reports.tables import VARIANTS, display_name, sort_like_paper
 
-WEIGHTS = ("unlearn", "ascent", "relearn", "self_destruct", "clean", "retain")
-
-
-def merge_phases(records):
-    """Merge a first phase (a run <method>-first) and the run that continues it into one training.
-
-    Both become the meta-unlearned model, with steps counted through.
-    """
-    first = records.run.str.endswith("-first")
-    length = records[first].groupby(["method", "training"]).step.max().rename("length")
-    offset = records.join(length, on=["method", "training"]).length.fillna(0).astype(int)
-    continued = records.model == "meta-unlearned"
-    return records.assign(
-        step=records.step + offset.where(continued, 0),
-        model=records.model.mask(first, "meta-unlearned"),
-    )
+WEIGHTS = ("unlearn", "ascent", "relearn", "self_destruct", "keep", "clean", "retain")
 
 
 def angle_change(records):
@@ -105,7 +87,7 @@ def _meta_facts(cards, run):
     return {
         "meta: steps": " + ".join(map(str, phase_steps(cards, run))),
         "meta: lr": f"{loop.get('lr', 0):g}",
-        "weights: unlearn, ascent, relearn, ζ, clean, retain": ", ".join(weights),
+        "weights: unlearn, ascent, relearn, ζ, keep, clean, retain": ", ".join(weights),
         "M": "–".join(map(str, loop.get("inner_steps", ()))),
         "τ": "–".join(f"{rate:g}" for rate in loop.get("inner_lr", ())),
     }
@@ -116,14 +98,8 @@ def _params(cards, run):
     return cards.get(f"/{run}", {}).get("run") or {}
 
 
-def run_chain(cards, run):
-    """Return a run and the runs that it started from, the first of them first."""
-    start = Path(_params(cards, run).get("start") or "").name
-    return [*(run_chain(cards, start) if start else []), run]
-
-
 def phase_steps(cards, run):
-    """Return the meta-unlearning steps, at most, of each phase of a run and of its `run_chain`."""
-    loops = [_params(cards, name).get("loop") or {} for name in run_chain(cards, run)]
-    phases = [loop.get("phases") or [loop] for loop in loops if "inner_steps" in loop]
-    return [phase["steps"] for phase in itertools.chain(*phases)]
+    """Return the meta-unlearning steps, at most, of each phase of a run."""
+    loop = _params(cards, run).get("loop") or {}
+    phases = loop.get("phases") or [loop]
+    return [phase["steps"] for phase in phases] if "inner_steps" in loop else []

@@ -55,11 +55,10 @@ def published():
 @pytest.fixture
 def two_phases():
     """Cards of a UCE model that was meta-unlearned in two phases, and of an ESD model in one."""
-    first = {"start": "runs/uce", "loop": {"steps": 30, "inner_steps": [1, 2]}}
-    second = {"start": "runs/uce-first", "loop": {"steps": 10, "inner_steps": [1, 2]}}
+    phases = [{"name": "ascend", "steps": 30}, {"name": "grow", "steps": 10}]
+    loop = {"steps": 0, "inner_steps": [1, 2], "phases": phases}
     return {
-        "/uce-meta": {"run": second},
-        "/uce-first": {"run": first},
+        "/uce-meta": {"run": {"start": "runs/uce", "loop": loop}},
         "/uce": {"run": {"start": "", "loop": None}},
         "/esd-u-3-meta": {"run": {"start": "", "loop": {"steps": 7, "inner_steps": [1, 2]}}},
     }

@@ -1,7 +1,6 @@
 """Each table reports the rows that it was made from, beside the published numbers."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from mu.reports import tables, training_tables
@@ -90,26 +89,6 @@ def test_the_change_of_the_angle(results):
     assert meta["trainings in which it rises"] == 2
 
 
-def test_two_phases_are_one_training():
-    records = pd.DataFrame(
-        {
-            "run": ["m", "m-first", "m-first", "m-meta", "m-meta"],
-            "method": "m",
-            "training": "0",
-            "step": [1, 1, 5, 1, 5],
-            "model": ["unlearned", "m-first", "m-first", "meta-unlearned", "meta-unlearned"],
-        }
-    )
-    merged = training_tables.merge_phases(records)
-    assert merged[["step", "model"]].to_numpy().tolist() == [
-        [1, "unlearned"],
-        [1, "meta-unlearned"],
-        [5, "meta-unlearned"],
-        [6, "meta-unlearned"],
-        [10, "meta-unlearned"],
-    ]
-
-
 def test_the_trainings_table_has_the_steps_of_each_phase(results, two_phases):
     cards = two_phases | {"/esd-u-3": {"run": {"lr": 1e-5, "loop": {"steps": 64}}}}
     table = training_tables.trainings_table(results.rows, cards).set_index("method")
@@ -127,4 +106,7 @@ def test_the_trainings_table_shows_the_last_phase_of_one_run(results):
     line = training_tables.trainings_table(results.rows, cards).set_index("method").loc["UCE"]
     assert line["meta: steps"] == "5 + 9"
     assert line["meta: lr"] == "5e-05"
-    assert line["weights: unlearn, ascent, relearn, ζ, clean, retain"] == "0, 1, 0, 60, 0, 100"
+    assert (
+        line["weights: unlearn, ascent, relearn, ζ, keep, clean, retain"]
+        == "0, 1, 0, 60, 0, 0, 100"
+    )
