@@ -34,7 +34,19 @@ TRAINING = dict(
     trajectory_reuse=2,
     checkpoint_every=1,
 )
-META = TRAINING | dict(inner_steps=[1, 2], inner_batch_size=2, clean_every=2, retain_prompts=4)
+META = TRAINING | dict(
+    phases=[],
+    validation={},
+    rehearsal_images=0,
+    relearn=1.0,
+    inner_steps=[1, 2],
+    inner_batch_size=2,
+    head_start=[0, 0],
+    horizon=[0, 0],
+    one_prompt=0.0,
+    clean_every=2,
+    retain_prompts=4,
+)
 ATTACK = dict(at="0,1,2", seeds="0,1", batch_size=2)
 SHORT_ATTACK = dict(at="0,1", seeds="0", batch_size=2)
 DRAWING = dict(probe_seeds="2,1,1", sampling_steps=2)

@@ -172,7 +172,7 @@ def test_attackers_persist_through_phases_with_a_validation(experiment):
 
 def test_start_here_needs_no_other_notebook(experiment):
     out = experiment.base / "start"
-    steps = dict(unlearn_steps=1, meta_steps=3, attack_at="0,1")
+    steps = dict(unlearn_steps=1, ascend_steps=1, grow_steps=2, released="", attack_at="0,1")
     assert experiment.run("00_start_here", out=str(out), probe_seeds="1,1,1", **steps)
     assert (out / "meta-unlearned" / "unet").is_dir()
 
