@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 
 import torch
 
@@ -53,7 +54,14 @@ def limit(gradient, other, largest):
 
 
 def calm(losses, drift_bound):
-    """Return min(1, drift_bound / mean drift), the factor by which `meta_clip` shrinks."""
-    drifts = [loss for name, loss in losses.items() if name.endswith(" drift")]
-    mean = sum(drifts) / max(1, len(drifts))
-    return drift_bound / mean if mean > drift_bound else 1.0
+    """Return min(1, drift_bound / drift), the factor by which `meta_clip` shrinks.
+
+    The drift is the larger of two means: of what has related prompts, and of the rest. What breaks
+    first are the model's own related samples, a small part of all.
+    """
+    related, rest = [], []
+    for name, value in losses.items():
+        if name.endswith(" drift"):
+            (related if re.search(r"\brelated\b", name) else rest).append(value)
+    largest = max((sum(part) / len(part) for part in (related, rest) if part), default=0.0)
+    return drift_bound / largest if largest > drift_bound else 1.0

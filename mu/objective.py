@@ -63,7 +63,9 @@ class Objective:
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient
     meta_clip: float = 0.0  # largest norm of each gradient at θ_FT, in norms of that at θ; 0: any
-    drift_bound: float = math.inf  # mean drift D at θ from which `meta_clip` shrinks, as 1 / D
+    drift_bound: float = (
+        math.inf
+    )  # drift D at θ from which `meta_clip` shrinks, as 1 / D; see `calm`
     controls: Controls = Controls()
 
     @property
@@ -103,7 +105,7 @@ class Objective:
             )
         if self.drift_bound < math.inf and not (self.meta_clip and self.weights.retain):
             raise ValueError(
-                f"drift_bound is {self.drift_bound:g}, a mean drift from which meta_clip shrinks: "
+                f"drift_bound is {self.drift_bound:g}, a drift from which meta_clip shrinks: "
                 "set meta_clip and retain, such as 1.5 and 100, or drift_bound to 0"
             )
         if unknown := sorted(set(self.drift_terms) - set(DRIFT_TERMS)):

@@ -359,9 +359,13 @@ def test_what_the_attack_destroys_and_what_it_keeps_are_limited_apart():
 
 
 def test_meta_clip_shrinks_with_the_drift():
-    losses = {"related": 9.0, "related drift": 0.01, "any drift": 0.05}
+    """With the mean drift on what is related, or that on the rest, whichever is larger."""
+    related = {"related drift": 0.03, "sampled related, empty drift": 0.05}
+    rest = {"unrelated drift": 0.01, "sampled unrelated drift": 0.02, "any drift": 0.0}
+    losses = {"related": 9.0} | related | rest
     assert calm(losses, math.inf) == calm(losses, 0.04) == calm({"forget": 1.0}, 0.0) == 1.0
-    assert calm(losses, 0.015) == pytest.approx(0.5)
+    assert calm(losses, 0.02) == pytest.approx(0.5)
+    assert calm(losses | dict.fromkeys(related, 0.0), 0.005) == pytest.approx(0.5)
     assert calm({"related drift": 0.0}, 0.015) == 1.0
 
 
