@@ -3,7 +3,7 @@
 from mu.measures.comparison import mean_interval
 from mu.reports.tables import VARIANTS, concept_rows, display_name
 from mu.reports.targets import comparable_controls, model_order, protection
-from mu.reports.training_tables import phase_steps
+from mu.reports.training_tables import attackers_persist, phase_steps
 from mu.reports.words import at_steps, joined, points, rate_words
 
 PLAIN, META = VARIANTS
@@ -40,19 +40,23 @@ def _equal(rates, lr):
 
 
 def _lengths(experiment, cards, method):
-    """Compare the steps of meta-unlearning of one method with those of the others."""
+    """Compare steps and attackers of meta-unlearning of one method with those of the others."""
     meta = experiment[experiment.model == META].drop_duplicates("method")
-    steps = {name: phase_steps(cards, run) for name, run in zip(meta.method, meta.run, strict=True)}
+    runs = dict(zip(meta.method, meta.run, strict=True))
+    steps = {name: phase_steps(cards, run) for name, run in runs.items()}
     phases = steps.pop(method, [])
     others = sorted({sum(lengths) for lengths in steps.values()})
     if not phases or not others or others == [sum(phases)]:
         return ""
-    in_phases = f" in {len(phases)} phases" if len(phases) > 1 else ""
+    length = f"{sum(phases)} steps"
+    if len(phases) > 1:
+        length = f"at most {length} in {len(phases)} phases"
     other = f"{others[0]}" if len(others) == 1 else f"{others[0]} to {others[-1]}"
-    return (
-        f"{display_name(method)} is meta-unlearned for {sum(phases)} steps{in_phases}, "
-        f"the other methods for {other}."
-    )
+    if attackers_persist(cards, runs[method]):
+        length += ", with simulated attackers that persist"
+        if not any(attackers_persist(cards, runs[name]) for name in steps):
+            other += ", with attackers that start anew at each step"
+    return f"{display_name(method)} is meta-unlearned for {length}; the other methods for {other}."
 
 
 def _spread(meta, step):

@@ -103,3 +103,8 @@ def phase_steps(cards, run):
     loop = _params(cards, run).get("loop") or {}
     phases = loop.get("phases") or [loop]
     return [phase["steps"] for phase in phases] if "inner_steps" in loop else []
+
+
+def attackers_persist(cards, run):
+    """Return whether a run simulates attackers that go on over several outer steps."""
+    return any((_params(cards, run).get("loop") or {}).get("horizon") or [])

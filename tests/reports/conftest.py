@@ -56,7 +56,7 @@ def published():
 def two_phases():
     """Cards of a UCE model that was meta-unlearned in two phases, and of an ESD model in one."""
     phases = [{"name": "ascend", "steps": 30}, {"name": "grow", "steps": 10}]
-    loop = {"steps": 0, "inner_steps": [1, 2], "phases": phases}
+    loop = {"steps": 0, "inner_steps": [1, 2], "horizon": [9, 9], "phases": phases}
     return {
         "/uce-meta": {"run": {"start": "runs/uce", "loop": loop}},
         "/uce": {"run": {"start": "", "loop": None}},

@@ -121,7 +121,8 @@ def test_caveats_of_controls(rows, cards):
 
 def test_caveats_name_the_phases(rows, two_phases):
     assert caveats(rows, two_phases, "uce", 6e-5)[0] == (
-        "UCE is meta-unlearned for 40 steps in 2 phases, the other methods for 7."
+        "UCE is meta-unlearned for at most 40 steps in 2 phases, with simulated attackers that "
+        "persist; the other methods for 7, with attackers that start anew at each step."
     )
 
 
