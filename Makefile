@@ -46,7 +46,7 @@ attacks: .venv/installed ## Run every attack on both pocket models; about three 
 	@$(EXPERIMENT) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
 	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
 
-paper: ## Reproduce the paper's experiments; about four hours for MODEL=pocket
+paper: ## Reproduce the paper's experiments; about ten hours for MODEL=pocket
 ablations: ## Run the ablations; report in reports/MODEL/ablations
 
 # Large models and clusters need the extras of pyproject.toml.
