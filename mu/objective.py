@@ -63,9 +63,7 @@ class Objective:
     timestep: int | None = None  # of every denoising loss; None: random
     clip: float = 1.0  # largest norm of the gradient
     meta_clip: float = 0.0  # largest norm of each gradient at θ_FT, in norms of that at θ; 0: any
-    drift_bound: float = (
-        math.inf
-    )  # drift D at θ from which `meta_clip` shrinks, as 1 / D; see `calm`
+    drift_bound: float = math.inf  # drift at θ from which `meta_clip` shrinks (`guards.calm`)
     controls: Controls = Controls()
 
     @property

@@ -263,7 +263,7 @@ def test_second_order_refuses_attackers_that_go_on(sets):
 
 
 def test_a_bound_on_each_image_replaces_that_on_the_mean(sets):
-    """A mean above its bound gives no gradient; images below theirs still do."""
+    """A mean above its bound gives no gradient; images below theirs do, others are pulled back."""
     options = META | dict(inner_steps=2, relearn=0.0, self_destruct=5.0, clean=0.0)
 
     def after(**bounds):
@@ -271,6 +271,8 @@ def test_a_bound_on_each_image_replaces_that_on_the_mean(sets):
         return tiny.weights(state.unet).clone()
 
     mean_only = after(bound=1e-9)
+    up, down = (after(bound=1e-9, image_bound=b) - mean_only for b in (1e9, 1e-9))
+    assert torch.dot(up.flatten(), down.flatten()) < 0
     assert not torch.equal(after(bound=1e-9, image_bound=1e9), mean_only)
     assert torch.equal(after(bound=1e-9, image_bound=1e9), after(bound=math.inf))
 

@@ -80,7 +80,7 @@ def test_the_caveats_agree_with_the_rows():
     results = read_results(POCKET / "raw", read_json(POCKET / "raw" / "trainings.json"))
     expected = caveats(deduplicate(results), results.first_cards, "esd-f-1", 6e-5)
     assert lines == [f"- {sentence}" for sentence in expected]
-    assert len(lines) >= 5
+    assert len(lines) > 5
 
     # The loss of related concepts, computed independently.
     rows = results.rows
