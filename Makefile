@@ -25,6 +25,7 @@ EXPERIMENT = $(BIN)/snakemake --cores $(CORES) $(FLAGS)
 GRID = $(BIN)/snakemake $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $(FLAGS) \
 	--keep-going --profile "notebooks/machines/$$MACHINE" \
 	--configfile notebooks/profiles/$@.yaml --config model="$$MODEL" seeds="$$SEEDS"
+REPORT = reports/$$MODEL
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
 .PHONY: help demo methods attacks paper ablations lint test-core test
@@ -41,23 +42,21 @@ methods: .venv/installed ## Compare the methods on both pocket models; about an 
 	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket.yaml
 	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
 
-attacks: .venv/installed ## Run every attack on both pocket models; about three hours
-	@$(EXPERIMENT) --configfile notebooks/profiles/attacks-pocket.yaml
-	@$(EXPERIMENT) --configfile notebooks/profiles/attacks-pocket-sdxl.yaml
-	@echo "The report: file://$(CURDIR)/reports/attacks-pocket/index.html"
-
 paper: ## Reproduce the paper's experiments; about ten hours for MODEL=pocket
 ablations: ## Run the ablations; report in reports/MODEL/ablations
+attacks: ## Run every attack on a defended model; about XX for MODEL=pocket
 
 # Large models and clusters need the extras of pyproject.toml.
 paper: $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures))
-paper ablations: .venv/installed $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
+ablations: REPORT = reports/$$MODEL/ablations
+attacks: REPORT = reports/attacks-$$MODEL
+paper ablations attacks: .venv/installed $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
 	@test -f "notebooks/machines/$$MACHINE/config.yaml" || { \
 		echo "error: unknown MACHINE '$$MACHINE': allowed are" \
 		"$(notdir $(wildcard notebooks/machines/*)); or add notebooks/machines/$$MACHINE" >&2; \
 		exit 1; }
 	@$(if $(DRY),$(BIN)/python -m mu.notebooks.forecast) $(GRID)
-	@$(if $(DRY),,echo "The report: file://$(CURDIR)/reports/$$MODEL/index.html")
+	@$(if $(DRY),,echo "The report: file://$(CURDIR)/$(REPORT)/index.html")
 
 lint: .venv/installed ## Check style and format with ruff
 	@$(BIN)/ruff check
@@ -74,10 +73,10 @@ test: .venv/installed ## Run all tests, notebooks included; about a quarter of a
 ## Each target first sets up .venv, once. Variables (with their defaults):
 ##   PYTHON=python3     Python 3.11 or newer
 ##   CORES=2            number of cores
-##   MODEL=pocket       paper, ablations: a model of the grid, such as pocket, sd-v1-4 or sdxl
+##   MODEL=pocket       paper, ablations, attacks: a model of the grid, such as pocket or sdxl
 ##   SEEDS="3 4 5"      paper, ablations: training seeds; 0 for other models than pocket
-##   MACHINE=laptop     paper, ablations: a folder of notebooks/machines
-##   DRY=1              paper, ablations: print the number of notebooks and the time, run nothing
+##   MACHINE=laptop     paper, ablations, attacks: a folder of notebooks/machines
+##   DRY=1              the same: print the number of notebooks and the time, run nothing
 
 .venv/with-%: .venv/installed
 	@$(BIN)/python -m pip install -qq -e ".[$*]"

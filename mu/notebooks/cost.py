@@ -360,4 +360,4 @@ def estimate(model, parameters=None, gpu=True):
     steps = sum(phase.steps for phase in phases)
     most, kept, peak = max(peaks, key=itemgetter(0))
     kept, peak = ({name: n / GIB for name, n in part.items()} for part in (kept, peak))
-    return Estimate(most / GIB, flops / steps, steps, kept, peak)
+    return Estimate(most / GIB, flops / max(steps, 1), steps, kept, peak)

@@ -20,9 +20,11 @@ COLORS = {
     "ascent only": "#cc79a7",
     "unlearned, stronger": "#e69f00",
     "unlearned, longer": "#56b4e9",
-    "ascent only, weak": "#e5c1d4",
     "ascent only, strong": "#8f3f6d",
-    "ascent only, short": "#b8579a",
+    "ascent only, short": "#e5c1d4",
+    "meta-unlearned, cold attackers": "#7f7fc8",
+    "public code, intended weights": "#b0a030",
+    "public code, as run": "#6f6420",
     "meta-unlearned, first phase": "#7fb8d8",
     "meta-unlearned, first steps": "#7fb8d8",
 }
@@ -36,8 +38,11 @@ LABELS = {
     "longer": "unlearned, longer",
     "ascent": "ascent only",
     "ascent-short": "ascent only, short",
-    "ascent-weak": "ascent only, weak",
+    "ascent-long": "ascent only",
     "ascent-strong": "ascent only, strong",
+    "cold": "meta-unlearned, cold attackers",
+    "public-intended": "public code, intended weights",
+    "public-run": "public code, as run",
 }
 
 

@@ -229,6 +229,11 @@ def test_phases_of_the_training_add_up(pipe):
     assert (reverse.gib, reverse.flops) == (both.gib, pytest.approx(both.flops))
 
 
+def test_a_training_without_steps_takes_no_time(pipe):
+    found = estimate(pipe, META | dict(steps=0))  # a model that is loaded to be attacked
+    assert (found.steps, found.flops) == (0, 0.0)
+
+
 def test_head_starts_take_time(pipe):
     """Two steps of head start per step of the horizon cost as twice as many further inner steps."""
     p = META | dict(offload=True, inner_steps=(2, 2), horizon=(10, 10), clean=0.0)

@@ -58,8 +58,8 @@ def paper(tmp_path):
         (tmp_path / "bin" / name).write_text(ECHO)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def run(*variables):
-        output = make(*EXTRAS, "paper", f"BIN={tmp_path}/bin", *variables)
+    def run(*variables, target="paper"):
+        output = make(*EXTRAS, target, f"BIN={tmp_path}/bin", *variables)
         first, *rest = output.splitlines()
         program, *arguments, offline = json.loads(first)
         return program, arguments, offline, rest
@@ -76,6 +76,17 @@ def test_make_paper_starts_the_grid_of_the_pocket_model(paper):
     expected = {"--keep-going", "model=pocket", "seeds=3 4 5", "notebooks/machines/laptop"}
     expected |= {"notebooks/profiles/paper.yaml", "mtime", "params", "input"}
     assert expected <= set(arguments)
+
+
+@pytest.mark.parametrize(
+    "target, report",
+    [("attacks", "attacks-pocket-sdxl"), ("ablations", "pocket-sdxl/ablations")],
+)
+def test_other_grids_name_their_report(paper, target, report):
+    _, arguments, _, rest = paper("MODEL=pocket-sdxl", target=target)
+    assert f"notebooks/profiles/{target}.yaml" in arguments
+    assert "model=pocket-sdxl" in arguments
+    assert rest == [f"The report: file://{ROOT}/reports/{report}/index.html"]
 
 
 def test_make_paper_passes_variables_as_literal_text(paper, tmp_path):
