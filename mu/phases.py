@@ -9,7 +9,7 @@ from mu.objective import Objective
 from mu.parallel import Runtime
 from mu.state import Best, State
 from mu.train import unlearn
-from mu.validation import Validation, validate
+from mu.validation import Validation, Validator
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Phase:
     objective: Objective
     lr: float
     until: float = 0.0  # `Found.score` of a validation that ends it; 0: all steps
+    patience: int = 0  # steps without a better score after which the training ends; 0: never
     anneal: bool = False  # lower the learning rate linearly to 0
 
 
@@ -44,6 +45,22 @@ def keep_best(state, score):
         state.best = Best(score, state.step, [p.detach().clone() for p in source])
 
 
+def ends_phase(state, phases, score):
+    """Return whether this step ends its phase; if so, start the next, or none without patience.
+
+    score: of this step's validation, or None.
+    """
+    phase = phases[state.phase]
+    since = state.step - max(state.best.step if state.best else 0, state.phase_start)
+    reached = score is not None and 0 < phase.until <= score
+    stalled = score is not None and 0 < phase.patience <= since and not reached
+    if not (reached or stalled or state.step == phase_end(state, phases)):
+        return False
+    state.phase = len(phases) if stalled else state.phase + 1
+    state.phase_start = state.step
+    return True
+
+
 def restart_lost(pool, cosines, below):
     """Let members start anew whose displacement no fresh attack follows any more."""
     for slot, value in cosines.items():
@@ -65,19 +82,20 @@ def unlearn_in_phases(
 
     Every `validation.every` steps of a phase with simulated attackers fresh attacks run, and what
     they find joins the losses of the record, with the number of the phase. A phase ends when a
-    validation scores enough (`mu.validation.Found.score`), or after its steps. The result is the
-    best validated average: `State.release`.
+    validation scores enough (`mu.validation.Found.score`), or after its steps; all phases end when
+    its patience does. The result is the best validated average: `State.release`.
     """
     fixed = (unet_frozen, noise_scheduler, data)
     validation.check(runtime)
+    validator = Validator(state, *fixed, validation, runtime)
     while state.phase < len(phases):
         phase, end = phases[state.phase], phase_end(state, phases)
         set_learning_rate(state, phases)
         validated = validation.every and phase.objective.simulates
         for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
-            score = 0.0
+            score = None
             if validated and state.step % validation.every == 0:
-                found = validate(state, *fixed, validation, runtime)
+                found = validator.validate()
                 shares = validation.lost, validation.harmed
                 score = found.score(*shares)
                 keep_best(state, score)
@@ -85,9 +103,8 @@ def unlearn_in_phases(
                 own = {"validation phase": state.phase}
                 losses = record.losses | found.losses(*shares) | own
                 record = replace(record, losses=losses, passes=record.passes + found.passes)
-            ends = state.step == end or (phase.until and score >= phase.until)
-            if ends:  # before the record is seen: a checkpoint of this step starts the next phase
-                state.phase, state.phase_start = state.phase + 1, state.step
+            # before the record is seen: a checkpoint of this step starts the next phase
+            ends = ends_phase(state, phases, score)
             yield record
             if ends:
                 break

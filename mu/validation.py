@@ -1,6 +1,7 @@
 """The defender's own test of a training: fresh attacks from the averaged weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class Validation:
     lr: float = 6e-5  # of its Adam
     batch_size: int = 4
     images: int = 48  # per set, with fixed noise and timesteps
-    pictures: int = 16  # to sample per set, from fixed latents
+    pictures: int = 16  # to sample per set after an attack, from fixed latents
+    pictures_before: int = 0  # the same at θ, where harm may hit a few prompts; 0: as many
     guidance: float = 5.0  # scale, of these pictures
     sampling_steps: int = 12  # DDIM steps
     gain_steps: int = 8  # timesteps at which the original judges a picture
@@ -130,24 +132,6 @@ class FixedDraws(NamedTuple):
     latents: torch.Tensor  # that the pictures are sampled from
     noises: torch.Tensor  # that the original adds to them, one per timestep
 
-    def gains(self, unet, unet_frozen, noise_scheduler, data, validation):
-        """Return the gains of the pictures that a UNet samples, as the original judges them."""
-        prompts = (noise_scheduler, self.conditioning, data.unconditional)
-        sampling = Sampling(validation.guidance, validation.sampling_steps)
-        pictures = sample_latents(unet, *prompts, self.latents, sampling)
-        with reference(unet, unet_frozen) as original:
-            return prompt_gains(original, *prompts, pictures, self.noises)
-
-    def measure(self, unet, unet_frozen, gains, *fixed):
-        """Return `Measured` of the present weights; `gains` are those of the original's pictures.
-
-        The difference of two gains is relative to the original's size, so that a picture counts as
-        kept where the original itself denoises its own no better with the prompt.
-        """
-        losses = image_losses(unet, self.batches)
-        relative = 1 + (self.gains(unet, unet_frozen, *fixed) - gains) / gains.abs()
-        return Measured(losses, dict(zip(PICTURED, relative.chunk(2), strict=True)))
-
 
 def fixed_draws(data, noise_scheduler, validation):
     """Draw the `FixedDraws` of a validation."""
@@ -167,6 +151,39 @@ def fixed_draws(data, noise_scheduler, validation):
     latents = torch.randn((2 * n, *shape), generator=generator) * noise_scheduler.init_noise_sigma
     noises = torch.randn((validation.gain_steps, *shape), generator=generator)
     return FixedDraws(batches, stack(*rows), latents.to(device), noises.to(device))
+
+
+class Exam:
+    """What a UNet shows on `FixedDraws`, beside what the original shows.
+
+    fixed: the original UNet or None (`mu.frozen.reference`), the noise scheduler, and `Data`.
+    """
+
+    def __init__(self, unet, fixed, validation):
+        self.unet, self.validation = unet, validation
+        self.unet_frozen, self.noise_scheduler, self.data = fixed
+        self.draws = fixed_draws(self.data, self.noise_scheduler, validation)
+        with reference(unet, self.unet_frozen) as original:
+            self.original = self.gains(original)
+
+    def gains(self, unet):
+        """Return the gains of the pictures that a UNet samples, as the original judges them."""
+        draws, validation = self.draws, self.validation
+        prompts = (self.noise_scheduler, draws.conditioning, self.data.unconditional)
+        sampling = Sampling(validation.guidance, validation.sampling_steps)
+        pictures = sample_latents(unet, *prompts, draws.latents, sampling)
+        with reference(self.unet, self.unet_frozen) as original:
+            return prompt_gains(original, *prompts, pictures, draws.noises)
+
+    def measure(self):
+        """Return `Measured` of the present weights.
+
+        The difference of two gains is relative to the original's size, so that a picture counts as
+        kept where the original itself denoises its own no better with the prompt.
+        """
+        losses = image_losses(self.unet, self.draws.batches)
+        relative = 1 + (self.gains(self.unet) - self.original) / self.original.abs()
+        return Measured(losses, dict(zip(PICTURED, relative.chunk(2), strict=True)))
 
 
 def cosine(one, other):
@@ -199,27 +216,49 @@ def member_cosines(state, start):
     return {slot: cosine(moved, displacement(m, state.named)) for slot, m in members.items()}
 
 
-def validate(state, unet_frozen, noise_scheduler, data, validation, runtime):
-    """Attack the averaged weights afresh and measure; returns `Found`, and leaves θ as it was."""
-    present = [p.detach().clone() for p in state.parameters]
-    start = state.ema.shadow_params if state.ema else present
-    test = fixed_draws(data, noise_scheduler, validation)
-    fixed = (noise_scheduler, data, validation)
-    before, after, cosines = None, {}, {}
-    with count_passes(state.unet, unet_frozen) as passes:
-        with reference(state.unet, unet_frozen) as original:
-            gains = test.gains(original, unet_frozen, *fixed)
-        try:
-            for attack, images in validation.attacks(data.forget).items():
+class Validator:
+    """Validates one training; draws, and what the original shows, are computed once."""
+
+    def __init__(self, state, unet_frozen, noise_scheduler, data, validation, runtime):
+        self.state, self.validation, self.runtime = state, validation, runtime
+        self.fixed = (unet_frozen, noise_scheduler, data)
+
+    @cached_property
+    def after(self):
+        """Return the `Exam` after an attack."""
+        return Exam(self.state.unet, self.fixed, self.validation)
+
+    @cached_property
+    def before(self):
+        """Return the `Exam` at θ."""
+        more = self.validation.pictures_before
+        if not more:
+            return self.after
+        return Exam(self.state.unet, self.fixed, replace(self.validation, pictures=more))
+
+    def validate(self):
+        """Attack the averaged weights afresh and measure; returns `Found`, and leaves θ as it was.
+
+        The passes are those of each validation, without the original's, which it makes once.
+        """
+        state, (unet_frozen, noise_scheduler, data) = self.state, self.fixed
+        at_theta, attacked = self.before, self.after
+        present = [p.detach().clone() for p in state.parameters]
+        start = state.ema.shadow_params if state.ema else present
+        before, after, cosines = None, {}, {}
+        with count_passes(state.unet, unet_frozen) as passes:
+            try:
+                for attack, images in self.validation.attacks(data.forget).items():
+                    with torch.no_grad():
+                        torch._foreach_copy_(state.parameters, start)
+                    before = before or at_theta.measure()
+                    fixed = (noise_scheduler, self.validation, self.runtime)
+                    for step in fresh_attack(state, images, *fixed):
+                        after[attack, step] = attacked.measure()
+                        if step == min(self.validation.depths):
+                            for slot, value in member_cosines(state, start).items():
+                                cosines[slot] = max(value, cosines.get(slot, -1.0))
+            finally:
                 with torch.no_grad():
-                    torch._foreach_copy_(state.parameters, start)
-                before = before or test.measure(state.unet, unet_frozen, gains, *fixed)
-                for step in fresh_attack(state, images, noise_scheduler, validation, runtime):
-                    after[attack, step] = test.measure(state.unet, unet_frozen, gains, *fixed)
-                    if step == min(validation.depths):
-                        for slot, value in member_cosines(state, start).items():
-                            cosines[slot] = max(value, cosines.get(slot, -1.0))
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(state.parameters, present)
-    return Found(before, after, cosines, len(passes))
+                    torch._foreach_copy_(state.parameters, present)
+        return Found(before, after, cosines, len(passes))

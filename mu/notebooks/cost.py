@@ -314,9 +314,9 @@ def validation_flops(network, validation):
     attack = max(validation.depths) * pass_cost(network, "train", validation.batch_size).flops
     image = pass_cost(network, "sample", 1).flops
     passes = 2 * (validation.sampling_steps + validation.gain_steps)  # with and without prompt
-    pictures = passes * validation.pictures * len(PICTURED)
-    times = 1 + 2 * len(validation.depths)  # before, and after two attacks
-    rows = times * len(FIXED) * validation.images + (times + 1) * pictures  # also the original's
+    times = 2 * len(validation.depths)  # after two attacks, and once before
+    pictures = times * validation.pictures + (validation.pictures_before or validation.pictures)
+    rows = (times + 1) * len(FIXED) * validation.images + passes * pictures * len(PICTURED)
     return (2 * attack + rows * image) / validation.every
 
 

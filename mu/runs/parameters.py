@@ -59,7 +59,8 @@ FLAT = {
     "ascent_bound": (Objective, "ascent_bound"),
     "timestep": (Objective, "timestep"),
 }
-PHASE = ("name", "steps", "until", "lr", "anneal")  # of a phase, beside overrides of FLAT
+# of a phase, beside overrides of FLAT
+PHASE = ("name", "steps", "until", "patience", "lr", "anneal")
 PAIRS = ("inner_steps", "inner_lr", "horizon", "head_start", "lora_lr")  # lowest and highest
 BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above", "drift_bound")  # 0: none
 LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated

@@ -18,7 +18,7 @@ from mu.pool import Member, Plan
 from mu.sampling import Sampling, prompt_gains, sample_latents
 from mu.state import State
 from mu.train import add_limited, unlearn
-from mu.validation import FIXED, Found, Measured, Validation, fixed_draws, validate
+from mu.validation import FIXED, Exam, Found, Measured, Validation, Validator, fixed_draws
 
 ASCENT = dict(retain=1.0, ascent=1.0, retain_batch_size=4, trajectory_steps=4, trajectory_reuse=3)
 ASCENT |= dict(drift_terms=("related", "empty", "sampled"))
@@ -39,12 +39,10 @@ LOST, HARMED = Validation().lost, Validation().harmed  # gains of pictures that 
 IMAGES = {name: torch.full((10,), 0.1) for name in FIXED}
 
 
-def phases(*steps, until=0.0, anneal=False):
+def phases(*steps, **options):
     """Return a phase of ascent and, for more numbers of steps, phases with attackers."""
     made = [Phase("ascend", steps[0], objective(**ASCENT), lr=1e-3)]
-    for n in steps[1:]:
-        made.append(Phase("grow", n, objective(**WARM), lr=2e-3, until=until, anneal=anneal))
-    return made
+    return made + [Phase("grow", n, objective(**WARM), lr=2e-3, **options) for n in steps[1:]]
 
 
 def make_state(seed=3):
@@ -70,13 +68,13 @@ def pretend(monkeypatch, related, unrelated=None, before=None):
     """Let validations find these shares of lost pictures, by step; `before` is at θ."""
     unrelated, before = unrelated or {}, before or {}
 
-    def found(state, *_):
-        step = state.step
+    def found(validator):
+        step = validator.state.step
         after = measured(related.get(step, 0.0), unrelated.get(step, 0.0))
         at_theta = measured(*before.get(step, ()), least=HARMED)
         return Found(at_theta, {("all images", 2): after}, {}, 5)
 
-    monkeypatch.setattr("mu.phases.validate", found)
+    monkeypatch.setattr(Validator, "validate", found)
 
 
 def comparable(records):
@@ -118,6 +116,24 @@ def test_a_phase_ends_when_the_attack_breaks_enough(sets, until, steps, monkeypa
     assert state.best.step == 4
 
 
+@pytest.mark.parametrize(
+    "scores, ended",
+    [
+        ({2: 0.3, 4: 0.2, 6: 0.2}, [6]),  # none better since step 2, patience 4
+        ({2: 0.3, 4: 0.4, 6: 0.2}, [8]),
+        ({2: 0.3, 4: 0.2, 6: 0.9}, [6, 10]),  # good enough for the next phase, which has its own
+        ({2: 0.3, 4: 0.4, 6: 0.5, 8: 0.6}, [9, 14]),
+    ],
+)
+def test_a_training_that_improves_no_more_ends(sets, scores, ended, monkeypatch):
+    pretend(monkeypatch, scores)
+    state, found = make_state(), phases(1, 8, 9, until=0.8, patience=4)
+    starts = {record.step: state.phase_start for record in loop(state, sets, found)}
+    assert list(starts) == list(range(1, ended[-1] + 1))
+    assert sorted({start for start in starts.values() if start > 1}) == ended
+    assert state.phase == len(found)
+
+
 def test_a_phase_without_attackers_is_not_validated(sets, monkeypatch):
     pretend(monkeypatch, dict.fromkeys(range(9), 0.5))
     state = make_state()
@@ -150,7 +166,7 @@ def test_a_validation_changes_nothing_and_repeats_itself(sets):
     frozen = tiny.frozen(tiny.make_unet())
     fixed = (state, frozen, tiny.make_scheduler(), Data(*sets), SHORT, Runtime())
     before = {name: value.clone() for name, value in state.tensors().items()}
-    one, other = validate(*fixed), validate(*fixed)
+    one, other = Validator(*fixed).validate(), Validator(*fixed).validate()
     for name, value in state.tensors().items():
         assert torch.equal(value, before[name]), name
     pairs = [(one.before, other.before)] + [(m, other.after[w]) for w, m in one.after.items()]
@@ -167,7 +183,7 @@ def test_a_validation_attacks_with_all_images_and_with_those_of_one_prompt(sets)
     """Its numbers are those of two attacks written by hand, at each depth."""
     state, scheduler, losses = make_state(), tiny.make_scheduler(), {}
     frozen = tiny.frozen(tiny.make_unet())
-    found = validate(state, frozen, scheduler, Data(*sets), SHORT, Runtime())
+    found = Validator(state, frozen, scheduler, Data(*sets), SHORT, Runtime()).validate()
     batches = fixed_draws(Data(*sets), scheduler, SHORT).batches
     chosen = sets[0].prompt[SHORT.seed % len(sets[0].prompt)]
     one_prompt = sets[0].subset(torch.nonzero(sets[0].prompt == chosen).flatten())
@@ -184,6 +200,18 @@ def test_a_validation_attacks_with_all_images_and_with_those_of_one_prompt(sets)
     for where, expected in losses.items():
         for name in expected:
             torch.testing.assert_close(found.after[where].losses[name], expected[name])
+
+
+def test_more_pictures_show_harm_before_an_attack(sets):
+    state, frozen = make_state(), tiny.frozen(tiny.make_unet())
+    more = replace(SHORT, pictures_before=7)
+    fixed = (state, frozen, tiny.make_scheduler(), Data(*sets))
+    found, few = (Validator(*fixed, v, Runtime()).validate() for v in (more, SHORT))
+    assert {len(gains) for gains in found.before.gains.values()} == {7}
+    assert torch.equal(found.before.losses["related"], few.before.losses["related"])
+    assert list(found.after) == list(few.after)
+    for where, measured in few.after.items():
+        assert torch.equal(found.after[where].gains["related"], measured.gains["related"])
 
 
 def test_one_prompt_needs_no_second_attack(sets):
@@ -213,7 +241,7 @@ def test_a_validation_attacks_the_average(sets):
     state = make_state()
     list(loop(state, sets, phases(3), Validation(every=0)))
     fixed = (tiny.frozen(tiny.make_unet()), tiny.make_scheduler(), Data(*sets), SHORT)
-    found = validate(state, *fixed, Runtime())
+    found = Validator(state, *fixed, Runtime()).validate()
     batches = fixed_draws(Data(*sets), tiny.make_scheduler(), SHORT).batches
     with state.averaged() as unet:
         expected = image_losses(unet, batches)
@@ -236,7 +264,7 @@ def test_a_validation_finds_the_members_that_go_its_way(sets):
     state.pool["forget 1"] = Member(Plan(9), 2, coordinates=[-delta for delta in moved])
     state.pool["unrelated 0"] = Member(Plan(9), 0)
     frozen = tiny.frozen(tiny.make_unet())
-    found = validate(state, frozen, scheduler, Data(*sets), SHORT, Runtime())
+    found = Validator(state, frozen, scheduler, Data(*sets), SHORT, Runtime()).validate()
     assert set(found.cosines) == {"forget 0", "forget 1"}
     assert found.cosines["forget 0"] == pytest.approx(1.0, abs=1e-3)
     assert -1 < found.cosines["forget 1"] < 0  # that with the nearest of two attacks
@@ -309,12 +337,13 @@ def test_the_original_keeps_all_its_pictures(sets):
     """Also those that it denoises no better with their prompts."""
     unet, frozen = tiny.make_unet(), tiny.frozen(tiny.make_unet())
     fixed = (tiny.make_scheduler(), Data(*sets), SHORT)
-    test = fixed_draws(fixed[1], fixed[0], SHORT)
-    gains = test.gains(frozen, frozen, *fixed)
+    test = Exam(unet, (frozen, *fixed[:2]), SHORT)
+    gains = test.original
     assert min(gains) < 0 < max(gains)
-    same = test.measure(unet, frozen, gains, *fixed)
+    same = test.measure()
     assert same.lost("related", LOST) == same.lost("unrelated", LOST) == 0.0
-    other = test.measure(unet, frozen, gains.abs() + 1.0, *fixed)
+    test.original = gains.abs() + 1.0
+    other = test.measure()
     assert other.lost("related", LOST) == other.lost("unrelated", LOST) == 1.0
 
 
