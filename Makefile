@@ -44,7 +44,7 @@ methods: .venv/installed ## Compare the methods on both pocket models; about an 
 
 paper: ## Reproduce the paper's experiments; about ten hours for MODEL=pocket
 ablations: ## Run the ablations; report in reports/MODEL/ablations
-attacks: ## Run every attack on a defended model; about XX for MODEL=pocket
+attacks: ## Run every attack on a defended model; about an hour for MODEL=pocket
 
 # Large models and clusters need the extras of pyproject.toml.
 paper: $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures))
