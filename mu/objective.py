@@ -115,7 +115,7 @@ class Objective:
 
 PLAIN = Objective(Weights(retain=5.0))
 META = Objective(
-    Weights(2.0, retain=100.0, ascent=1.0, self_destruct=300.0, keep=20.0, clean=12.0),
+    Weights(2.0, retain=100.0, ascent=1.0, self_destruct=300.0, keep=60.0, clean=12.0),
     inner=Inner(
         steps=(8, 8),
         lr=(4e-5, 2e-4),
