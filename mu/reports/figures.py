@@ -5,6 +5,7 @@ than a page.
 """
 
 import math
+import textwrap
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -168,42 +169,37 @@ def _first_of_each_prompt(items, group, count):
     return [i for _, i in sorted(ranked)[:count]]
 
 
-def destruction_images(attack, clean):
-    """Draw related concepts of each model: before, after the attack, and after CLEAN.
+def claim_images(attack, clean=None, step=None, counts=(3, 9, 4)):
+    """Draw one row per model before and after an attack, one column per prompt.
 
-    attack, clean: `mu.reports.explorer.AttackProgress` of the same models; both are shown at the
-    last step that they share. Raises ValueError if they share no related image or no step.
+    Images in which the judge does not recognise what the prompt names have a red frame.
+
+    attack, clean: `mu.reports.explorer.AttackProgress` of the same models, the first of which is
+    the original; CLEAN adds a row for the last model. step: steps of both, by default the last that
+    they share. counts: number of columns of the forget, related and unrelated group.
+    Raises ValueError if they share no step, model or image.
     """
-    step = max(set(attack.steps) & set(clean.steps), default=0)
-    shared = [key for key in _related(attack) if key in _related(clean)]
-    if not step or not shared or attack.models != clean.models:
+    steps = set(attack.steps) & set(clean.steps if clean else attack.steps) - {0}
+    step = max(steps, default=0) if step is None else step
+    if step not in steps or (
+        clean and (clean.models, clean.items) != (attack.models, attack.items)
+    ):
         raise ValueError(
-            f"{attack.name} and {clean.name} share no related image of the same models and step: "
-            "run both on the same models for the same number of steps"
+            f"{attack.name} and {clean.name if clean else 'CLEAN'} share no images of the same "
+            f"models after {step} steps: run both on the same models for the same number of steps"
         )
-    columns, titles = [], []
+    shown = []
+    for group, count in zip(("forget", "related", "unrelated"), counts, strict=True):
+        shown += _first_of_each_prompt(attack.items, group, count)
+    rows = []
     for m, model in enumerate(attack.models):
-        columns.append(_images(attack, m, 0, shared))
-        titles.append(model)
+        rows.append((model, attack, m, 0))
         if model != "original":
-            columns.append(_images(attack, m, step, shared))
-            columns.append(_images(clean, m, step, shared))
-            after = f"{model}\n+ {step} steps\n"
-            titles += [f"{after}HRM", f"{after}CLEAN"]
-    return panel(list(zip(*columns, strict=True)), [prompt for prompt, _ in shared], titles)
-
-
-def _related(progress):
-    """Return (prompt, seed) → index of the related items."""
-    return {
-        (item["prompt"], item["seed"]): i
-        for i, item in enumerate(progress.items)
-        if item["group"] == "related"
-    }
-
-
-def _images(progress, model, step, keys):
-    """Return the images of related items, given by (prompt, seed), of one model and step."""
-    images = progress.pictures[model, progress.steps.index(step)]
-    places = _related(progress)
-    return [images[places[key]] for key in keys]
+            rows.append((f"{model}\n+ {step} steps", attack, m, step))
+    if clean:
+        rows.append((f"{model}\n+ {step} steps of CLEAN", clean, m, step))
+    at = [(progress, m, progress.steps.index(n)) for _, progress, m, n in rows]
+    cells = [[progress.pictures[m, n, i] for i in shown] for progress, m, n in at]
+    lost = [[progress.hits[m, n, i] == 0 for i in shown] for progress, m, n in at]
+    prompts = [textwrap.fill(attack.items[i]["prompt"], 11) for i in shown]
+    return panel(cells, [label for label, *_ in rows], prompts, cell=0.6, framed=lost)

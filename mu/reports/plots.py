@@ -13,6 +13,7 @@ from PIL import Image
 from mu.images import blur, from_grid
 
 # Display name of each model → its colour in all figures; models without one share OTHER.
+FRAME = "#d62728"
 COLORS = {
     "original": "#4d4d4d",
     "unlearned": "#d55e00",
@@ -67,10 +68,11 @@ def saved_images(rows, png):
     return from_grid(png, len(rows), size)
 
 
-def panel(cells, row_labels, column_labels, cell=1.0):
+def panel(cells, row_labels, column_labels, cell=1.0, framed=None):
     """Draw a table of images and return the figure.
 
-    cells: cells[row][column] is an image array. cell: side of an image in inches.
+    cells: cells[row][column] is an image array. cell: side of an image in inches. framed:
+    framed[row][column] is whether the image has a red frame; by default none has.
     """
     rows, columns = len(cells), len(cells[0])
     size = (cell * columns + 0.6, cell * rows + 0.3)
@@ -81,7 +83,10 @@ def panel(cells, row_labels, column_labels, cell=1.0):
             # Without interpolation, vector formats embed the image at its own resolution.
             ax.imshow(image, interpolation="none")
             ax.set(xticks=[], yticks=[])
-            sns.despine(ax=ax, left=True, bottom=True)
+            if framed is not None and framed[i][j]:
+                ax.spines[:].set(color=FRAME, linewidth=1.5)
+            else:
+                sns.despine(ax=ax, left=True, bottom=True)
             if i == 0:
                 ax.set_title(column_labels[j], fontsize=7)
         axes[i][0].set_ylabel(row_labels[i], fontsize=7, rotation=0, ha="right", va="center")

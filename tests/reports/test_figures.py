@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from mu.reports import figures
@@ -25,28 +24,34 @@ def sheets(results, collected):
     return [read_sprite_sheet(facts["uce", attack], collected) for attack in ("HRM-m", "CLEAN")]
 
 
-def test_related_concepts_under_attack_and_clean_are_side_by_side(sheets):
+def test_the_claim_is_one_row_per_model_and_fine_tuning(sheets):
     attack, clean = sheets
-    fig = figures.destruction_images(attack, clean)
-    related = [i for i, item in enumerate(attack.items) if item["group"] == "related"]
-    assert len(fig.axes) == 7 * len(related)
-    titles = [ax.get_title().split("\n") for ax in fig.axes[:7]]
-    assert titles[0] == ["original"]
-    for start, model in ((1, "unlearned"), (4, "meta-unlearned")):
-        assert titles[start : start + 3] == [
-            [model],
-            [model, "+ 100 steps", "HRM"],
-            [model, "+ 100 steps", "CLEAN"],
-        ]
-    first = related[0]
-    same = clean.items.index(attack.items[first])
-    images = [np.asarray(ax.get_images()[0].get_array()) for ax in fig.axes[:7]]
-    assert (images[5] == attack.pictures[2, attack.steps.index(100), first]).all()
-    assert (images[6] == clean.pictures[2, clean.steps.index(100), same]).all()
+    counts = [sum(x["group"] == g for x in attack.items) for g in ("forget", "related")]
+    fig = figures.claim_images(attack, clean, counts=(*counts, 1))
+    columns = sum(counts) + 1
+    rows = [fig.axes[i : i + columns] for i in range(0, len(fig.axes), columns)]
+    assert [row[0].get_ylabel() for row in rows] == [
+        "original",
+        "unlearned",
+        "unlearned\n+ 100 steps",
+        "meta-unlearned",
+        "meta-unlearned\n+ 100 steps",
+        "meta-unlearned\n+ 100 steps of CLEAN",
+    ]
+    assert rows[0][0].get_title() == attack.items[0]["prompt"]
+    at = [(attack, 0, 0), (attack, 1, 0), (attack, 1, 100), (attack, 2, 0), (attack, 2, 100)]
+    for row, (progress, model, step) in zip(rows, [*at, (clean, 2, 100)], strict=True):
+        n = progress.steps.index(step)
+        assert (row[0].get_images()[0].get_array() == progress.pictures[model, n, 0]).all()
+        framed = [ax.spines["left"].get_visible() for ax in row]
+        assert framed == [hit == 0 for hit in progress.hits[model, n, :columns]]
+    assert any(ax.spines["left"].get_visible() for ax in fig.axes), "some are not recognised"
+    assert len(figures.claim_images(attack, counts=(1, 1, 1)).axes) == 5 * 3
 
 
 def test_images_of_other_steps_are_not_compared(sheets):
     attack, clean = sheets
-    message = "share no related image of the same models and step"
-    with pytest.raises(ValueError, match=message):
-        figures.destruction_images(attack, replace(clean, steps=[0, 51, 101]))
+    with pytest.raises(ValueError, match="share no images of the same models after 0 steps"):
+        figures.claim_images(attack, replace(clean, steps=[0, 51, 101]))
+    with pytest.raises(ValueError, match="after 77 steps: run both"):
+        figures.claim_images(attack, clean, step=77)
