@@ -20,7 +20,7 @@ class Phase:
     steps: int  # at most
     objective: Objective
     lr: float
-    until: float = 0.0  # `Found.score` of a validation that ends it; 0: all steps
+    until: float = 0.0  # related share lost to a validation's attacks that ends it; 0: all steps
     patience: int = 0  # steps without a better score after which the training ends; 0: never
     anneal: bool = False  # lower the learning rate linearly to 0
 
@@ -45,15 +45,15 @@ def keep_best(state, score):
         state.best = Best(score, state.step, [p.detach().clone() for p in source])
 
 
-def ends_phase(state, phases, score):
+def ends_phase(state, phases, lost):
     """Return whether this step ends its phase; if so, start the next, or none without patience.
 
-    score: of this step's validation, or None.
+    lost: share of related pictures lost to the attacks of this step's validation, or None.
     """
     phase = phases[state.phase]
     since = state.step - max(state.best.step if state.best else 0, state.phase_start)
-    reached = score is not None and 0 < phase.until <= score
-    stalled = score is not None and 0 < phase.patience <= since and not reached
+    reached = lost is not None and 0 < phase.until <= lost
+    stalled = lost is not None and 0 < phase.patience <= since and not reached
     if not (reached or stalled or state.step == phase_end(state, phases)):
         return False
     state.phase = len(phases) if stalled else state.phase + 1
@@ -81,9 +81,9 @@ def unlearn_in_phases(
     """Run `mu.train.unlearn` for one phase after the other; yields its records.
 
     Every `validation.every` steps of a phase with simulated attackers fresh attacks run, and what
-    they find joins the losses of the record, with the number of the phase. A phase ends when a
-    validation scores enough (`mu.validation.Found.score`), or after its steps; all phases end when
-    its patience does. The result is the best validated average: `State.release`.
+    they find joins the losses of the record, with the number of the phase. A phase ends when these
+    attacks lose enough related pictures, or after its steps; all phases end when its patience does.
+    The result is the average that validates best (`mu.validation.Found.score`): `State.release`.
     """
     fixed = (unet_frozen, noise_scheduler, data)
     validation.check(runtime)
@@ -93,18 +93,18 @@ def unlearn_in_phases(
         set_learning_rate(state, phases)
         validated = validation.every and phase.objective.simulates
         for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
-            score = None
+            lost = None
             if validated and state.step % validation.every == 0:
                 found = validator.validate()
                 shares = validation.lost, validation.harmed
-                score = found.score(*shares)
-                keep_best(state, score)
+                lost = found.lost("related", validation.lost)
+                keep_best(state, found.score(*shares))
                 restart_lost(state.pool, found.cosines, phase.objective.inner.restart_below)
                 own = {"validation phase": state.phase}
                 losses = record.losses | found.losses(*shares) | own
                 record = replace(record, losses=losses, passes=record.passes + found.passes)
             # before the record is seen: a checkpoint of this step starts the next phase
-            ends = ends_phase(state, phases, score)
+            ends = ends_phase(state, phases, lost)
             yield record
             if ends:
                 break
