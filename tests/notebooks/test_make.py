@@ -73,7 +73,7 @@ def test_make_paper_starts_the_grid_of_the_pocket_model(paper):
     assert "--cores" not in arguments
     assert offline == "1"
     assert rest == [f"The report: file://{ROOT}/reports/pocket/index.html"]
-    expected = {"--keep-going", "model=pocket", "seeds=6 7 8", "notebooks/machines/laptop"}
+    expected = {"--keep-going", "model=pocket", "seeds=11 12 13", "notebooks/machines/laptop"}
     expected |= {"notebooks/profiles/paper.yaml", "mtime", "params", "input"}
     assert expected <= set(arguments)
 
