@@ -201,5 +201,5 @@ def claim_images(attack, clean=None, step=None, counts=(3, 9, 4)):
     at = [(progress, m, progress.steps.index(n)) for _, progress, m, n in rows]
     cells = [[progress.pictures[m, n, i] for i in shown] for progress, m, n in at]
     lost = [[progress.hits[m, n, i] == 0 for i in shown] for progress, m, n in at]
-    prompts = [textwrap.fill(attack.items[i]["prompt"], 11) for i in shown]
+    prompts = [textwrap.fill(attack.items[i]["prompt"].removeprefix("a "), 10) for i in shown]
     return panel(cells, [label for label, *_ in rows], prompts, cell=0.6, framed=lost)

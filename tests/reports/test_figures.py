@@ -38,7 +38,7 @@ def test_the_claim_is_one_row_per_model_and_fine_tuning(sheets):
         "meta-unlearned\n+ 100 steps",
         "meta-unlearned\n+ 100 steps of CLEAN",
     ]
-    assert rows[0][0].get_title() == attack.items[0]["prompt"]
+    assert rows[0][0].get_title() == attack.items[0]["prompt"].removeprefix("a ")
     at = [(attack, 0, 0), (attack, 1, 0), (attack, 1, 100), (attack, 2, 0), (attack, 2, 100)]
     for row, (progress, model, step) in zip(rows, [*at, (clean, 2, 100)], strict=True):
         n = progress.steps.index(step)
