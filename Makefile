@@ -42,7 +42,7 @@ methods: .venv/installed ## Compare the methods on both pocket models; about an 
 	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket.yaml
 	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
 
-paper: ## Reproduce the paper's experiments; 33 hours at most for MODEL=pocket
+paper: ## Reproduce the paper's experiments; about 33 hours for MODEL=pocket
 ablations: ## Run the ablations; report in reports/MODEL/ablations
 attacks: ## Run every attack on a defended model; about an hour for MODEL=pocket
 

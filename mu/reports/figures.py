@@ -174,8 +174,8 @@ def claim_images(attack, clean=None, step=None, counts=(3, 9, 4)):
 
     Images in which the judge does not recognise what the prompt names have a red frame.
 
-    attack, clean: `mu.reports.explorer.AttackProgress` of the same models, the first of which is
-    the original; CLEAN adds a row for the last model. step: steps of both, by default the last that
+    attack, clean: `mu.reports.explorer.AttackProgress` of the same models, the original first;
+    CLEAN adds a row for the last model. step: steps of both, by default the last that
     they share. counts: number of columns of the forget, related and unrelated group.
     Raises ValueError if they share no step, model or image.
     """
