@@ -22,9 +22,10 @@ FLAGS = --nolock --rerun-incomplete --rerun-triggers mtime params input \
 	--quiet host progress reason rules
 EXPERIMENT = $(BIN)/snakemake --cores $(CORES) $(FLAGS)
 # The machine's profile sets the number of cores, unless CORES is given.
-GRID = $(BIN)/snakemake $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $(FLAGS) \
+GRID = $(BIN)/snakemake $(PART) $(if $(filter file,$(origin CORES)),,--cores $(CORES)) $(FLAGS) \
 	--keep-going --profile "notebooks/machines/$$MACHINE" \
-	--configfile notebooks/profiles/$@.yaml --config model="$$MODEL" seeds="$$SEEDS"
+	--configfile notebooks/profiles/$(PROFILE).yaml --config model="$$MODEL" seeds="$$SEEDS"
+PROFILE = $@
 REPORT = reports/$$MODEL
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
@@ -38,19 +39,19 @@ demo: .venv/installed ## Run all notebooks on the pocket model; report in report
 	@$(EXPERIMENT) --configfile notebooks/profiles/pocket-demo.yaml
 	@echo "The report: file://$(CURDIR)/reports/demo/index.html"
 
-methods: .venv/installed ## Compare the methods on both pocket models; about an hour
-	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket.yaml
-	@$(EXPERIMENT) --configfile notebooks/profiles/methods-pocket-sdxl.yaml
-
 paper: ## Reproduce the paper's experiments; about 33 hours for MODEL=pocket
+methods: ## Compare the methods, a part of make paper; report in reports/methods-MODEL
 ablations: ## Run the ablations; report in reports/MODEL/ablations
 attacks: ## Run every attack on a defended model; about an hour for MODEL=pocket
 
 # Large models and clusters need the extras of pyproject.toml.
-paper: $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures))
+paper methods: $(if $(DRY),,$(if $(filter sd-v1-4 sdxl,$(MODEL)),.venv/with-measures))
 ablations: REPORT = reports/$$MODEL/ablations
 attacks: REPORT = reports/attacks-$$MODEL
-paper ablations attacks: .venv/installed $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
+methods: REPORT = reports/methods-$$MODEL
+methods: PROFILE = paper
+methods: PART = 25_compare_methods
+paper methods ablations attacks: .venv/installed $(if $(filter slurm,$(MACHINE)),.venv/with-slurm)
 	@test -f "notebooks/machines/$$MACHINE/config.yaml" || { \
 		echo "error: unknown MACHINE '$$MACHINE': allowed are" \
 		"$(notdir $(wildcard notebooks/machines/*)); or add notebooks/machines/$$MACHINE" >&2; \
@@ -73,9 +74,9 @@ test: .venv/installed ## Run all tests, notebooks included; about a quarter of a
 ## Each target first sets up .venv, once. Variables (with their defaults):
 ##   PYTHON=python3     Python 3.11 or newer
 ##   CORES=2            number of cores
-##   MODEL=pocket       paper, ablations, attacks: a model of the grid, such as pocket or sdxl
-##   SEEDS="11 12 13"   paper, ablations: training seeds; 0 for other than pocket models
-##   MACHINE=laptop     paper, ablations, attacks: a folder of notebooks/machines
+##   MODEL=pocket       paper, methods, ablations, attacks: a model of the grid, such as pocket or sdxl
+##   SEEDS="11 12 13"   paper, methods, ablations: training seeds; 0 for other than pocket models
+##   MACHINE=laptop     the same: a folder of notebooks/machines
 ##   DRY=1              the same: print the number of notebooks and the time, run nothing
 
 .venv/with-%: .venv/installed

@@ -196,7 +196,8 @@ def test_the_paper_has_a_grid_for_the_pocket_model():
 @pytest.mark.parametrize("name, model", CASES)
 def test_a_grid_fits_its_notebooks(name, model):
     grid, experiment = read_grid(name, model)
-    places = grid["runs"].format(model=model), grid["report"].format(model=model)
+    places = tuple(grid[key].format(model=model) for key in ("runs", "report"))
+    places += (f"reports/methods-{model}",)
     leaves = []
     for step in experiment.values():
         check_parameters(NOTEBOOKS / f"{step['notebook']}.ipynb", step["parameters"])

@@ -89,6 +89,16 @@ def test_other_grids_name_their_report(paper, target, report):
     assert rest == [f"The report: file://{ROOT}/reports/{report}/index.html"]
 
 
+def test_make_methods_is_a_part_of_the_grid_of_make_paper(paper):
+    _, arguments, _, rest = paper("SEEDS=11", target="methods")
+    part = "25_compare_methods"
+    assert part in arguments
+    assert "notebooks/profiles/paper.yaml" in arguments
+    assert rest == [f"The report: file://{ROOT}/reports/methods-pocket/index.html"]
+    grid = yaml.safe_load((ROOT / "notebooks" / "profiles" / "paper.yaml").read_text())
+    assert part in grid["experiment"]
+
+
 def test_make_paper_passes_variables_as_literal_text(paper, tmp_path):
     a, b, c, d = (tmp_path / name for name in "abcd")
     wild = f"""0 1 2"; touch {a}; '$(touch {b})`touch {c}`$(shell touch {d})"""
