@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mu.models import predict_noise, select, stack
+from mu.models import predict, select, stack, target
 from mu.parallel import interleave, process_mean, shard, straight_through_mean
 
 
@@ -18,10 +18,10 @@ class Inputs(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """Inputs and noise of a denoising loss; used at two sets of weights: common random numbers."""
+    """Inputs and target of a denoising loss; used at two sets of weights: common random numbers."""
 
     inputs: Inputs
-    noise: torch.Tensor  # ε, the shape of `inputs.latents`
+    target: torch.Tensor  # ε or v, the shape of `inputs.latents`; see `mu.models.target`
 
 
 class Term(NamedTuple):
@@ -54,19 +54,20 @@ def draw_minibatch(concept_set, noise_scheduler, batch_size, generator, timestep
         timesteps = torch.full_like(timesteps, timestep)
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     conditioning = select(concept_set.conditioning, concept_set.prompt[index])
-    return Minibatch(Inputs(noisy, timesteps, conditioning), noise)
+    wanted = target(noise_scheduler, latents, noise, timesteps)
+    return Minibatch(Inputs(noisy, timesteps, conditioning), wanted)
 
 
 def denoising(batch, name="denoising", weight=1.0, **bounds):
-    """Return the term L_DM = E ‖ε − ε_θ(z_t, t, c)‖² of a minibatch."""
-    return Term(name, weight, batch.inputs, batch.noise, **bounds)
+    """Return the term L_DM = E ‖ε − ε_θ(z_t, t, c)‖² of a minibatch (v in place of ε: v-models)."""
+    return Term(name, weight, batch.inputs, batch.target, **bounds)
 
 
 def predict_blocks(unet, blocks):
-    """Predict the noise of several `Inputs` in one pass; returns one tensor for each."""
+    """Predict for several `Inputs` in one pass; returns one tensor for each."""
     latents, timesteps, conditionings = zip(*blocks, strict=True)
     conditioning = stack(*conditionings)
-    predicted = predict_noise(unet, torch.cat(latents), torch.cat(timesteps), conditioning)
+    predicted = predict(unet, torch.cat(latents), torch.cat(timesteps), conditioning)
     return predicted.split([len(rows) for rows in latents])
 
 
@@ -112,7 +113,7 @@ def mean_square(error, image_bound=float("inf")):
 
 @torch.no_grad()
 def predictions(unet, blocks, accumulation=1):
-    """Predict the noise of several `Inputs` in one pass, without gradient: targets of terms.
+    """Predict for several `Inputs` in one pass, without gradient: targets of terms.
 
     Returns one tensor for each block. Raises ValueError as `shard` does.
     """
@@ -128,14 +129,14 @@ def predictions(unet, blocks, accumulation=1):
 def image_losses(unet, batches):
     """Return name → denoising loss of each row of a minibatch, in passes of at most 16 rows."""
     found = {}
-    for name, (inputs, noise) in batches.items():
-        index = torch.arange(len(noise)).split(16)
+    for name, (inputs, wanted) in batches.items():
+        index = torch.arange(len(wanted)).split(16)
         parts = [
             Inputs(inputs.latents[i], inputs.timesteps[i], select(inputs.conditioning, i))
             for i in index
         ]
         predicted = torch.cat([predictions(unet, [part])[0] for part in parts])
-        found[name] = (predicted.float() - noise.float()).pow(2).flatten(1).mean(1).cpu()
+        found[name] = (predicted.float() - wanted.float()).pow(2).flatten(1).mean(1).cpu()
     return found
 
 
@@ -151,7 +152,7 @@ def gradients(loss, parameters, scale=1.0, **kwargs):
     scale: multiply the loss and divide its gradient, so that float16 keeps small numbers. With
     `create_graph` the gradient is this process's own, to be differentiated again.
     """
-    with torch.profiler.record_function("unet pass"):  # as `predict_noise`, for the profiler
+    with torch.profiler.record_function("unet pass"):  # as `predict`, for the profiler
         found = torch.autograd.grad(loss if scale == 1 else loss * scale, parameters, **kwargs)
     if kwargs.get("create_graph"):
         return list(found)

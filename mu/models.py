@@ -1,4 +1,4 @@
-"""The seam between models: load a pipeline, encode prompts, predict noise.
+"""The seam between models: load a pipeline, encode prompts, predict.
 
 SD and SDXL differ here and nowhere else. A pipeline is diffusers' bag of components (unet, vae,
 text encoders, tokenizers, scheduler). A conditioning is a flat dict of tensors, one row per prompt.
@@ -11,9 +11,10 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from mu.devices import half, resolve_precision
 from mu.hub import located
+from mu.supported import check_pipeline
 
-KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline)
-FAMILIES = {kind.__name__: kind for kind in KINDS}
+KINDS = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+FAMILIES = {kind.__name__: kind for kind in KINDS.values()}
 
 
 def load_pipeline(
@@ -21,11 +22,12 @@ def load_pipeline(
 ):
     """Load a frozen pipeline by name (`MODELS`), diffusers folder or hub id; safetensors only.
 
-    The scheduler becomes DDIM with the model's own betas. dtype: of UNet and text encoders, "full"
-    (float32), "half", or a torch dtype; the VAE stays in float32 (SDXL's overflows in half).
-    device: accelerate's by default. precision: of the UNet's passes, see
+    The scheduler becomes DDIM with the model's own betas and prediction type. dtype: of UNet and
+    text encoders, "full" (float32), "half", or a torch dtype; the VAE stays in float32 (SDXL's
+    overflows in half). device: accelerate's by default. precision: of the UNet's passes, see
     `mu.devices.resolve_precision`. family: "sd" or "sdxl" to refuse the other. options: of
-    `prepare`. Raises as `located` does, ValueError for another family, dtype or precision.
+    `prepare`. Raises as `located` and `check_pipeline` do, ValueError for another family, dtype or
+    precision.
     """
     device = torch.device(device or PartialState().device)
     if dtype not in ("full", "half") and not isinstance(dtype, torch.dtype):
@@ -33,20 +35,54 @@ def load_pipeline(
     dtype = {"full": torch.float32, "half": half(device)}.get(dtype, dtype)
     precision = resolve_precision(precision, device)
     with located(model) as path:
-        name = StableDiffusionPipeline.load_config(path)["_class_name"]
-        if name not in FAMILIES:
-            raise ValueError(f"{model!r} is a {name}: choose a {' or a '.join(FAMILIES)}")
-        found = "sdxl" if FAMILIES[name] is StableDiffusionXLPipeline else "sd"
+        found = read_family(path, model)
         if family not in ("", found):
             raise ValueError(
                 f"{model!r} is of family {found!r}, the parameters are for {family!r}: choose "
                 "another model or another profile"
             )
-        no_checker = {"safety_checker": None, "requires_safety_checker": False}
-        extra = no_checker if found == "sd" else {}
-        pipe = FAMILIES[name].from_pretrained(path, dtype=dtype, use_safetensors=True, **extra)
+        pipe = load_parts(path, KINDS[found], dtype)
+    check_pipeline(pipe, model)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    side = pipe.unet.config.sample_size
+    pipe.unet.register_to_config(sample_size=side if isinstance(side, int) else side[0])
+    limit_lengths(pipe)
     return prepare(pipe, device, precision, **options)
+
+
+def read_family(path, model):
+    """Return "sd" or "sdxl". Raises ValueError for a pipeline of another class."""
+    name = StableDiffusionPipeline.load_config(path)["_class_name"]
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{model!r} is a community pipeline with code of its own, {name}, which is not run: "
+            f"load it with diffusers and save its parts as a {' or a '.join(FAMILIES)}"
+        )
+    if name not in FAMILIES:
+        raise ValueError(f"{model!r} is a {name}: choose a {' or a '.join(FAMILIES)}")
+    return next(family for family, kind in KINDS.items() if kind is FAMILIES[name])
+
+
+def load_parts(path, kind, dtype):
+    """Load a pipeline without the parts that nothing here uses; float16 files if no others."""
+    unused = {"feature_extractor": None, "image_encoder": None}
+    if kind is StableDiffusionPipeline:
+        unused |= {"safety_checker": None, "requires_safety_checker": False}
+    options = {"dtype": dtype, "use_safetensors": True} | unused
+    try:
+        return kind.from_pretrained(path, **options)
+    except OSError as error:
+        try:
+            return kind.from_pretrained(path, variant="fp16", **options)
+        except (OSError, ValueError):
+            raise error from None
+
+
+def limit_lengths(pipe):
+    """Let no tokenizer return more tokens than its text encoder has positions for."""
+    for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=True):
+        positions = encoder.config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 def prepare(pipe, device=None, precision="no", gradient_checkpointing=False):
@@ -76,6 +112,12 @@ def prepare(pipe, device=None, precision="no", gradient_checkpointing=False):
 def text_encoders(pipe):
     """Return the one or two text encoders of a pipeline."""
     parts = (pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+    return [part for part in parts if part is not None]
+
+
+def tokenizers(pipe):
+    """Return the one or two tokenizers of a pipeline."""
+    parts = (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
     return [part for part in parts if part is not None]
 
 
@@ -110,9 +152,10 @@ def encode_prompts(pipe, prompts, cut=False):
     return {name: value.to(pipe.unet.device) for name, value in conditioning.items()}
 
 
-def predict_noise(unet, latents, timesteps, conditioning):
-    """Return ε_θ(z_t, t, c), (n, channels, height, width), in the UNet's own precision.
+def predict(unet, latents, timesteps, conditioning):
+    """Return the UNet's prediction (n, channels, height, width), in its own precision.
 
+    It is ε_θ(z_t, t, c), or v_θ of a model with v-prediction: what `target` returns.
     latents: × scaling_factor; timesteps: integers (n,). unet: may be a function of its arguments.
     """
     added = {name: value for name, value in conditioning.items() if name != "encoder_hidden_states"}
@@ -120,6 +163,16 @@ def predict_noise(unet, latents, timesteps, conditioning):
     hidden = conditioning["encoder_hidden_states"].to(dtype)
     with torch.profiler.record_function("unet pass"):
         return unet(latents.to(dtype), timesteps, hidden, added_cond_kwargs=added or None).sample
+
+
+def target(noise_scheduler, latents, noise, timesteps):
+    """Return what a perfect model predicts: ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z_0.
+
+    v-prediction is Salimans and Ho's (arXiv 2202.00512).
+    """
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    return noise
 
 
 def select(conditioning, index):

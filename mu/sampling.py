@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from mu.models import predict_noise, select, stack
+from mu.models import predict, select, stack, target
 from mu.parallel import gather_rows, local_shard
 
 
@@ -38,6 +38,7 @@ def draw_images(pipe, conditioning, unconditional, seeds, guidance=5.0, steps=25
             embeds[f"negative_{names[name]}"] = unconditional[name].expand_as(embeds[names[name]])
         generators = [torch.Generator().manual_seed(int(seeds[i])) for i in index]
         options = dict(guidance_scale=guidance, num_inference_steps=steps, output_type="latent")
+        options["height"] = options["width"] = pipe.unet.config.sample_size * pipe.vae_scale_factor
         latents = pipe(**embeds, generator=generators, **options).images.to(pipe.vae.dtype)
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
         images.append(pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu())
@@ -53,13 +54,13 @@ class Trajectory:
     reuse: int = 8  # training steps that share one batch of trajectories
 
 
-def guided_noise(unet, latents, t, both, guidance):
-    """Return ε(∅) + w · [ε(c) − ε(∅)], in one pass.
+def predict_guided(unet, latents, t, both, guidance):
+    """Return ε(∅) + w · [ε(c) − ε(∅)], in one pass (v in place of ε for v-models).
 
     both: conditioning of twice as many rows as latents, the empty prompts first.
     """
     timesteps = t.expand(2 * len(latents)).to(latents.device)
-    predicted = predict_noise(unet, torch.cat([latents] * 2), timesteps, both).float()
+    predicted = predict(unet, torch.cat([latents] * 2), timesteps, both).float()
     without, full = predicted.chunk(2)
     return without + guidance * (full - without)
 
@@ -88,7 +89,7 @@ def sample_trajectory(
     n, stopped = len(latents), latents.expand(reuse, *latents.shape).clone()
     both = with_empty(local_shard(conditioning), unconditional)
     for i in range(int(stop.max())):
-        guided = guided_noise(unet, latents, grid[i], both, trajectory.guidance)
+        guided = predict_guided(unet, latents, grid[i], both, trajectory.guidance)
         latents = noise_scheduler.step(guided, grid[i], latents).prev_sample
         reached = (stop == i + 1)[..., None, None, None]
         stopped = torch.where(reached, latents, stopped)
@@ -114,7 +115,7 @@ def sample_latents(unet, noise_scheduler, conditioning, unconditional, latents, 
     for index in torch.arange(len(latents)).split(8):
         z, both = latents[index], with_empty(select(conditioning, index), unconditional)
         for t in noise_scheduler.timesteps:
-            guided = guided_noise(unet, z, t, both, sampling.guidance)
+            guided = predict_guided(unet, z, t, both, sampling.guidance)
             z = noise_scheduler.step(guided, t, z).prev_sample
         sampled.append(z)
     return torch.cat(sampled)
@@ -133,9 +134,11 @@ def prompt_gains(unet, noise_scheduler, conditioning, unconditional, latents, no
         z, both, gain = latents[index], with_empty(select(conditioning, index), unconditional), 0.0
         for k, noise in enumerate(noises):
             t = torch.tensor(int(t_max * (k + 0.5) / len(noises)), device=z.device)
-            noisy = noise_scheduler.add_noise(z, noise.expand_as(z), t.expand(len(z)))
-            predicted = predict_noise(unet, torch.cat([noisy] * 2), t.expand(2 * len(z)), both)
-            losses = (predicted.float() - noise).pow(2).flatten(1).mean(1).cpu()
+            drawn = (z, noise.expand_as(z), t.expand(len(z)))
+            noisy = noise_scheduler.add_noise(*drawn)
+            wanted = target(noise_scheduler, *drawn)
+            predicted = predict(unet, torch.cat([noisy] * 2), t.expand(2 * len(z)), both)
+            losses = (predicted.float() - torch.cat([wanted] * 2)).pow(2).flatten(1).mean(1).cpu()
             without, full = losses.chunk(2)
             gain = gain + (1 - full / without) / len(noises)
         gains.append(gain)

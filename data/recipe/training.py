@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel, compute_snr
 
 from data.recipe.emoji import COLORS, TEMPLATES, augment, caption
-from mu.models import encode_prompts, predict_noise, text_encoders
+from mu.models import encode_prompts, predict, text_encoders
 
 PALETTE = torch.tensor(list(COLORS.values())) / 255
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
@@ -227,7 +227,7 @@ def denoising_loss(pipe, latents, prompts, generator):
     timesteps = torch.randint(most, (len(mean),), generator=generator)
     noisy = scheduler.add_noise(z, noise, timesteps)
     with torch.autocast("cpu", torch.bfloat16):
-        predicted = predict_noise(pipe.unet, noisy, timesteps, encode_prompts(pipe, prompts))
+        predicted = predict(pipe.unet, noisy, timesteps, encode_prompts(pipe, prompts))
     snr = compute_snr(scheduler, timesteps)
     errors = (predicted.float() - noise).pow(2).mean((1, 2, 3))
     return (errors * snr.clamp(max=5) / snr).mean()

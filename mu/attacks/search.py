@@ -76,7 +76,7 @@ def unlearn_diff_atk(pipe, concept_set, prompt, config, seed=0):
     """
 
     def target(batch):
-        return batch.noise, 0
+        return batch.target, 0
 
     yield from search_by_gradient(pipe, concept_set, prompt, simplex_words, target, config, seed)
 

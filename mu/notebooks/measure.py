@@ -72,7 +72,7 @@ def union(spans):
 def unet_share(steps):
     """Return the share of the time of `steps()` inside UNet passes, and the result of `steps()`.
 
-    `predict_noise` and `gradients` name their intervals in the profile. One may contain another, so
+    `predict` and `gradients` name their intervals in the profile. One may contain another, so
     their union counts. On a GPU both times are the device's, from the first of its operations to
     the last: the program runs ahead of it.
     """

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from mu.devices import half, resolve_precision
-from mu.models import predict_noise
+from mu.models import predict
 from mu.notebooks.cost import DEFAULTS, GIB, Estimate, estimate
 from mu.notebooks.trace import Tracker, blank
 
@@ -116,11 +116,11 @@ def speed(pipe, rows=4):
     seconds = []
     with torch.no_grad():
         with Tracker() as tracker:
-            predict_noise(pipe.unet, *inputs)
+            predict(pipe.unet, *inputs)
         for _ in range(3):
             synchronize()
             began = time.perf_counter()
-            predict_noise(pipe.unet, *inputs)
+            predict(pipe.unet, *inputs)
             synchronize()
             seconds.append(time.perf_counter() - began)
     return tracker.flops / min(seconds)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from mu.frozen import frozen_copy, reference
 from mu.losses import Inputs, Minibatch, denoising, gradients, predictions, squared_errors
-from mu.models import predict_noise
+from mu.models import predict
 from mu.trainable import trainable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -160,7 +160,7 @@ def run_pass(kind, batch, accumulation, unet, unet_frozen, parameters):
     """Run one pass of a kind of `pass_cost`."""
     if kind == "sample":
         with torch.no_grad():
-            predict_noise(unet, *batch.inputs)
+            predict(unet, *batch.inputs)
         return
     if kind == "frozen":
         with reference(unet, unet_frozen) as net:

@@ -59,7 +59,7 @@ def test_the_first_loss_is_that_of_the_reported_prompt(pipe, images, name):
     g = torch.Generator().manual_seed(4)
     torch.randint(len(words(pipe)), (2,), generator=g)
     batch = draw_minibatch(images, pipe.scheduler, 4, g)
-    target = batch.noise if name != "p4d" else predict(pipe, original, batch, "a cat")
+    target = batch.target if name != "p4d" else predict(pipe, original, batch, "a cat")
     error = (predict(pipe, pipe.unet, batch, first.prompt) - target).pow(2).mean().item()
     assert first.loss == pytest.approx(error, rel=1e-4)
     assert first.passes == 1 + (name == "p4d")
@@ -90,7 +90,7 @@ def test_a_search_by_gradient_beats_random_words(pipe, images, monkeypatch, name
     g = torch.Generator().manual_seed(7)
     monkeypatch.setattr("mu.attacks.search.draw_minibatch", lambda *_: batch)
     p4d_target = predict(pipe, pipe.unet, batch, "a cat")
-    target = batch.noise if name == "unlearn-diff-atk" else p4d_target
+    target = batch.target if name == "unlearn-diff-atk" else p4d_target
 
     def error(text):
         return (predict(pipe, pipe.unet, batch, text) - target).pow(2).mean().item()

@@ -4,7 +4,7 @@ reference of test_golden.py. Not maintained: it goes when the restructuring is p
 # ruff: noqa
 # fmt: off
 from mu.models import select as rows
-from mu.models import predict_noise
+from mu.models import predict
 from mu.frozen import reference
 from mu.models import stack
 from mu.trainable import trainable
@@ -63,7 +63,7 @@ def own(part):
 def _all(unet, parts):
     """Predictions for the rows of several parts in one pass, part by part."""
     latents, timesteps, conditionings = zip(*(part[:3] for part in parts))
-    return predict_noise(unet, torch.cat(latents), torch.cat(timesteps), stack(*conditionings)).split([len(x) for x in latents])
+    return predict(unet, torch.cat(latents), torch.cat(timesteps), stack(*conditionings)).split([len(x) for x in latents])
 
 
 def squared_errors(unet, *parts, accumulation=1):
@@ -109,7 +109,7 @@ def loss_scale(precision):
 
 
 def gradients(loss, parameters, scale=1.0, **kwargs):
-    """∇ loss, the mean over all processes; a list of tensors. Under the profiler's name for UNet passes (as `predict_noise`).
+    """∇ loss, the mean over all processes; a list of tensors. Under the profiler's name for UNet passes (as `predict`).
 
     scale: the loss is multiplied by it first and the gradient divided by it after, so that float16 does not lose small numbers."""
     with torch.profiler.record_function("unet pass"):
@@ -140,7 +140,7 @@ def sample_trajectory(unet, noise_scheduler, conditioning, unconditional, genera
     stopped = latents.expand(points, *latents.shape).clone()
     both = stack({k: v.expand(len(latents), *v.shape[1:]) for k, v in unconditional.items()}, conditioning)
     for i in range(int(stop.max())):
-        empty, full = predict_noise(unet, torch.cat([latents] * 2), grid[i].expand(2 * len(latents)).to(device), both).float().chunk(2)
+        empty, full = predict(unet, torch.cat([latents] * 2), grid[i].expand(2 * len(latents)).to(device), both).float().chunk(2)
         latents = noise_scheduler.step(empty + guidance * (full - empty), grid[i], latents).prev_sample
         stopped = torch.where((stop == i + 1)[..., None, None, None], latents, stopped)
     if PartialState().num_processes > 1:  # every process holds all rows, as every checkpoint does

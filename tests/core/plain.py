@@ -20,7 +20,7 @@ def unet_inputs(batch):
 
 
 def denoising_loss(unet, batch):
-    return (unet(*unet_inputs(batch)).sample - batch.noise).pow(2).mean()
+    return (unet(*unet_inputs(batch)).sample - batch.target).pow(2).mean()
 
 
 def shifted_frozen():
@@ -126,7 +126,7 @@ class Reference:
         return torch.func.functional_call(self.unet, weights, inputs).sample
 
     def loss(self, batch, weights):
-        return (self.predict(weights, unet_inputs(batch)) - batch.noise).pow(2).mean()
+        return (self.predict(weights, unet_inputs(batch)) - batch.target).pow(2).mean()
 
     def esd(self, trajectory, eta):
         z, t, prompt = trajectory

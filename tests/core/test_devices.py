@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from mu import devices
-from mu.models import encode_prompts, load_pipeline, predict_noise
+from mu.models import encode_prompts, load_pipeline, predict
 
 CPU = torch.device("cpu")
 
@@ -69,5 +69,5 @@ def test_a_pipeline_runs_in_each_precision_of_this_machine(tmp_path, precision):
     assert pipe.precision == (precision if precision != "auto" else devices.cpu_precision())
     conditioning = encode_prompts(pipe, ["a cat"])
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    predicted = predict_noise(pipe.unet, noise, torch.tensor([10]), conditioning)
+    predicted = predict(pipe.unet, noise, torch.tensor([10]), conditioning)
     assert predicted.shape == noise.shape and torch.isfinite(predicted).all()

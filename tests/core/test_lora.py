@@ -10,7 +10,7 @@ from plain import generator
 
 from mu.frozen import frozen_copy, reference
 from mu.losses import draw_minibatch
-from mu.models import load_pipeline, predict_noise
+from mu.models import load_pipeline, predict
 from mu.state import State
 from mu.trainable import trainable, without_lora
 
@@ -20,10 +20,10 @@ def count(parameters):
 
 
 @pytest.fixture
-def predict(sets, noise_scheduler):
-    """Return a function that predicts the noise of a fixed minibatch."""
+def output(sets, noise_scheduler):
+    """Return a function that gives a UNet's prediction for a fixed minibatch."""
     inputs = draw_minibatch(sets[0], noise_scheduler, 4, generator()).inputs
-    return lambda unet: predict_noise(unet, *inputs).detach()
+    return lambda unet: predict(unet, *inputs).detach()
 
 
 def test_lora_trains_only_adapters(sets):
@@ -39,19 +39,19 @@ def test_lora_trains_only_adapters(sets):
     assert all(torch.equal(trained[name], p) for name, p in base.items())
 
 
-def test_without_adapters_the_unet_is_the_original(sets, predict):
+def test_without_adapters_the_unet_is_the_original(sets, output):
     unet, original = tiny.make_unet(), tiny.frozen(tiny.make_unet())
     state = State(unet, "lora", lr=0.5, optimizer="sgd", rank=2)
     train_short(sets, state=state, frozen="none")
-    assert (predict(unet) - predict(original)).abs().max() > 1e-3
+    assert (output(unet) - output(original)).abs().max() > 1e-3
     with reference(unet, None) as frozen:
-        torch.testing.assert_close(predict(frozen), predict(original), rtol=0, atol=1e-6)
-    trained = predict(unet)
+        torch.testing.assert_close(output(frozen), output(original), rtol=0, atol=1e-6)
+    trained = output(unet)
     fused = without_lora(copy.deepcopy(unet), fuse=True)
-    torch.testing.assert_close(predict(fused), trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(fused), trained, rtol=0, atol=1e-5)
     names = {n for n, _ in original.named_parameters()}
     assert {n for n, _ in fused.named_parameters()} == names, "parameters of adapters are left"
-    torch.testing.assert_close(predict(without_lora(unet)), predict(original), rtol=0, atol=1e-6)
+    torch.testing.assert_close(output(without_lora(unet)), output(original), rtol=0, atol=1e-6)
 
 
 def test_lora_needs_no_second_unet(sets):

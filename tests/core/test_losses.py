@@ -17,7 +17,7 @@ from mu.losses import (
     predictions,
     squared_errors,
 )
-from mu.models import predict_noise, select, stack
+from mu.models import predict, select, stack
 from mu.sampling import Trajectory, sample_trajectory
 from mu.targets import ESD
 from mu.trainable import trainable
@@ -26,7 +26,7 @@ from mu.trainable import trainable
 def denoised(batch, noise_scheduler):
     """Return the latents of a minibatch without its noise."""
     alpha = noise_scheduler.alphas_cumprod[batch.inputs.timesteps].view(-1, 1, 1, 1)
-    return (batch.inputs.latents - (1 - alpha).sqrt() * batch.noise) / alpha.sqrt()
+    return (batch.inputs.latents - (1 - alpha).sqrt() * batch.target) / alpha.sqrt()
 
 
 def test_minibatch_is_scaled_noise_on_drawn_images(sets, noise_scheduler):
@@ -62,9 +62,9 @@ def test_timesteps_are_uniform_and_stratified(sets, noise_scheduler):
 def test_denoising_loss_is_the_one_of_a_plain_diffusers_loop(unet, sets, noise_scheduler):
     batch = draw_minibatch(sets[0], noise_scheduler, 8, generator(1))
     _, t, c = unet_inputs(batch)
-    noisy = noise_scheduler.add_noise(denoised(batch, noise_scheduler), batch.noise, t)
+    noisy = noise_scheduler.add_noise(denoised(batch, noise_scheduler), batch.target, t)
     predicted = unet(noisy, t, encoder_hidden_states=c).sample
-    expected = torch.nn.functional.mse_loss(predicted, batch.noise)
+    expected = torch.nn.functional.mse_loss(predicted, batch.target)
     (found,) = squared_errors(unet, [denoising(batch)])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert torch.equal(found, denoising_loss(unet, batch))
@@ -231,9 +231,9 @@ def test_added_conditions_reach_the_unet():
         "text_embeds": torch.randn(2, 16, generator=g),
         "time_ids": torch.ones(2, 6),
     }
-    found = predict_noise(unet, z, t, c)
+    found = predict(unet, z, t, c)
     added = {name: c[name] for name in ("text_embeds", "time_ids")}
     expected = unet(z, t, c["encoder_hidden_states"], added_cond_kwargs=added).sample
     assert torch.equal(found, expected)
     other = c | {"text_embeds": c["text_embeds"] * 2}
-    assert not torch.equal(found, predict_noise(unet, z, t, other))
+    assert not torch.equal(found, predict(unet, z, t, other))

@@ -8,7 +8,7 @@ import torch
 
 from mu.controls import Controls, angle, expansion
 from mu.meta import inner_step, meta_gradients
-from mu.models import predict_noise
+from mu.models import predict
 from mu.optimizers import make_optimizer
 from mu.trainable import trainable
 
@@ -94,7 +94,7 @@ def unet_losses(unet, n):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def loss(z, noise, t, c):
-        return (predict_noise(unet, z, t, c) - noise).pow(2).mean()
+        return (predict(unet, z, t, c) - noise).pow(2).mean()
 
     made = []
     for _ in range(n):

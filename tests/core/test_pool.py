@@ -222,7 +222,7 @@ def test_a_lora_attacker_follows_the_gradients_of_its_factors(sets, noise_schedu
     predicted = torch.func.functional_call(
         state.unet, replaced, (latents, timesteps, conditioning["encoder_hidden_states"])
     ).sample
-    loss = (predicted - batch.noise).pow(2).mean()
+    loss = (predicted - batch.target).pow(2).mean()
     expected = [
         f - 0.1 * g for f, g in zip(factors, torch.autograd.grad(loss, factors), strict=True)
     ]

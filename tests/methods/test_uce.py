@@ -8,7 +8,7 @@ import torch
 from methods.vectors import outputs, positions
 
 from mu.methods.closed_form import EditConfig, concept_vectors, key_values, rece, uce
-from mu.models import encode_prompts, load_pipeline, predict_noise
+from mu.models import encode_prompts, load_pipeline, predict
 
 
 def test_concept_vectors_are_the_positions_of_the_text(pipe):
@@ -168,7 +168,7 @@ def noise(pipe, unet, text, added=None):
         "encoder_hidden_states": encode_prompts(pipe, [text])["encoder_hidden_states"]
     }
     with torch.no_grad():
-        return predict_noise(
+        return predict(
             unet, torch.randn(1, 4, 8, 8, generator=g), torch.tensor([500]), conditioning
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mu.models import load_pipeline, predict_noise
+from mu.models import load_pipeline, predict
 from mu.notebooks import forecast as fc
 from mu.notebooks.cost import DEFAULTS, estimate, pass_flops
 from mu.notebooks.forecast import (
@@ -121,7 +121,7 @@ def test_a_training_is_what_the_preflight_estimates(sd_folder, of):
 def test_flops_of_an_image_are_those_of_its_passes(sd_folder, of):
     pipe = load_pipeline(str(sd_folder))
     with Tracker() as tracker, torch.no_grad():
-        predict_noise(pipe.unet, *blank(pipe.unet.config, 2, 8, 20).inputs)
+        predict(pipe.unet, *blank(pipe.unet.config, 2, 8, 20).inputs)
     p, hw = of("50_evaluate", sampling_steps=7, precision="no"), Hardware(str(sd_folder), "no")
     assert hw.decoding > 0
     assert hw.pictures(3, p) == pytest.approx(3 * (7 * tracker.flops + hw.decoding))

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from mu.models import encode_prompts, load_pipeline, predict_noise
+from mu.models import encode_prompts, load_pipeline, predict
 from mu.publish.weights import load_weights
 from mu.trainable import LINEAR
 
@@ -27,7 +27,7 @@ def predictions(pipe, unet=None):
     """Predict the noise of three latents and prompts, with the pipeline's own text encoders."""
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     conditioning = encode_prompts(pipe, ["a cat", "a tiger", ""])
-    return predict_noise(unet or pipe.unet, latents, torch.tensor([10, 400, 900]), conditioning)
+    return predict(unet or pipe.unet, latents, torch.tensor([10, 400, 900]), conditioning)
 
 
 def assert_near(a, b):
