@@ -3,24 +3,35 @@
 `load_weights` changes a UNet in place, completely or not at all. A pickle never runs code.
 """
 
-import copy
 import hashlib
-import json
 import pickle
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 
-from mu.trainable import without_lora
+from mu.publish.lora import fuse_lora, is_lora, refuse_others
 
 DIFFERENCE = "mu-difference-1"  # value of "mu_format" in the metadata of a difference
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 VARIANT = re.compile(r"\.(fp16|fp32|bf16|non_ema|ema)[.-]")  # in the name of a second copy
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")  # in the name of a file that holds a part of the tensors
+
+
+class Loaded(NamedTuple):
+    """What was read from a file or folder."""
+
+    kind: str  # unet, partial, difference, ldm or lora
+    tensors: int  # of the UNet that were set
+    of: int  # tensors of the UNet
+    scales: str = ""  # rank and alpha of a LoRA
+
+    def __str__(self):
+        text = f"{self.kind}: {self.tensors} of {self.of} tensors"
+        return f"{text}, {self.scales}" if self.scales else text
 
 
 @torch.no_grad()
@@ -30,10 +41,11 @@ def load_weights(unet, path):
     Reads a run folder; a diffusers UNet or pipeline folder (only its UNet); a file with some of the
     UNet's tensors, as ESD and UCE publish; a difference of `mu.publish.export`; a LoRA (needs
     memory for a second UNet); a checkpoint with LDM's names (not its EMA). Files are safetensors or
-    pickles of tensors. Returns {"kind", "tensors": their number}.
+    pickles of tensors. Returns `Loaded`.
     Leaves the UNet unchanged and raises FileNotFoundError if there are no weights; ValueError for a
     UNet with adapters, a tensor that does not fit or is not finite, a file without tensors of this
-    UNet, a pickle with code, a difference to other weights.
+    UNet, a single shard, a pickle with code, a difference to other weights, a pipeline whose UNet
+    is this one.
     """
     if hasattr(unet, "peft_config"):
         raise ValueError(
@@ -42,7 +54,7 @@ def load_weights(unet, path):
         )
     saved, metadata, complete = _read_all(path)
     own = unet.state_dict()
-    kind, new = _convert(unet, saved, metadata, path)
+    kind, new, scales = _convert(unet, saved, metadata, path)
     check_architecture(own, new, path, complete or kind == "ldm")
     if metadata.get("mu_format") == DIFFERENCE:
         kind, new = "difference", _add_difference(unet, new, metadata, path)
@@ -52,9 +64,39 @@ def load_weights(unet, path):
         dtype = own[name].dtype
         if not t.to(dtype).isfinite().all():
             raise ValueError(f"{path} is refused: {name} has NaN or infinite values in {dtype}")
+    if (Path(path) / "model_index.json").is_file():
+        _check_changes(own, new, path)
     for name, t in new.items():
         own[name].copy_(t)
-    return {"kind": kind, "tensors": len(new)}
+    return Loaded(kind, len(new), len(own), scales)
+
+
+def _check_changes(own, new, path):
+    """Raise ValueError if a pipeline has the UNet that is to be changed."""
+    if all(torch.equal(own[name], t.to(own[name])) for name, t in new.items()):
+        raise ValueError(
+            f"{path} has the same UNet as the base, which nothing has unlearned. If its text "
+            "encoder has (AdvUnlearn), name the folder as `model`"
+        )
+
+
+def load_start(pipe, path):
+    """Load an unlearned model's UNet into its base pipeline, as `load_weights`; returns `Loaded`.
+
+    Raises as `load_weights` does, and ValueError for a pipeline folder with other text encoders:
+    what follows would encode prompts with the base's.
+    """
+    for part in ("text_encoder", "text_encoder_2"):
+        files = sorted(Path(path).glob(f"{part}/*.safetensors"))
+        own = getattr(pipe, part, None)
+        own = own.state_dict() if own is not None else {}
+        for name, t in (pair for file in files for pair in _read(file)[0].items()):
+            if name in own and not torch.allclose(own[name].cpu().float(), t.float(), atol=1e-3):
+                raise ValueError(
+                    f"{path} has another {part} than the base ({name}), and only its UNet would be "
+                    "read: name the folder as `model`"
+                )
+    return load_weights(pipe.unet, path)
 
 
 def check_architecture(own, new, source, complete=False):
@@ -89,6 +131,8 @@ def _find_files(path):
     A diffusers folder contains all of it, a single file may be a part.
     """
     path = Path(path)
+    if path.is_file() and SHARD.search(path.name):
+        raise ValueError(f"{path} is one of several shards: name its folder, which has all")
     if path.is_file():
         return [path], False
     if not path.is_dir():
@@ -168,16 +212,18 @@ def _flatten(tree, prefix=""):
 
 
 def _convert(unet, saved, metadata, path):
-    """Return ("lora", "ldm" or "partial"; name → tensor) in the names of this UNet."""
-    if any("lora_" in name or "_lora" in name for name in saved):
-        return "lora", _apply_lora(unet, saved, metadata, path)
+    """Return ("lora", "ldm" or "partial"; name → tensor in the names of this UNet; scales)."""
+    refuse_others(saved, path)
+    if is_lora(saved):
+        lora = fuse_lora(unet, saved, metadata, path)
+        return "lora", lora.weights, lora.scales
     if any("input_blocks." in name for name in saved):
-        return "ldm", _convert_ldm(unet, saved, path)
+        return "ldm", _convert_ldm(unet, saved, path), ""
     prefix = _find_prefix(saved, unet.state_dict())
     if prefix is None:
         first = f": its first is {min(saved)}" if saved else ""
         raise ValueError(f"{path} has no tensor of this UNet{first}")
-    return "partial", {name.removeprefix(prefix): t for name, t in saved.items()}
+    return "partial", {name.removeprefix(prefix): t for name, t in saved.items()}, ""
 
 
 def _find_prefix(saved, own):
@@ -196,6 +242,11 @@ def _convert_ldm(unet, saved, path):
     first = next(name for name in saved if "input_blocks." in name)
     prefix = first[: first.index("input_blocks.")]
     own = {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
+    if all(".attn2.to_" in name for name in own):
+        raise ValueError(
+            f"{path} has cross attention only, with LDM's names, as a delta of Custom Diffusion: "
+            "load it with its own code, save the whole model, and name that"
+        )
     state = {f"model.diffusion_model.{name}": t for name, t in own.items()}
     try:
         return convert_ldm_unet_checkpoint(state, unet.config)
@@ -216,55 +267,3 @@ def _add_difference(unet, difference, metadata, path):
             "or has the difference already: load the base first"
         )
     return {name: t.float() + difference[name].to(t.device).float() for name, t in own.items()}
-
-
-def _apply_lora(unet, saved, metadata, path):
-    """Return name → weight of the layers that a LoRA changes, computed by diffusers in a copy."""
-    for name in saved:
-        if name.startswith(("text_encoder", "lora_te")) or "dora_scale" in name:
-            raise ValueError(
-                f"{path} has {name}, allowed is plain LoRA of the UNet: fuse it in its pipeline, "
-                "save that, and load the folder"
-            )
-    saved = _fold_alphas(saved)
-    saved, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(saved, unet_config=unet.config)
-    saved = convert_unet_state_dict_to_peft(saved)
-    layers = _check_lora(unet.state_dict(), saved, path)
-    prefix = "unet" if any(name.startswith("unet.") for name in saved) else None
-    config = json.loads(metadata.get("lora_adapter_metadata", "null"))
-    plain = copy.deepcopy(unet)
-    plain.load_lora_adapter(saved, prefix=prefix, metadata=config)
-    weights = without_lora(plain, fuse=True).state_dict()
-    return {name: t for name, t in weights.items() if name in layers}
-
-
-def _fold_alphas(saved):
-    """Multiply alpha / rank into the second matrices: diffusers misreads alphas that differ."""
-    saved = dict(saved)
-    for name in [name for name in saved if name.endswith(".alpha")]:
-        layer = name.removesuffix(".alpha")
-        up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
-        if up in saved and down in saved:
-            scale = saved.pop(name).item() / len(saved[down])
-            saved[up] = saved[up].float() * scale
-    return saved
-
-
-def _check_lora(own, saved, path):
-    """Return the names of the weights that a LoRA changes. Raises ValueError if one differs."""
-    layers = set()
-    for name, t in sorted(saved.items()):
-        layer = name.removeprefix("unet.").split(".lora_")[0] + ".weight"
-        layers.add(layer)
-        if layer in own:
-            weight = own[layer]
-            first = "lora_A" in name  # (rank, in, …); the second is (out, rank, …)
-            fits = t.shape[1:] == weight.shape[1:] if first else len(t) == len(weight)
-            if fits:
-                continue
-        expected = tuple(own[layer].shape) if layer in own else "absent"
-        raise ValueError(
-            f"{path} has another architecture: {name} is {tuple(t.shape)}, and {layer} of this "
-            f"UNet is {expected}"
-        )
-    return layers

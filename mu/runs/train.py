@@ -25,7 +25,7 @@ from mu.methods.closed_form import EditConfig, rece, uce
 from mu.models import encode_prompts, load_pipeline
 from mu.parallel import Runtime
 from mu.phases import Phase, unlearn_in_phases
-from mu.publish.weights import load_weights
+from mu.publish.weights import load_start, load_weights
 from mu.runs.folder import finish, run_to_end, table
 from mu.runs.parameters import Training, average_decay, check_method, make_phases
 from mu.state import State
@@ -122,7 +122,9 @@ def prepare_weights(pipe, training, folder):
         )
     unet_frozen = frozen_copy(pipe.unet, frozen_dtype) if training.loop and loss else None
     if training.start:
-        load_weights(pipe.unet, training.start)
+        loaded = load_start(pipe, training.start)
+        if PartialState().is_main_process:
+            print(f"start: {training.start}, {loaded}")
     if training.closed_form:
         replace = training.replace or " "
         records = edit(pipe, training.method, replace=replace, **training.closed_form)

@@ -7,19 +7,14 @@ import pytest
 import tiny
 import torch
 from published import (
-    CARD,
     assert_equal,
-    assert_near,
     assert_refused,
     load,
     move,
-    predictions,
-    with_adapter,
 )
 from safetensors.torch import save_file
 
-from mu.publish.export import save_lora
-from mu.publish.weights import load_weights
+from mu.publish.weights import load_start, load_weights
 from mu.runs.folder import finish
 
 ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -36,7 +31,7 @@ def test_a_part_changes_only_its_tensors(base, tmp_path, prefix):
     changed = {name: t.half() for name, t in moved.items() if "attn2" in name}
     file = tmp_path / "esd-a_cat-1.0.safetensors"
     save_file({prefix + name: t for name, t in changed.items()}, file)
-    assert load_weights(pipe.unet, file) == {"kind": "partial", "tensors": len(changed)}
+    assert load_weights(pipe.unet, file)[:2] == ("partial", len(changed))
     own = pipe.unet.state_dict()
     for name, t in original.unet.state_dict().items():
         assert own[name].dtype == torch.float32
@@ -66,7 +61,7 @@ def test_pickles_of_tensors_are_read(unet, tmp_path, suffix, nest):
     moved = move(copy.deepcopy(unet)).state_dict()
     changed = {name: t for name, t in moved.items() if name.endswith("attn2.to_k.weight")}
     torch.save(nest(changed), tmp_path / f"unet{suffix}")
-    assert load_weights(unet, tmp_path / f"unet{suffix}") == {"kind": "partial", "tensors": 3}
+    assert load_weights(unet, tmp_path / f"unet{suffix}")[:2] == ("partial", 3)
     assert all(torch.equal(unet.state_dict()[name], t) for name, t in changed.items())
 
 
@@ -102,8 +97,9 @@ def test_run_unet_and_sharded_folders_are_read(unet, tmp_path):
     file = "run/unet/diffusion_pytorch_model.safetensors"
     for path in ("run", "run/unet", "sharded", "pickled", file):
         other = copy.deepcopy(unet)
-        expected = {"kind": "unet", "tensors": len(unet.state_dict())}
-        assert load_weights(other, str(tmp_path / path)) == expected
+        count = len(unet.state_dict())
+        expected = f"unet: {count} of {count} tensors"
+        assert str(load_weights(other, str(tmp_path / path))) == expected
         assert_equal(other, changed)
         assert not torch.equal(tiny.weights(other), tiny.weights(unet))
 
@@ -179,7 +175,7 @@ def test_checkpoints_with_ldm_names_are_read(base, tmp_path, suffix, prefix, oth
         save_file({name: t.clone() for name, t in saved.items()}, file)
     else:
         torch.save({"state_dict": saved, "global_step": 7}, file)
-    assert load_weights(pipe.unet, file) == {"kind": "ldm", "tensors": len(state)}
+    assert load_weights(pipe.unet, file)[:2] == ("ldm", len(state))
     assert_equal(pipe.unet, changed)
 
 
@@ -189,70 +185,13 @@ def test_ldm_checkpoints_need_the_same_architecture(unet, sdxl_folder, tmp_path)
     state = ldm_names(changed.state_dict())
     whole, part = tmp_path / "deep.safetensors", tmp_path / "part.safetensors"
     save_file(state, whole)
-    assert load_weights(deep, whole)["kind"] == "ldm"
+    assert load_weights(deep, whole).kind == "ldm"
     assert_equal(deep, changed)
     assert_refused(unet, whole, r"another architecture: mid_block\S+ is .*, expected absent")
     match = "LDM checkpoint of another architecture.*label_emb.0.0.weight"
     assert_refused(load(sdxl_folder).unet, whole, match)
     save_file({name: t for name, t in state.items() if "output_blocks" not in name}, part)
     assert_refused(deep, part, r"another architecture: up_blocks\S+ is absent, expected \(")
-
-
-# --- LoRA ------------------------------------------------------------------------------------
-
-
-def lora_state(unet, style):
-    """Return the adapter's tensors as kohya's scripts or diffusers before PEFT name them."""
-    state = {}
-    for name, p in unet.named_parameters():
-        if "lora_" not in name:
-            continue
-        layer, matrix = name.split(".lora_")
-        which = {"A": "down", "B": "up"}[matrix[0]]
-        if style == "kohya":
-            scale = unet.get_submodule(layer).scaling["default"]
-            layer = f"lora_unet_{layer.replace('.', '_')}"
-            state[f"{layer}.lora_{which}.weight"] = p.detach()
-            state[f"{layer}.alpha"] = torch.tensor(4 * scale)
-        else:
-            attention, part = layer.rsplit(".to_", 1)
-            processor = f"unet.{attention}.processor.to_{part.removesuffix('.0')}"
-            state[f"{processor}_lora.{which}.weight"] = p.detach()
-    return state
-
-
-@pytest.mark.parametrize("style", ["diffusers before peft", "kohya", "unet alone"])
-def test_lora_of_others_is_read(base, tmp_path, style):
-    pipe, original = load(base), load(base)
-    config = dict(lora_alpha=2, alpha_pattern={"to_k": 3, "to_out.0": 1})
-    if style == "diffusers before peft":  # has no alpha: it is the rank
-        config = dict(lora_alpha=4)
-    with_adapter(pipe.unet, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **config)
-    file = tmp_path / "lora.safetensors"
-    if style == "unet alone":
-        pipe.unet.save_lora_adapter(tmp_path, weight_name=file.name)
-    else:
-        save_file(lora_state(pipe.unet, style), file)
-    assert load_weights(original.unet, file)["kind"] == "lora"
-    assert_near(predictions(original), predictions(pipe))
-
-
-def test_lora_that_does_not_fit_is_refused(unet, tmp_path):
-    file = tmp_path / "lora.safetensors"
-    save_lora(with_adapter(tiny.make_unet(cross_attention_dim=24)), tmp_path / "lora", CARD)
-    match = r"another architecture: unet.down\S+attn2.to_k.lora_A.weight is \(4, 24\), and down\S+ "
-    assert_refused(unet, tmp_path / "lora", match + r"of this UNet is \(32, 16\)")
-    layer = "unet." + ATTN2.removesuffix(".weight")
-    first, second = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-    pair = {first: torch.ones(2, 16), second: torch.ones(32, 2)}
-    save_file(pair | {"unet.mid.lora_A.weight": torch.ones(2, 2)}, file)
-    match = r"unet.mid.lora_A.weight is \(2, 2\), and mid.weight of this UNet is absent"
-    assert_refused(unet, file, match)
-    save_file(pair | {first: torch.full((2, 16), torch.inf)}, file)
-    assert_refused(unet, file, "to_k.weight has NaN or infinite values")
-    save_file(pair | {"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, file)
-    match = "has text_encoder.x.lora_A.weight, allowed is plain LoRA of the UNet"
-    assert_refused(unet, file, match)
 
 
 # --- refusals --------------------------------------------------------------------------------
@@ -333,3 +272,40 @@ def test_damaged_files_are_refused(unet, tmp_path):
     torch.save(unet.state_dict(), cut)
     cut.write_bytes(cut.read_bytes()[:5000])
     assert_refused(unet, cut, "damaged")
+
+
+def test_one_of_several_shards_is_refused(unet, tmp_path):
+    unet.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*-of-*.safetensors"))[0]
+    assert_refused(unet, shard, "is one of several shards: name its folder")
+    next(tmp_path.glob("*-00002-of-*")).unlink()
+    assert_refused(unet, tmp_path, "is absent, expected")
+
+
+def test_a_pipeline_that_is_unlearned_in_its_text_encoder_is_refused(sd_folder, tmp_path):
+    """As AdvUnlearn's: its UNet is the base."""
+    pipe = load(sd_folder)
+    for p in pipe.text_encoder.parameters():
+        p.data.mul_(0.5)
+    pipe.save_pretrained(tmp_path / "model")
+    match = "same UNet as the base.*text encoder has .AdvUnlearn., name the folder as `model`"
+    assert_refused(load(sd_folder).unet, tmp_path / "model", match)
+    move(pipe.unet)
+    pipe.save_pretrained(tmp_path / "both")
+    original = load(sd_folder)
+    before = tiny.weights(original.unet)
+    with pytest.raises(ValueError, match="another text_encoder than the base.*name the folder as"):
+        load_start(original, tmp_path / "both")
+    assert torch.equal(tiny.weights(original.unet), before)
+
+
+def test_a_start_whose_text_encoders_are_the_base_s_is_read(base, tmp_path):
+    """In float16, too, as many are published."""
+    pipe, original = load(base), load(base)
+    move(pipe.unet)
+    changed = copy.deepcopy(pipe.unet)
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    assert load_start(original, tmp_path / "half").kind == "unet"
+    torch.testing.assert_close(
+        tiny.weights(original.unet), tiny.weights(changed), rtol=0, atol=1e-3
+    )
