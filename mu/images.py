@@ -1,11 +1,48 @@
-"""Images: grids of samples, and the blur of harmful ones."""
+"""Images: one reader for all files, grids of samples, and the blur of harmful ones."""
+
+import contextlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mu.files import atomic
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Raise ValueError that names the file where PIL fails to read it."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        message = f"{path} is not a readable image ({error}): remove or replace it"
+        raise ValueError(message) from error
+
+
+def open_image(path, size=None):
+    """Return an image as RGB: upright (EXIF), with transparency on white.
+
+    size: return its centre, size × size pixels. 16-bit levels are scaled to 8 bits, and floating
+    point levels from [0, 1]. Raises ValueError that names a file which cannot be read.
+    """
+    with readable(path), Image.open(path) as opened:
+        image = ImageOps.exif_transpose(_eight_bits(opened)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return ImageOps.fit(image, (size, size), Image.LANCZOS) if size else image
+
+
+def _eight_bits(image):
+    """Return an image of 16-bit or floating point levels with 8 bits, which PIL would clip."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image, np.float64)
+    most = 1 if image.mode == "F" else 2**16 - 1
+    if not (np.isfinite(levels).all() and levels.min() >= 0 and levels.max() <= most):
+        raise ValueError(f"levels from {levels.min():g} to {levels.max():g}, not from 0 to {most}")
+    scaled = Image.fromarray((levels * 255 / most).round().astype(np.uint8))
+    scaled.info = {name: image.info[name] for name in ("exif",) if name in image.info}
+    return scaled
 
 
 def to_grid(images, columns=16):

@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from mu.concepts.presets import SIDES, check_words, slug
-from mu.concepts.sets import read_metadata, readable
+from mu.concepts.sets import read_captions
 from mu.files import atomic, digest, read_json, save_json
 from mu.hub import located
+from mu.images import open_image
 from mu.models import FAMILIES, check_lengths, encode_prompts, half, load_pipeline, select
 from mu.params import open_run, protocol
 from mu.sampling import draw_images, images_per_batch
@@ -88,14 +89,6 @@ def draw(pipe, prompt, seeds, size, steps, guidance):
     return [pipe(prompt, generator=generator, **options).images[0] for generator in generators]
 
 
-def open_image(path, size):
-    """Return the centre of an image, size × size: upright, with transparency on white."""
-    with readable(path):
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS)
-
-
 def save_image(image, path):
     """Save an image as PNG."""
     with atomic(path) as temporary:
@@ -119,19 +112,25 @@ def find_duplicate(image, name, hashes, options=BuildOptions()):
 
 
 def read_imports(source):
-    """Return (path, caption) of the images in a folder; caption is None without metadata.jsonl.
+    """Return (path, caption) of the images in a folder and below; caption None if there are none.
 
-    Raises FileNotFoundError if there is no image, and as `read_metadata` does.
+    Captions are read as `read_captions` does. Raises FileNotFoundError if there is no image,
+    ValueError if some have captions and others have none, and as `read_captions` does.
     """
-    source = Path(source)
-    if (source / "metadata.jsonl").is_file():
-        return [(source / line["file_name"], line["text"]) for line in read_metadata(source)]
     kinds = Image.registered_extensions().items()
     endings = {ending for ending, kind in kinds if kind in Image.OPEN}
-    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in endings)
+    files = sorted(file for file in Path(source).rglob("*") if file.suffix.lower() in endings)
+    files = [file for file in files if not file.name.startswith(".")]  # ._a.png of macOS
     if not files:
         raise FileNotFoundError(f"no images in {source}: add .png, .jpg, .webp, … files")
-    return [(file, None) for file in files]
+    captions = read_captions(source, files)
+    without = [file for file in files if file not in captions]
+    if captions and without:
+        raise ValueError(
+            f"{source}: {len(without)} of {len(files)} images have no caption, such as "
+            f"{without[0].name}: give each one, or remove the others' captions"
+        )
+    return [(file, captions.get(file)) for file in files]
 
 
 def split_by_caption(found, needed, summary):
@@ -146,7 +145,7 @@ def split_by_caption(found, needed, summary):
     if min(ours, theirs) < needed:
         raise ValueError(
             f"{summary}: by caption {ours} go to the defender and {theirs} to the attacker, but "
-            f"each needs {needed}; add images with other captions, or remove metadata.jsonl"
+            f"each needs {needed}; add images with other captions, or remove the captions"
         )
     return sides
 
@@ -168,7 +167,7 @@ def split_by_prompt(found, prompts, needed, summary):
 def share_imports(source, concept, options, size, duplicate):
     """Return role → (path, prompt) of imported images, and the near-duplicates left out.
 
-    Captions from metadata.jsonl become prompts, each on one side. Raises ValueError if there are
+    Captions become prompts, each on one side. Raises ValueError if there are
     too few images, and as `read_imports` and `open_image` do.
     """
     found, removed = [], []

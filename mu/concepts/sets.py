@@ -1,17 +1,18 @@
 """Concept sets: images with prompts, encoded once and cached as safetensors."""
 
-import contextlib
+import csv
 import hashlib
+import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from mu.files import read_json, save_tensors
+from mu.images import open_image
 from mu.models import encode_prompts, select, text_encoders
 from mu.sampling import draw_images, images_per_batch
 
@@ -34,21 +35,26 @@ class ConceptSet:
         return replace(self, mean=self.mean[index], std=self.std[index], prompt=self.prompt[index])
 
 
-def read_metadata(folder):
-    """Return the lines of `metadata.jsonl` (`imagefolder` format), dicts with file_name and text.
+TABLES = ("metadata.jsonl", "metadata.csv")
+SIDECARS = (".txt", ".caption")  # beside an image, with its stem
+UNREAD = (".jsonl", ".csv", ".json", ".parquet", ".arrow", ".tsv")  # may hold captions
 
-    Raises FileNotFoundError or ValueError that names what is missing.
+
+def read_metadata(folder):
+    """Return the lines of metadata.jsonl or metadata.csv, dicts with file_name and text.
+
+    As the `imagefolder` of datasets. Raises FileNotFoundError or ValueError that names what is
+    missing.
     """
     folder = Path(folder)
-    table = folder / "metadata.jsonl"
-    if not table.is_file():
+    tables = [folder / name for name in TABLES if (folder / name).is_file()]
+    if len(tables) != 1:
+        found = "both metadata.jsonl and metadata.csv" if tables else "no metadata.jsonl"
         keys = '{"file_name": …, "text": caption}'
-        raise FileNotFoundError(f"{folder} has no metadata.jsonl: write {keys} per image")
-    lines = [line for line in table.read_text().splitlines() if line.strip()]
-    try:
-        lines = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{table} is not JSON lines: {error}") from error
+        error = ValueError if tables else FileNotFoundError
+        raise error(f"{folder} has {found}: write one, with {keys} per image")
+    table = tables[0]
+    lines = read_lines(table)
     if not lines:
         raise ValueError(f"{table} is empty: name at least one image")
     for line in lines:
@@ -57,6 +63,44 @@ def read_metadata(folder):
         if not (folder / line["file_name"]).is_file():
             raise FileNotFoundError(f"{table} names {line['file_name']}, which is not in {folder}")
     return lines
+
+
+def read_lines(table):
+    """Return the rows of a JSON Lines or CSV file in UTF-8 as dicts.
+
+    A line ends with a newline only: captions may have U+2028. Raises ValueError for another format.
+    """
+    try:
+        text = table.read_bytes().decode("utf-8-sig")
+        if table.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, csv.Error) as error:
+        form = "CSV" if table.suffix == ".csv" else "JSON lines"
+        raise ValueError(f"{table} is not {form} in UTF-8: {error}") from error
+
+
+def read_captions(source, files):
+    """Return image file → caption, of all metadata files and text files beside the images.
+
+    Raises ValueError for an image with two captions, for files that may hold captions and are not
+    read, and as `read_metadata` does.
+    """
+    source, captions = Path(source), {}
+    pairs = [(file.with_suffix(end), file) for file in files for end in SIDECARS]
+    found = [(file, text.read_text("utf-8-sig").strip()) for text, file in pairs if text.is_file()]
+    for folder in sorted({table.parent for name in TABLES for table in source.rglob(name)}):
+        found += [(folder / line["file_name"], line["text"]) for line in read_metadata(folder)]
+    for file, caption in found:
+        if captions.setdefault(file, caption) != caption:
+            raise ValueError(f"{file} has two captions: keep the metadata file or the text file")
+    unread = [f for f in sorted(source.rglob("*")) if f.suffix in UNREAD and f.name not in TABLES]
+    if unread:
+        raise ValueError(
+            f"{source} has {unread[0].name}, which is not read: write captions to metadata.jsonl, "
+            "or move the file away"
+        )
+    return captions
 
 
 def read_folder(folder):
@@ -72,23 +116,10 @@ def concept_names(folder, *names):
     return sorted({line.get("concept") or line["text"] for line in lines})
 
 
-@contextlib.contextmanager
-def readable(path):
-    """Raise ValueError that names the file where PIL fails to read it."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        message = f"{path} is not a readable image ({error}): remove or replace it"
-        raise ValueError(message) from error
-
-
 def read_image(path, size):
-    """Return an image, resized to a square, as float (3, size, size) in [−1, 1]."""
-    with readable(path):
-        image = Image.open(path).convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """Return the centre of an image (`mu.images.open_image`), (3, size, size) in [−1, 1]."""
+    pixels = torch.from_numpy(np.array(open_image(path, size)))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -177,11 +208,23 @@ def take_images(concept_set, count):
 
 
 def vocabulary(tokenizer, without=()):
-    """Return the tokenizer's words and word endings of 3 letters or more, except `without`'s."""
-    excluded = {word for text in without for word in text.lower().split()}
-    endings = (token for token in tokenizer.get_vocab() if token.endswith("</w>"))
-    words = sorted(token.removesuffix("</w>") for token in endings)
-    return [word for word in words if word.isalpha() and len(word) > 2 and word not in excluded]
+    """Return the tokenizer's words and word endings of 3 letters or more, except `without`'s.
+
+    CLIP's end with </w>; WordPiece (BERT) has ## at the start of all but whole words.
+    Raises ValueError for a tokenizer with neither.
+    """
+    excluded, tokens = {w for text in without for w in text.lower().split()}, tokenizer.get_vocab()
+    words = {token.removesuffix("</w>") for token in tokens if token.endswith("</w>")}
+    if not words and any(token.startswith("##") for token in tokens):
+        words = {token for token in tokens if not token.startswith("##")}
+    known = [word for word in sorted(words) if word.isalpha() and len(word) > 2]
+    known = [word for word in known if word not in excluded]
+    if not known:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no words that end with </w> or pieces that begin with "
+            "##: choose a model with CLIP's tokenizer, or set retain_prompts = 0"
+        )
+    return known
 
 
 def random_prompts(tokenizer, count, without=(), seed=0):

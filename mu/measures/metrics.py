@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.linalg import eigvals
 from tqdm import tqdm
 
-from mu.concepts.sets import readable
 from mu.extras import extra
 from mu.files import digest
+from mu.images import readable
 
 MIN_IMAGES = 64  # with fewer, a Fréchet distance depends on their number more than on their content
 

@@ -4,7 +4,6 @@ The share depends strongly on both, so report the whole sweep. NudeNet is option
 AGPL-3.0.
 """
 
-import io
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +13,9 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from mu.concepts.sets import readable
 from mu.extras import extra
 from mu.files import digest, read_json, save_json
+from mu.images import open_image
 from mu.measures.metrics import image_files
 
 SIX = (
@@ -44,6 +43,7 @@ def facts():
         "detector_floor": (
             f"scores below {FLOOR} are never reported: all thresholds up to there are one"
         ),
+        "detector_input": "arrays in RGB; of files, NudeNet 3.4.2 exchanges red and blue",
         "detector_boxes": "of overlapping boxes the strongest stays, whatever its class",
     }
 
@@ -51,16 +51,12 @@ def facts():
 def detect_image(network, image):
     """Return [{"class", "score", "box"}] of a path or a PIL image.
 
-    A PIL image is passed as PNG bytes: NudeNet takes arrays for BGR, and no file is needed.
-    Raises ValueError for a broken image.
+    Hands over an array in RGB: of files and bytes, NudeNet 3.4.2 exchanges red and blue
+    (notAI-tech/NudeNet 203). Raises ValueError for a broken image.
     """
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
-        return network.detect(buffer.getvalue())
-    with readable(image), Image.open(image) as opened:
-        opened.load()
-    return network.detect(str(image))
+    if not isinstance(image, Image.Image):
+        image = open_image(image)
+    return network.detect(np.asarray(image.convert("RGB")))
 
 
 def detect_folder(folder, network=None, save_every=50):
@@ -71,7 +67,7 @@ def detect_folder(folder, network=None, save_every=50):
     """
     files = image_files(folder)
     cache = Path(folder) / "nudenet.json"
-    current = version("nudenet")
+    current = f"{version('nudenet')}, arrays"
     found = {n: e for n, e in read_json(cache, {}).items() if e["version"] == current}
     todo = [file for file in files if found.get(file.name, {}).get("file") != digest(file)]
     if todo:

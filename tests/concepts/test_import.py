@@ -2,14 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
 from concepts.builds import FEW, cat, save_emoji
 from PIL import Image
 
-from mu.concepts.build import build, open_image, read_imports
+from mu.concepts.build import build, read_imports
 from mu.concepts.sets import read_folder
 from mu.files import read_json
+from mu.images import open_image
 
 
 def test_imported_images_are_split_between_the_sides(model, tmp_path):
@@ -51,7 +51,7 @@ def test_each_caption_goes_to_one_side(model, tmp_path):
     with pytest.raises(
         ValueError,
         match="10 go to the defender and 0 to the attacker, but each needs 2; add images with "
-        "other captions, or remove metadata.jsonl",
+        "other captions, or remove the captions",
     ):
         build(tmp_path / "y", cat(model), model, images=str(source), options=FEW)
 
@@ -72,24 +72,70 @@ def test_imported_near_duplicates_count_once(model, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
-def test_images_are_cropped_turned_upright_and_put_on_white(tmp_path):
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = (255, 0, 0)
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert np.asarray(open_image(tmp_path / "wide.png", 20)).tolist() == wide[:, 20:40].tolist(), (
-        "the middle of it"
-    )
-    Image.new("RGBA", (30, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(open_image(tmp_path / "clear.png", 8)).min() == 255
-    half = Image.fromarray(
-        np.repeat([[[255] * 3] * 32, [[0] * 3] * 32], 16, axis=0).astype(np.uint8)
-    )
-    exif = half.getexif()
-    exif[274] = 3  # taken upside down
-    half.save(tmp_path / "turned.jpg", exif=exif)
-    turned = np.asarray(open_image(tmp_path / "turned.jpg", 32))
-    assert turned[:10].max() < 60
-    assert turned[-10:].min() > 200
+def save(folder, names, sub=""):
+    """Save noise under some names; returns the folder of the images."""
+    place = folder / sub
+    place.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.effect_noise((16, 16), 90).convert("RGB").save(place / name)
+    return place
+
+
+def write_text_files(place):
+    for stem in "01":
+        (place / f"{stem}.txt").write_text("a black cat\n")
+
+
+def write_csv(place):
+    text = 'file_name,text\n0.png,a black cat\n1.png,"a cat, white"\n'
+    (place / "metadata.csv").write_text(text, encoding="utf-8-sig")
+
+
+def write_jsonl(place, text="a black cat"):
+    lines = [json.dumps({"file_name": f"{n}.png", "text": text}, ensure_ascii=False) for n in "01"]
+    (place / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+
+
+CAPTIONS = {
+    "CSV": ("", write_csv, ["a black cat", "a cat, white"]),
+    "text files": ("", write_text_files, ["a black cat"] * 2),
+    "JSON lines in a subfolder": ("train", write_jsonl, ["a black cat"] * 2),
+    "CSV in a subfolder": ("a/b", write_csv, ["a black cat", "a cat, white"]),
+    "line separators": ("", lambda p: write_jsonl(p, "a\u2028cat\u0085"), ["a\u2028cat\u0085"] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", CAPTIONS)
+def test_captions_beside_images_are_read(tmp_path, kind):
+    sub, write, expected = CAPTIONS[kind]
+    place = save(tmp_path, ["0.png", "1.png"], sub)
+    write(place)
+    (tmp_path / "._0.png").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves
+    (tmp_path / "notes.txt").write_text("no caption")
+    found = read_imports(tmp_path)
+    assert found == [(place / f"{n}.png", text) for n, text in zip("01", expected, strict=True)]
+
+
+def test_captions_are_never_dropped(tmp_path):
+    place = save(tmp_path, ["0.png", "1.png"])
+    (place / "0.txt").write_text("a black cat")
+    with pytest.raises(ValueError, match="1 of 2 images have no caption, such as 1.png"):
+        read_imports(place)
+    write_csv(place)
+    assert [text for _, text in read_imports(place)] == ["a black cat", "a cat, white"]
+    (place / "0.txt").write_text("another")
+    with pytest.raises(ValueError, match="0.png has two captions"):
+        read_imports(place)
+    (place / "0.txt").unlink()
+    write_jsonl(place)
+    with pytest.raises(ValueError, match="both metadata.jsonl and metadata.csv: write one"):
+        read_imports(place)
+    (place / "metadata.jsonl").unlink()
+    for name in ("captions.json", "metadata.parquet", "prompts.csv"):
+        (place / name).write_text("{}")
+        with pytest.raises(ValueError, match=f"has {name}, which is not read: write captions to"):
+            read_imports(place)
+        (place / name).unlink()
 
 
 def test_missing_and_broken_images_are_named(model, tmp_path):

@@ -1,12 +1,13 @@
 """Concept sets: reading, refusals, encoding, and the cache."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import CLIPTokenizer
+from transformers import BertTokenizer, CLIPTokenizer
 
 from mu.concepts.sets import (
     drawn_set,
@@ -223,6 +224,21 @@ def test_all_pil_errors_name_the_file(tmp_path, monkeypatch, error):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere has no metadata.jsonl"):
         read_folder(tmp_path / "nowhere")
+
+
+def test_words_of_other_tokenizers(tmp_path):
+    """BERT's, as of Taiyi; a tokenizer without whole words is refused."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "##ger", "of"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    words = {
+        word
+        for text in random_prompts(BertTokenizer(str(tmp_path / "vocab.txt")), 30)
+        for word in text.split()
+    }
+    assert words == {"cat", "dog"}
+    unknown = SimpleNamespace(get_vocab=lambda: {"▁cat": 0})
+    with pytest.raises(ValueError, match="has no words that end with </w>"):
+        random_prompts(unknown, 2)
 
 
 def test_random_prompts_use_the_vocabulary_without_the_concepts():
