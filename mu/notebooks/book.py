@@ -176,9 +176,8 @@ def _parameter_faults(file, cells):
     statements = ast.parse(cells[0].source).body
     names = [getattr(getattr(node, "target", None), "id", "") for node in statements]
     if names != list(known):
-        form = "`name: type = value  # meaning`"
-        found.append(f"papermill does not read a line of the parameters: write it as {form}")
-    undocumented = [name for name, parameter in known.items() if not parameter["help"]]
+        found.append("two parameters have the same name")
+    undocumented = [name for name, parameter in known.items() if not parameter.meaning]
     return found + [f"the parameter {name} has no description" for name in undocumented]
 
 

@@ -10,10 +10,13 @@ import ast
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import sys
+import tokenize
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import nbformat
 import papermill
@@ -58,25 +61,43 @@ def has_type(value, kind):
     return all(has_type(v, kind.slice) for v in value)
 
 
+class Parameter(NamedTuple):
+    """A parameter of a notebook."""
+
+    kind: str  # its annotated type
+    default: object
+    meaning: str  # its comment
+
+
 def read_parameters(notebook):
-    """Return name → papermill's description of each parameter of a notebook.
+    """Return name → `Parameter` of a notebook.
 
     Each line of the cell tagged `parameters` reads `name: type = value  # unit, meaning`.
     Raises FileNotFoundError for a missing notebook, ValueError for another form of a line.
     """
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"there is no notebook {notebook}")
-    known = papermill.inspect_notebook(notebook)
-    for name, parameter in known.items():
-        kind, default, valid = parameter["inferred_type_name"], parameter["default"], False
+    cells = nbformat.read(notebook, 4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    source = tagged[0] if tagged else ""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.parse(source).body:
+        default, valid = None, False
         with contextlib.suppress(ValueError, SyntaxError, KeyError, AttributeError):
-            valid = has_type(ast.literal_eval(default), ast.parse(kind, mode="eval").body)
+            default = ast.literal_eval(node.value)
+            valid = has_type(default, node.annotation)
         if not valid:
+            name = getattr(node, "target", getattr(node, "targets", [node])[0])
             raise ValueError(
-                f"{notebook}: the parameter `{name}: {kind} = {default}` must read "
-                f"`{name}: type = value  # meaning`, with a literal of type {', '.join(TYPES)}"
+                f"{notebook}: the parameter `{ast.unparse(node)}` must read "
+                f"`{ast.unparse(name)}: type = value  # meaning`, with a literal of type "
+                f"{', '.join(TYPES)}"
             )
-    return known
+        meaning = comments.get(node.end_lineno, "#").lstrip("# ")
+        found[node.target.id] = Parameter(ast.unparse(node.annotation), default, meaning)
+    return found
 
 
 def check_parameters(notebook, parameters):
@@ -89,12 +110,12 @@ def check_parameters(notebook, parameters):
         if name not in known:
             choices = ", ".join(known) or "no parameter"
             raise ValueError(f"{notebook}: unknown parameter {name!r}: choose {choices}")
-        kind, default = known[name]["inferred_type_name"], known[name]["default"]
+        kind, default, _ = known[name]
         if not has_type(value, ast.parse(kind, mode="eval").body):
             is_text = kind == "float" and isinstance(value, str)
             fix = "; YAML needs a point and a sign: 1.0e-5" if is_text else ""
             raise TypeError(
-                f"{notebook}: parameter {name} must be {kind} (default {default}), "
+                f"{notebook}: parameter {name} must be {kind} (default {default!r}), "
                 f"got {value!r} of type {type(value).__name__}{fix}"
             )
 
@@ -125,7 +146,7 @@ def effective(notebook, profile="", changes=None):
     given = read_profile(profile, notebook) | (changes or {})
     check_parameters(notebook, given)
     known = read_parameters(notebook)
-    return {name: ast.literal_eval(p["default"]) for name, p in known.items()} | given
+    return {name: parameter.default for name, parameter in known.items()} | given
 
 
 def origin(notebook, parameters):
@@ -175,8 +196,8 @@ def execute(notebook, output, parameters=None, html=True, again=False):
     once all cells, or those before a `Stop`, have run. Until then, and after a failure, the
     notebook is `<output>.unfinished.ipynb`, and an earlier output is kept. An output of the same
     cells and parameters is not run again, unless `again`.
-    Raises as `check_parameters` does; RuntimeError that names the failed cell, or if another
-    process runs the same notebook.
+    Raises as `check_parameters` and `check_output` do; RuntimeError that names the failed cell, or
+    if another process runs the same notebook.
     """
     # these import torch and nbconvert, which Snakemake's own process does not need
     from mu.files import atomic
@@ -184,6 +205,7 @@ def execute(notebook, output, parameters=None, html=True, again=False):
 
     notebook, output, parameters = Path(notebook), Path(output), parameters or {}
     check_parameters(notebook, parameters)
+    check_output(notebook, output)
     page, made_from = output.with_suffix(".html"), origin(notebook, parameters)
     unchanged = read_origin(output).get("asked") == made_from["asked"]
     if unchanged and not again and (page.exists() or not html):
@@ -209,12 +231,27 @@ def execute(notebook, output, parameters=None, html=True, again=False):
     return True
 
 
+def check_output(notebook, output):
+    """Raise ValueError for an output that would overwrite the notebook, or is no notebook."""
+    if output.exists() and output.samefile(notebook):
+        raise ValueError(
+            f"the output {output} is the notebook itself, which would be lost: name another file"
+        )
+    if output.suffix != ".ipynb":
+        raise ValueError(f"the output {output} must end with .ipynb: its page is written beside it")
+
+
+def _literal(path):
+    """Return a path for papermill, which fills in {…} of paths."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _run_cells(notebook, unfinished, parameters, title):
     """Execute all cells up to a `Stop`. Raises RuntimeError that names the cell that failed."""
     try:
         papermill.execute_notebook(
-            notebook,
-            unfinished,
+            _literal(notebook),
+            _literal(unfinished),
             parameters,
             kernel_name="python3",
             progress_bar={"desc": title},
@@ -244,10 +281,26 @@ def parse_values(notebook, texts):
     """
     known, values = read_parameters(notebook), dict(texts)
     for name, text in texts.items():
-        if name in known and known[name]["inferred_type_name"] != "str":
+        if name in known and known[name].kind != "str":
             with contextlib.suppress(ValueError, SyntaxError):
                 values[name] = ast.literal_eval(text)
     return values
+
+
+def split_values(arguments):
+    """Return (name → text of each `-p NAME VALUE`, other arguments).
+
+    argparse takes a VALUE that begins with a hyphen, such as -1e-5, for an option.
+    """
+    texts, others, rest = {}, [], list(arguments)
+    while rest:
+        first = rest.pop(0)
+        if first == "-p" and len(rest) >= 2:
+            name, value, *rest = rest
+            texts[name] = value
+        else:
+            others.append(first)
+    return texts, others
 
 
 def main(arguments=None):
@@ -260,13 +313,12 @@ def main(arguments=None):
     profile = "profile of model and machine, a folder of notebooks/profiles: pocket, colab-t4, ..."
     parser.add_argument("--profile", default="", help=profile)
     value = "a parameter; its value as in Python"
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=value
-    )
+    parser.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=value)
     parser.add_argument("--again", action="store_true", help="run even if the output is up to date")
-    options = parser.parse_args(arguments)
+    texts, others = split_values(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(others)
     try:
-        changes = parse_values(options.notebook, dict(options.p))
+        changes = parse_values(options.notebook, texts)
         parameters = read_profile(options.profile, options.notebook) | changes
         ran = execute(options.notebook, options.output, parameters, again=options.again)
     except (OSError, ValueError, TypeError, RuntimeError) as error:

@@ -1,13 +1,11 @@
 """Requirements of every notebook and every profile of the repository."""
 
-import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 import yaml
 
@@ -177,9 +175,7 @@ def test_an_experiment_fits_its_notebooks(name):  # for grids see test_grid.py
         check_parameters(notebook, step.get("parameters", {}))
         assert set(step) <= {"notebook", "after", "threads", "leaves", "parameters"}
         assert set(step.get("after", [])) <= set(profile["experiment"])
-        known = papermill.inspect_notebook(notebook)
-        values = {n: ast.literal_eval(p["default"]) for n, p in known.items()}
-        values |= step.get("parameters", {})
+        values = effective(notebook, changes=step.get("parameters", {}))
         assert values.get("out", profile["runs"]) == profile["runs"]
         assert values.get("report", profile["report"]) == profile["report"]
         places = (profile["runs"], profile["report"])

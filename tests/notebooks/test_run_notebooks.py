@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import nbformat
+import papermill
 import pytest
-from toys import text_of, write_notebook
+from toys import ROOT, text_of, write_notebook
 
 from mu.notebooks.run import (
     check_parameters,
@@ -197,6 +198,52 @@ def test_values_match_annotations(value, annotation, expected):
 def test_a_parameter_is_an_annotated_literal(tmp_path, line):
     with pytest.raises(ValueError, match="must read `(steps|names): type = value  # meaning`"):
         read_parameters(write_notebook(tmp_path / "toy.ipynb", parameters=line))
+
+
+def test_defaults_are_read_as_python(tmp_path):
+    """papermill's own reader splits lines at = and #."""
+    lines = ['name: str = "a = b # c"  # with = and #', "lr: float = -1e-5  # negative"]
+    lines.append('weights: dict[str, float] = {"#": 1.0}  # a dict')
+    notebook = write_notebook(tmp_path / "toy.ipynb", parameters="\n".join(lines))
+    found = read_parameters(notebook)
+    assert [p.default for p in found.values()] == ["a = b # c", -1e-5, {"#": 1.0}]
+    assert [p.meaning for p in found.values()] == ["with = and #", "negative", "a dict"]
+    known = papermill.inspect_notebook(ROOT / "notebooks" / "20_unlearn.ipynb")
+    own = read_parameters(ROOT / "notebooks" / "20_unlearn.ipynb")
+    assert list(own) == list(known)
+    for name, parameter in own.items():
+        assert parameter.kind == known[name]["inferred_type_name"]
+        assert parameter.default == ast.literal_eval(known[name]["default"])
+
+
+def test_values_may_begin_with_a_hyphen(toy, tmp_path, capsys):
+    output = tmp_path / "out.ipynb"
+    main([str(toy), str(output), "-p", "lr", "-1e-5", "-p", "name", "-x"])
+    assert text_of(output).startswith("steps 3 float -x")
+    with pytest.raises(SystemExit):
+        main([str(toy), str(output), "-p", "lr"])
+    assert "expected 2 arguments" in capsys.readouterr().err
+
+
+def test_braces_in_paths_are_literal(tmp_path):
+    notebook = write_notebook(tmp_path / "proj{v2}" / "toy.ipynb", "print(steps)")
+    output = tmp_path / "runs {steps}" / "out{}.ipynb"
+    assert execute(notebook, output, {"steps": 5}) is True
+    assert text_of(output) == "5\n"
+    assert sorted(file.name for file in output.parent.iterdir()) == ["out{}.html", "out{}.ipynb"]
+    assert execute(notebook, output, {"steps": 5}) is False
+
+
+def test_the_notebook_is_never_overwritten(toy, tmp_path, monkeypatch):
+    before = toy.read_bytes()
+    (tmp_path / "link.ipynb").symlink_to(toy)
+    monkeypatch.chdir(toy.parent)
+    for output in (toy, toy.name, tmp_path / "link.ipynb"):
+        with pytest.raises(ValueError, match="is the notebook itself, which would be lost"):
+            execute(toy, output)
+    with pytest.raises(ValueError, match="out.html must end with .ipynb"):
+        execute(toy, tmp_path / "out.html")
+    assert toy.read_bytes() == before
 
 
 def test_command_line(toy, tmp_path, capsys):
