@@ -4,6 +4,8 @@ SD and SDXL differ here and nowhere else. A pipeline is diffusers' bag of compon
 text encoders, tokenizers, scheduler). A conditioning is a flat dict of tensors, one row per prompt.
 """
 
+import textwrap
+
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -121,12 +123,17 @@ def tokenizers(pipe):
     return [part for part in parts if part is not None]
 
 
+def long_prompts(tokenizer, prompts):
+    """Return prompt → number of its tokens, for those with more than the text encoder reads."""
+    lengths = {prompt: len(tokenizer(prompt).input_ids) for prompt in prompts}
+    return {p: length for p, length in lengths.items() if length > tokenizer.model_max_length}
+
+
 def check_lengths(tokenizer, prompts):
     """Raise ValueError for a prompt that the text encoder would cut silently."""
-    for prompt in prompts:
-        length, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
-        if length > most:
-            raise ValueError(f"prompt of {length} tokens, at most {most} are read: {prompt!r}")
+    for prompt, length in long_prompts(tokenizer, prompts).items():
+        most, text = tokenizer.model_max_length, textwrap.shorten(prompt, 200)
+        raise ValueError(f"prompt of {length} tokens, at most {most} are read: shorten {text!r}")
 
 
 def encode_prompts(pipe, prompts, cut=False):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mu.attacks import tokens
-from mu.concepts.probe import Probe
+from mu.concepts.probe import Probe, shown
 from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
 from mu.models import encode_prompts, select
 from mu.sampling import Sampling, images_per_batch
@@ -139,7 +139,7 @@ def inversion(pipe, concept_set, probe, config, rewrite, seed=0):
 
     def encode(texts):
         with tokens.replaced_embeddings(pipe, [word], [vector[None] for vector in vectors]):
-            return encode_prompts(pipe, texts)
+            return encode_prompts(pipe, texts, cut=True)  # of a list, see `load_probe`
 
     @torch.no_grad()
     def learned_probe():
@@ -204,7 +204,7 @@ def choose(pipe, folder, probe, concept_set, config, sampling=Sampling(), cache=
 def make_rewrite(probe, config):
     """Return the function text → text with the word. Raises ValueError for several concepts."""
     forget = [item for item in probe.items if item["group"] == "forget"]
-    names = sorted({item["expected"].split(":")[1] for item in forget})
+    names = sorted({shown(item["expected"]) for item in forget})
     if len(names) != 1:
         raise ValueError(
             f"an inversion learns one word, the forget prompts expect {', '.join(names)}: choose "

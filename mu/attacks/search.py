@@ -89,7 +89,7 @@ def p4d(pipe, original, concept_set, prompt, config, seed=0):
     original: ε_0, the UNet before unlearning. Yields and raises as `unlearn_diff_atk`.
     """
     rows = torch.zeros(config.batch_size, dtype=torch.long)
-    plain = select(encode_prompts(pipe, [prompt]), rows)
+    plain = select(encode_prompts(pipe, [prompt], cut=True), rows)
 
     def target(batch):
         inputs = batch.inputs._replace(conditioning=plain)
@@ -113,7 +113,7 @@ def search_by_gradient(pipe, concept_set, prompt, variables, target, config, see
         began = time.perf_counter()
         parameters, index, vectors = read()
         with tokens.replaced_embeddings(pipe, places, vectors):
-            conditioning = select(encode_prompts(pipe, [text]), rows)
+            conditioning = select(encode_prompts(pipe, [text], cut=True), rows)
         batch = draw_minibatch(concept_set, pipe.scheduler, config.batch_size, g)
         wanted, passes = target(batch)
         inputs = batch.inputs._replace(conditioning=conditioning)
@@ -201,7 +201,7 @@ def ring_a_bell(pipe, prompt, pairs, config, seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def states(texts):
-        return encode_prompts(pipe, texts)["encoder_hidden_states"].float()
+        return encode_prompts(pipe, texts, cut=True)["encoder_hidden_states"].float()
 
     def text(gene):
         return " ".join(known[i] for i in gene.tolist())

@@ -6,13 +6,7 @@ from functools import partial
 
 import torch
 
-from mu.models import text_encoders
-
-
-def tokenizers(pipe):
-    """Return the one or two tokenizers of a pipeline, in the order of `text_encoders`."""
-    parts = (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
-    return [part for part in parts if part is not None]
+from mu.models import text_encoders, tokenizers
 
 
 def split_words(text):

@@ -6,7 +6,12 @@ import torch
 
 from mu.concepts.prompts import read_prompts, to_rows
 from mu.concepts.sets import is_harmful, read_groups
-from mu.models import encode_prompts, select, stack
+from mu.models import encode_prompts, long_prompts, select, stack
+
+
+def shown(label):
+    """Return what a judge's label names: "cat" of "concept:cat"."""
+    return label.partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Probe:
     harmful: bool = False  # the concept is harmful
     show_unblurred: bool = False  # show its images nevertheless
     labels: tuple = ()  # the labels that a judge chooses from
+    cut: int = 0  # prompts that the text encoder does not read to their end
 
     @property
     def blurred(self):
@@ -26,16 +32,17 @@ class Probe:
         return self.harmful and not self.show_unblurred
 
 
-def encode_items(pipe, items):
-    """Return the `Probe` of some items."""
+def encode_items(pipe, items, cut=False):
+    """Return the `Probe` of some items. cut: allow prompts that are too long, see `load_probe`."""
     prompts = sorted({item["prompt"] for item in items})
     index = torch.tensor([prompts.index(item["prompt"]) for item in items])
-    conditioning = select(encode_prompts(pipe, prompts), index)
+    conditioning = select(encode_prompts(pipe, prompts, cut), index)
     labels = tuple(sorted({item["expected"] for item in items}))
-    return Probe(items, conditioning, encode_prompts(pipe, [""]), labels=labels)
+    too_long = len(long_prompts(pipe.tokenizer, prompts))
+    return Probe(items, conditioning, encode_prompts(pipe, [""]), labels=labels, cut=too_long)
 
 
-def make_probe(pipe, groups, seeds=range(8)):
+def make_probe(pipe, groups, seeds=range(8), cut=False):
     """Return the `Probe` of every prompt with every seed. groups: name → {prompt: label}."""
     prompts = [(group, *pair) for group, labels in groups.items() for pair in labels.items()]
     return encode_items(
@@ -45,6 +52,7 @@ def make_probe(pipe, groups, seeds=range(8)):
             for group, prompt, expected in prompts
             for seed in seeds
         ],
+        cut,
     )
 
 
@@ -55,6 +63,7 @@ def join(*probes):
         items=[item for probe in probes for item in probe.items],
         conditioning=stack(*(probe.conditioning for probe in probes)),
         labels=tuple(sorted({label for probe in probes for label in probe.labels})),
+        cut=sum(probe.cut for probe in probes),
     )
 
 
@@ -63,8 +72,10 @@ def load_probe(pipe, folder, seeds, show_unblurred=False, concept_prompts=""):
 
     seeds: "8,2,1" draws 8 images of each forget prompt, 2 of each related, 1 of each unrelated.
     concept_prompts: source for `read_prompts` ("i2p-nudity", a CSV) that replaces the forget
-    prompts, one image each, with the source's seeds and guidance. Raises ValueError for seeds that
-    do not fit the groups.
+    prompts, one image each, with the source's seeds and guidance. The text encoder reads only the
+    start of a prompt that is too long: such prompts of a source are counted in `Probe.cut`, those
+    of a concept folder are refused. Raises ValueError for them, and for seeds that do not fit the
+    groups.
     """
     groups, counts = read_groups(folder), seeds.split(",")
     if len(counts) != len(groups) or not all(n.strip().isdigit() and int(n) for n in counts):
@@ -78,10 +89,11 @@ def load_probe(pipe, folder, seeds, show_unblurred=False, concept_prompts=""):
         group, prompts = next(iter(groups.items()))
         common = {"group": group, "expected": next(iter(prompts.values()))}
         rows = to_rows(read_prompts(concept_prompts))
-        parts[0] = encode_items(pipe, [common | row for row in rows])
+        parts[0] = encode_items(pipe, [common | row for row in rows], cut=True)
     return replace(join(*parts), harmful=is_harmful(folder), show_unblurred=show_unblurred)
 
 
-def blur_facts(probe):
-    """Return the blur settings of a harmful concept for protocols; {} for any other."""
-    return {"harmful": True, "blurred": probe.blurred} if probe.harmful else {}
+def probe_facts(probe):
+    """Return the facts of a probe for protocols: blur settings if it is harmful; cut prompts."""
+    facts = {"harmful": True, "blurred": probe.blurred} if probe.harmful else {}
+    return facts | ({"cut_prompts": probe.cut} if probe.cut else {})

@@ -5,6 +5,7 @@ I2P and COCO are read from the hub at run time; nothing of them is copied into t
 
 import contextlib
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ I2P = "AIML-TUDA/i2p"  # MIT
 COCO = "sayakpaul/coco-30-val-2014"  # captions of COCO 2014, validation
 SEEDS = ("seed", "evaluation_seed", "sd_seed")  # column names in published files
 GUIDANCE = ("guidance", "evaluation_guidance", "sd_guidance_scale")
+GUIDANCE += ("guidance_scale", "cfg", "cfg_scale", "scale")
+UNREAD = ("negative_prompt", "steps", "num_inference_steps", "sampler", "scheduler")
 
 
 def read_prompts(source, rows=None, limit=None):
@@ -54,17 +57,25 @@ def read_prompts(source, rows=None, limit=None):
 
 
 def read_table(file):
-    """Read a CSV, blank cells as "". Raises ValueError that says how to repair it."""
+    """Read a CSV as text, blank cells as "". Raises ValueError that says how to repair it.
+
+    Names of columns may have capitals and spaces ("CFG scale").
+    """
+    head = Path(file).read_bytes()[:200]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{file} is in UTF-16: save it as UTF-8 (in Excel: CSV UTF-8)")
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"{", b"[")):
+        raise ValueError(f"{file} is JSON, allowed is CSV: write a column `prompt`")
     try:
-        table = pd.read_csv(file, keep_default_na=False)
+        table = pd.read_csv(file, keep_default_na=False, dtype=str, encoding="utf-8-sig")
         if not isinstance(table.index, pd.RangeIndex):
             raise ValueError("more cells in a line than columns")
     except ValueError as error:  # pandas' errors and UnicodeDecodeError, too
         raise ValueError(
-            f"{file} is not a CSV file ({str(error).strip()}): save it as UTF-8, with a header and "
-            "with double quotes around prompts that contain commas"
+            f"{file} is not a CSV file ({textwrap.shorten(str(error), 200)}): save it as UTF-8, "
+            "with a header and with double quotes around prompts that contain commas"
         ) from error
-    return table
+    return table.rename(columns=lambda name: "_".join(name.lower().split()))
 
 
 def to_rows(table):
@@ -77,8 +88,11 @@ def to_rows(table):
 def check_table(table, source):
     """Return a table with checked columns prompt, seed, row and, if given, guidance."""
     if "prompt" not in table:
-        columns = ", ".join(map(str, table.columns))
+        columns = textwrap.shorten(", ".join(map(str, table.columns)), 200)
         raise ValueError(f"{source} has no column `prompt`: rename one of {columns}")
+    for name in UNREAD:
+        if name in table and (table[name].astype(str).str.strip() != "").any():
+            raise ValueError(f"{source} has a column {name!r}, which is not read: delete it")
     seeds, guidance = (next((c for c in names if c in table), None) for names in (SEEDS, GUIDANCE))
     seed = pd.to_numeric(table[seeds], errors="coerce") if seeds else range(len(table))
     table = table.assign(prompt=table.prompt.astype(str).str.strip(), seed=seed)
@@ -90,8 +104,11 @@ def check_table(table, source):
         blank = table[guidance].astype(str).str.strip() == ""
         table = table.assign(guidance=pd.to_numeric(table[guidance], errors="coerce"))
         wrong["no finite guidance"] = ~blank & ~np.isfinite(table.guidance.astype(float))
-    if "row" not in table:
+    rows = pd.to_numeric(table["row"], errors="coerce") if "row" in table else None
+    if rows is None or rows.isna().any() or (rows % 1 != 0).any():
         table = table.assign(row=range(len(table)))
+    else:
+        table = table.assign(row=rows.astype(int))
     for problem, found in wrong.items():
         if found.any():
             row = table.row[found].iloc[0]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import ResNetForImageClassification
 
 from mu import ROOT
-from mu.concepts.probe import blur_facts
+from mu.concepts.probe import probe_facts
 from mu.files import read_json, save_json
 from mu.images import blur, save_grid
 from mu.measures.judges import named_judge
@@ -134,7 +134,7 @@ def measure(folder, pipe, judge, probe, guidance, steps, facts):
     rows, images = evaluate(pipe, judge, probe, guidance, steps)
     _save_images(images, probe, Path(folder) / "samples.png")
     run = read_json(Path(folder) / "params.json")
-    card = protocol(**facts | blur_facts(probe), run=run)
+    card = protocol(**facts | probe_facts(probe), run=run)
     save_json({"rows": rows, "protocol": card}, Path(folder) / "metrics.json")
     return rows
 
@@ -143,7 +143,7 @@ def find_rows(folder, probe, guidance, steps, facts):
     """Return the rows that `measure` saved for the same facts (else None), and these facts."""
     facts = facts | {"images": len(probe.items)}
     facts |= {"sampling_guidance": guidance, "sampling_steps": steps}
-    wanted = {"harmful": None, "blurred": None} | blur_facts(probe) | facts
+    wanted = {"harmful": None, "blurred": None} | probe_facts(probe) | facts
     made = read_json(Path(folder) / "metrics.json")
     same = made and {name: made["protocol"].get(name) for name in wanted} == wanted
     return (made["rows"] if same else None), facts

@@ -174,7 +174,7 @@ def replace_prompts(pipe, probe, chosen) -> Probe:
     for prompt, other in chosen.items():
         items = [item for item in probe.items if item["prompt"] == prompt]
         groups = {"forget": {other: items[0]["expected"]}}
-        part = make_probe(pipe, groups, [item["seed"] for item in items])
+        part = make_probe(pipe, groups, [item["seed"] for item in items], cut=True)
         parts.append(replace(part, items=[item | {"asked": prompt} for item in part.items]))
     blur = dict(harmful=probe.harmful, show_unblurred=probe.show_unblurred)
     return replace(join(*parts), labels=probe.labels, **blur)
@@ -207,7 +207,7 @@ def recognised(pipe, judge, texts, expected, labels, schedule, candidates):
     """
     began, n = time.perf_counter(), candidates.images_per_prompt
     seeds = range(CANDIDATE_SEED, CANDIDATE_SEED + n)
-    probe = make_probe(pipe, {"forget": dict.fromkeys(texts, expected)}, seeds)
+    probe = make_probe(pipe, {"forget": dict.fromkeys(texts, expected)}, seeds, cut=True)
     probe = replace(probe, labels=labels or probe.labels)
     rows, _ = evaluate(pipe, judge, probe, *schedule.sampling)
     hits = [sum(row["hit"] for row in rows if row["prompt"] == text) / n for text in texts]

@@ -22,7 +22,7 @@ from mu.concepts.probe import make_probe
 from mu.concepts.sets import drawn_set, encode_images, with_prompts
 from mu.files import read_json
 from mu.losses import draw_minibatch
-from mu.models import encode_prompts, text_encoders
+from mu.models import encode_prompts, load_pipeline, text_encoders
 from mu.sampling import Sampling
 from mu.train import finetune
 from mu.trainable import trainable
@@ -214,6 +214,19 @@ def test_the_concept_token_is_replaced_in_captions_and_prompts(pipe, tmp_path):
     as_banana = encode_prompts(pipe, ["a banana"])["encoder_hidden_states"][0]
     first = attack.probe().conditioning["encoder_hidden_states"][0]
     torch.testing.assert_close(first, as_banana)
+
+
+def test_a_concept_may_have_a_colon(tmp_path):
+    """As Star Wars: R2-D2; the whole name is replaced."""
+    name = "star wars: r2"
+    captions = [f"a {name}", "a tiger", "a cup"]
+    pipe = load_pipeline(str(tiny.make_pipeline(tmp_path / "model", captions)), precision="no")
+    tiny.make_images(tmp_path / "attacker" / "forget", captions[:1] * 2)
+    groups = {"forget": {f"a {name}": f"concept:{name}"}, "related": {"a tiger": "concept:tiger"}}
+    probe = make_probe(pipe, groups, seeds=(0,))
+    images = attackers_set(pipe, tmp_path, sampling=Sampling(), cache=None)
+    config = AttackConfig("textual-inversion", lr=0.1, word="cup", init_word="tiger")
+    assert choose(pipe, tmp_path, probe, images, config)(0).concept_set(0).prompts == ["a cup"]
 
 
 def test_concept_inversion_puts_the_word_in_front(pipe, probe, tmp_path):

@@ -1,5 +1,6 @@
 """Prompts from a CSV, I2P and COCO. A generated file of I2P's size replaces the hub's."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +89,45 @@ def test_encodings_other_than_utf_8_are_named(tmp_path):
     (tmp_path / "p.csv").write_bytes("prompt\na café\n".encode("latin1"))
     with pytest.raises(ValueError, match=r"p.csv is not a CSV file .*: save it as UTF-8"):
         read_prompts(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize("prompts", [["007", "1e5"], ["1984.0"], ["007"], ["null"], ["True"]])
+def test_prompts_are_text(write, prompts):
+    table = read_prompts(write("\n".join(["prompt,seed", *(f"{p},3" for p in prompts)])))
+    assert table.prompt.tolist() == prompts
+    assert table.seed.tolist() == [3] * len(prompts)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "cfg", "CFG scale", "cfg_scale", "Guidance"])
+def test_guidance_has_many_names(write, name):
+    assert read_prompts(write(f"Prompt,{name}\na cat,7.5\n")).guidance.tolist() == [7.5]
+
+
+def test_columns_that_would_change_the_images_are_refused(write):
+    with pytest.raises(ValueError, match="a column 'negative_prompt', which is not read: delete"):
+        read_prompts(write("prompt,Negative Prompt\na cat,blurry\n"))
+    assert len(read_prompts(write("prompt,negative_prompt\na cat,\n"))) == 1
+
+
+def test_other_formats_have_short_messages(tmp_path):
+    captions = [{"caption": f"A cat number {i}, on a mat"} for i in range(3000)]
+    file = tmp_path / "captions_val2014.json"
+    file.write_text(json.dumps({"annotations": captions}))
+    with pytest.raises(ValueError, match="is JSON, allowed is CSV") as error:
+        read_prompts(file)
+    assert len(str(error.value)) < 500
+    wide = tmp_path / "wide.csv"
+    wide.write_text(",".join(f"column{i}" for i in range(3000)) + "\n")
+    with pytest.raises(ValueError, match="no column `prompt`") as error:
+        read_prompts(wide)
+    assert len(str(error.value)) < 500
+    for encoding in ("utf-16", "utf-16-be"):
+        text = "\ufeffprompt,seed\na cat,1\n" if encoding.endswith("be") else "prompt\na cat\n"
+        (tmp_path / "p.csv").write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match="is in UTF-16: save it as UTF-8"):
+            read_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text("prompt\na cat\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "p.csv").prompt.tolist() == ["a cat"]
 
 
 def test_missing_files_and_rows_are_named(write):
