@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mu.extras import extra
 from mu.files import digest
-from mu.images import readable
+from mu.images import open_image, readable
 
 MIN_IMAGES = 64  # with fewer, a Fréchet distance depends on their number more than on their content
 
@@ -102,6 +102,22 @@ def check_fid_inputs(images, reference, least=MIN_IMAGES):
     return counts, note, extra("torch_fidelity", "torch-fidelity")
 
 
+class ImageFiles(torch.utils.data.Dataset):
+    """Images of a folder as torch-fidelity takes them, bytes (3, height, width).
+
+    The files are those of `image_files`: torch-fidelity's own list has hidden ones as well.
+    """
+
+    def __init__(self, folder, transform):
+        self.files, self.transform = image_files(folder), transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return self.transform(open_image(self.files[i]))
+
+
 def fid(images, reference, size, weights=None, batch_size=32, least=MIN_IMAGES):
     """Return FID (Heusel et al. 2017) of two folders by torch-fidelity: ({"fid"}, card facts).
 
@@ -110,16 +126,18 @@ def fid(images, reference, size, weights=None, batch_size=32, least=MIN_IMAGES):
     ImportError without the package, and ValueError for fewer than `least` images.
     """
     counts, note, fidelity = check_fid_inputs(images, reference, least)
+    transforms = extra("torchvision.transforms", "torchvision")
+    steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    transform = transforms.Compose(steps)
     with contextlib.redirect_stderr(sys.stdout):  # its progress bars
         found = fidelity.calculate_metrics(
-            input1=str(images),
-            input2=str(reference),
+            input1=ImageFiles(images, transform),
+            input2=ImageFiles(reference, transform),
             fid=True,
             cuda=torch.cuda.is_available(),
             batch_size=batch_size,
             cache=False,
             verbose=True,
-            samples_resize_and_crop=size,
             feature_extractor_weights_path=weights,
         )
     inception = "its own weights" if weights is None else digest(weights)
