@@ -16,6 +16,7 @@ from mu.hub import located
 from mu.supported import check_pipeline
 
 KINDS = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+CLIP_LENGTH = 77  # tokens
 FAMILIES = {kind.__name__: kind for kind in KINDS.values()}
 
 
@@ -83,7 +84,7 @@ def load_parts(path, kind, dtype):
 def limit_lengths(pipe):
     """Let no tokenizer return more tokens than its text encoder has positions for."""
     for tokenizer, encoder in zip(tokenizers(pipe), text_encoders(pipe), strict=True):
-        positions = encoder.config.max_position_embeddings
+        positions = getattr(encoder.config, "max_position_embeddings", CLIP_LENGTH)
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 

@@ -96,7 +96,7 @@ def _widths(pipe):
         width = pooled + 6 * config.addition_time_embed_dim
         found = config.projection_class_embeddings_input_dim
         yield Fact("unet projection_class_embeddings_input_dim", found, (width,), fix)
-    width = sum(encoder.config.hidden_size for encoder in encoders)
+    width = sum(getattr(encoder.config, "hidden_size", 0) for encoder in encoders)
     expected = config.cross_attention_dim
     widths = set(expected if isinstance(expected, (list, tuple)) else [expected])
     for found in sorted(widths):

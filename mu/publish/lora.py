@@ -150,11 +150,14 @@ def strip_prefix(state, own):
 def check_lora(own, state, path):
     """Return the names of the weights and biases that a LoRA changes.
 
-    Raises ValueError for the first tensor that does not fit.
+    Raises ValueError for the first tensor that does not fit, or whose other half is missing.
     """
     changed = set()
     for name, t in sorted(state.items()):
         layer, _, rest = name.partition(".lora_")
+        other = f"{layer}.lora_{'B' if rest.startswith('A') else 'A'}.weight"
+        if other not in state:
+            raise ValueError(f"{path} is incomplete: it has {name}, and no {other}: fetch it again")
         target = f"{layer}.bias" if rest.endswith("bias") else f"{layer}.weight"
         changed.add(target)
         if target in own:

@@ -131,6 +131,8 @@ def _find_files(path):
     A diffusers folder contains all of it, a single file may be a part.
     """
     path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        path = path.parent
     if path.is_file() and SHARD.search(path.name):
         raise ValueError(f"{path} is one of several shards: name its folder, which has all")
     if path.is_file():

@@ -324,7 +324,7 @@ def confusion(asked, seen, title="", ax=None):
     table = pd.crosstab(
         pd.Series(asked, name="asked for"), pd.Series(seen, name="seen"), normalize="index"
     ).reindex(columns=[*labels, "other"], fill_value=0.0)
-    short = [name.split(":")[-1] for name in table.columns]
+    short = [name.partition(":")[2] or name for name in table.columns]
     side = min(1.4 + 0.2 * len(labels), 10)
     ax = ax or plt.subplots(figsize=(side, side))[1]
     sns.heatmap(

@@ -196,8 +196,11 @@ def test_lora_that_does_not_fit_is_refused(unet, tmp_path):
     assert_refused(unet, tmp_path / "lora", match + r"of this UNet is \(32, 16\)")
     first, second = f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"
     pair = {first: torch.ones(2, 16), second: torch.ones(32, 2)}
-    save_file(pair | {"unet.mid.lora_A.weight": torch.ones(2, 2)}, file)
+    mid = {f"unet.mid.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}
+    save_file(pair | mid, file)
     assert_refused(unet, file, r"mid.lora_A.weight is \(2, 2\), and mid.weight of this UNet is abs")
+    save_file({first: torch.ones(2, 16)}, file)
+    assert_refused(unet, file, r"is incomplete: it has \S+to_k.lora_A.weight, and no \S+lora_B")
     save_file(pair | {first: torch.full((2, 16), torch.inf)}, file)
     assert_refused(unet, file, "to_k.weight has NaN or infinite values")
 

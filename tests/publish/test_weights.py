@@ -95,7 +95,8 @@ def test_run_unet_and_sharded_folders_are_read(unet, tmp_path):
     # the plain file takes precedence over a variant
     move(tiny.make_unet(), seed=9).save_pretrained(tmp_path / "run" / "unet", variant="fp16")
     file = "run/unet/diffusion_pytorch_model.safetensors"
-    for path in ("run", "run/unet", "sharded", "pickled", file):
+    index = "sharded/diffusion_pytorch_model.safetensors.index.json"
+    for path in ("run", "run/unet", "sharded", index, "pickled", file):
         other = copy.deepcopy(unet)
         count = len(unet.state_dict())
         expected = f"unet: {count} of {count} tensors"
