@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,27 +15,76 @@ from safetensors.torch import save_file
 def atomic(path):
     """Yield a temporary path that replaces `path` once the block succeeds.
 
-    Raises OSError that names the file if the disk is full.
+    Raises OSError that names the file if the disk is full or may not be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:  # an interrupt too
-        temporary.unlink(missing_ok=True)
-        if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            message = f"the disk is full: {path} was not written; free space and run again"
-            raise OSError(errno.ENOSPC, message) from error
+        with explained(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:  # an interrupt too
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
+@contextlib.contextmanager
+def explained(path):
+    """Raise OSError that names the file and what to do, where writing it fails."""
+    try:
+        yield
+    except Exception as error:  # safetensors has errors of its own
+        number = getattr(error, "errno", None)
+        if "No space left" in str(error) or number == errno.ENOSPC:
+            message = f"the disk is full: {path} was not written; free space and run again"
+            raise OSError(errno.ENOSPC, message) from error
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            message = f"{path} may not be written ({error}): choose another folder for results"
+            raise OSError(number, message) from error
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes out of a folder in the block; the lock ends with its process.
+
+    Raises RuntimeError if another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ".lock"
+    with open(file, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is writing to {folder}: wait for it, stop it, or choose another "
+                "name"
+            ) from None
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 def read_json(path, default=None):
-    """Return the value in a JSON file, or `default` if there is no file."""
-    return json.loads(Path(path).read_text()) if Path(path).exists() else default
+    """Return the value in a JSON file, or `default` if there is no file.
+
+    Raises ValueError that names a damaged file.
+    """
+    if not Path(path).exists():
+        return default
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it, or delete it to make it anew"
+        ) from error
 
 
 def save_json(value, path):

@@ -4,6 +4,7 @@ An attack's folder gets step-NNNN.json (rows of `mu.measures.evaluate.evaluate`)
 evaluated step, and budget.json: what the attacker has spent until then, without the evaluation.
 """
 
+import contextlib
 import math
 import shutil
 import time
@@ -12,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mu.attacks.search import SearchStep
 from mu.concepts.probe import Probe, join, make_probe
-from mu.files import atomic, read_json, save_json
+from mu.files import atomic, locked, read_json, save_json
 from mu.measures.evaluate import evaluate, evaluate_step
 from mu.parallel import Runtime
 from mu.runs.folder import resume, run_loop
@@ -49,7 +50,7 @@ def attack_run(folder, pipe, judge, make_attack, schedule, before=None, progress
     0 if it was evaluated already. progress: wraps the records (tqdm). A killed attack resumes to
     the same numbers, from its start if the schedule has a new step before its checkpoint; a
     finished one is only read (`mu.params.open_run` compares parameters). Restores the UNet's
-    weights. Returns rows, each with its "step".
+    weights. Returns rows, each with its "step". Raises as `mu.files.locked` does.
     """
     folder, files = Path(folder), schedule.files(folder)
     if before and 0 in files and not files[0].exists():
@@ -60,7 +61,8 @@ def attack_run(folder, pipe, judge, make_attack, schedule, before=None, progress
         # on the CPU: the attack needs the GPU's memory
         weights = [p.detach().to("cpu", copy=True) for p in pipe.unet.parameters()]
         try:
-            attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress or iter)
+            with locked(folder):
+                attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress or iter)
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(list(without_lora(pipe.unet).parameters()), weights)
@@ -92,11 +94,12 @@ def attack_and_evaluate(folder, pipe, judge, make_attack, schedule, progress):
 
 
 def steps_done(checkpoint):
-    """Return the number of steps of a saved state; 0 without one."""
+    """Return the number of steps of a saved state; 0 without one, and for a damaged one."""
     if not checkpoint.exists():
         return 0
-    with safe_open(checkpoint, "pt") as saved:
+    with contextlib.suppress(SafetensorError), safe_open(checkpoint, "pt") as saved:
         return int(saved.get_tensor("step"))
+    return 0
 
 
 def save_budget(folder, steps, images, records, prepared=None):

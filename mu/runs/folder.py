@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -62,10 +63,18 @@ def run_loop(folder, state, records, checkpoint_every=25):
 
 
 def resume(folder, state):
-    """Load the folder's checkpoint into the state, if there is one; returns the state."""
+    """Load the folder's checkpoint into the state, if there is one; returns the state.
+
+    Raises ValueError for a damaged checkpoint and for one of another training.
+    """
     file = Path(folder) / "checkpoint.safetensors"
     if file.exists():
-        state.load(load_file(file))
+        try:
+            state.load(load_file(file))
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is damaged, or of another training ({error}): delete it to begin anew"
+            ) from error
     return state
 
 

@@ -5,6 +5,7 @@ Called by a notebook, or on several GPUs by `accelerate launch` or torchrun:
     accelerate launch --num_processes 2 -m mu.runs.train runs/mine/meta
 """
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from mu.concepts.rehearsal import rehearsal_set
 from mu.concepts.sets import load_sets, random_prompts, take_images
 from mu.devices import loss_scale
 from mu.draws import Data
-from mu.files import read_json, save_json
+from mu.files import locked, read_json, save_json
 from mu.frozen import frozen_copy, offload
 from mu.methods.closed_form import EditConfig, rece, uce
 from mu.models import encode_prompts, load_pipeline
@@ -180,7 +181,7 @@ def train_run(folder, pipe=None, checkpoint_every=25):
 
     pipe: the pipeline of the run's model, if it is loaded; its UNet holds the result afterwards.
     Each of several processes takes its shard of every batch. Returns the table of records. Raises
-    as `prepare_weights`, `mu.train.unlearn`, `mu.runs.folder.run_loop` and
+    as `prepare_weights`, `mu.train.unlearn`, `mu.runs.folder.run_loop`, `mu.files.locked` and
     `mu.publish.weights.load_weights` do.
     """
     # without cpu=True, accelerate takes each of several processes on a CPU for the only one
@@ -194,11 +195,13 @@ def train_run(folder, pipe=None, checkpoint_every=25):
     if (folder / "unet").is_dir():
         load_weights(pipe.unet, folder / "unet")
         return table(folder)
-    setup = prepare(training, pipe, folder)
-    if setup is None:
-        finish(folder, pipe.unet)
-        return table(folder)
-    return run_to_end(folder, setup.state, train(setup), setup.steps, checkpoint_every)
+    main = PartialState().is_main_process
+    with locked(folder) if main else contextlib.nullcontext():
+        setup = prepare(training, pipe, folder)
+        if setup is None:
+            finish(folder, pipe.unet)
+            return table(folder)
+        return run_to_end(folder, setup.state, train(setup), setup.steps, checkpoint_every)
 
 
 def launch(folder, pipe=None, checkpoint_every=25, processes=1):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import mu.files
-from mu.files import atomic, digest, read_json, save_json, save_tensors
+from mu.files import atomic, digest, locked, read_json, save_json, save_tensors
 from mu.params import open_run, protocol
 
 
@@ -53,6 +54,52 @@ def test_a_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch, earlier, owne
             save_json({"a": 2}, file)
     assert caught.value.errno == errno.ENOSPC
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_read_only_folder_is_named(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    match = "kept.json may not be written .*: choose another folder for results"
+    with pytest.raises(OSError, match=match) as caught:
+        save_json({}, tmp_path / "kept.json")
+    assert caught.value.errno == number
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/kept.json may not be written"):
+        save_json({}, tmp_path / "file" / "kept.json")
+
+
+def test_damaged_json_is_named(tmp_path):
+    save_json({"a": [1, 2]}, tmp_path / "a.json")
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text()[:9])
+    with pytest.raises(ValueError, match="a.json is damaged .*: restore it, or delete it"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with locked(tmp_path / "run"):
+        match = "another process is writing to .*run: wait for it"
+        with pytest.raises(RuntimeError, match=match), locked(tmp_path / "run"):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "run"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+    code = f"from mu.files import locked\nwith locked({str(tmp_path / 'run')!r}): input()"
+    command = [sys.executable, "-c", f"{code}"]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    while not (tmp_path / "run" / ".lock").exists():
+        assert holder.poll() is None
+    time.sleep(0.2)
+    with pytest.raises(RuntimeError, match="another process"), locked(tmp_path / "run"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with locked(tmp_path / "run"):  # a killed process holds nothing
+        pass
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -194,3 +194,20 @@ def test_a_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
     whole, loop = make_run(done + 2)
     assert saved_records(tmp_path) == without_time(loop)
     assert_equal(state.unet, whole.unet)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    state, loop = make_run(2)
+    for _ in run_loop(tmp_path, state, loop, checkpoint_every=1):
+        pass
+    file = tmp_path / "checkpoint.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:20] + b"x" + whole[21:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged.*: delete it to b"):
+            resume(tmp_path, make_run(2)[0])
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match="damaged, or of another training .this checkpoint trains"):
+        resume(tmp_path, make_attack())
+    file.unlink()
+    assert resume(tmp_path, make_run(2)[0]).step == 0
