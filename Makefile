@@ -29,7 +29,7 @@ PROFILE = $@
 REPORT = reports/$$MODEL
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
-.PHONY: help demo methods attacks paper ablations lint test-core test
+.PHONY: help demo methods attacks paper ablations lint test-core test stress
 
 help: ## List the targets (default)
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p; s/^## ?(.*)/\1/p' Makefile | awk -F'|' \
@@ -69,6 +69,9 @@ test-core: .venv/installed ## Test the equations and the methods; about a minute
 # In the order of the files: the slow ones, of notebooks, are neither the first nor the last.
 test: .venv/installed ## Run all tests, notebooks included; about a quarter of an hour
 	@$(PYTEST) -n $(CORES) --dist loadfile --no-loadscope-reorder
+
+stress: .venv/installed ## Kill notebooks at 20 random moments, compare; about a quarter of an hour
+	@$(BIN)/python tests/notebooks/stress.py --kills 20
 
 ##
 ## Each target first sets up .venv, once. Variables (with their defaults):
