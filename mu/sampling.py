@@ -7,6 +7,9 @@ import torch
 
 from mu.models import predict, select, stack, target
 from mu.parallel import gather_rows, local_shard
+from mu.ranges import ANY, check_ranges, count
+
+RANGES = {"sampling_guidance": ANY, "sampling_steps": count(1, 25)}
 
 
 class Sampling(NamedTuple):
@@ -27,8 +30,10 @@ def draw_images(pipe, conditioning, unconditional, seeds, guidance=5.0, steps=25
 
     Runs the pipeline's own sampler. Each image starts from its own seed and so does not depend on
     its batch. guidance: scale w of ε(∅) + w · [ε(c) − ε(∅)]; 1 is none. unconditional: one row.
+    Raises ValueError for a number outside its range.
     """
     names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+    check_ranges({"sampling_guidance": guidance, "sampling_steps": steps}, RANGES)
     pipe.to(pipe.unet.device)
     images = []
     for index in torch.arange(len(seeds)).split(batch_size):

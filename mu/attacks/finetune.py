@@ -16,12 +16,22 @@ from mu.attacks import tokens
 from mu.concepts.probe import Probe, shown
 from mu.concepts.sets import ConceptSet, drawn_set, encode_folder, with_prompts
 from mu.models import encode_prompts, select
+from mu.ranges import NOT_NEGATIVE, check_ranges, count, positive
 from mu.sampling import Sampling, images_per_batch
 from mu.state import State
 from mu.trainable import trainable
 
 KINDS = ("fine-tuning", "dreambooth", "textual-inversion", "concept-inversion")
 DRAWN_SEED, CLASS_SEED = 1000, 2000  # of attackers' images: evaluation uses other seeds
+
+
+RANGES = {
+    "lr": positive(6e-5),
+    "rank": count(1, 16),
+    "mixed_weight": NOT_NEGATIVE,
+    "warmup_steps": count(0, 0),
+    "class_images": count(1, 64),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class AttackConfig:
     concept_token: str = ""  # the concept's word in captions and prompts; empty: the expected label
 
     def check(self):
-        """Raise ValueError for settings that do not belong together."""
+        """Raise ValueError for settings out of range, or that do not belong together."""
+        check_ranges(vars(self), RANGES)
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of attack {self.kind!r}: choose {', '.join(KINDS)}")
         if bool(self.warmup_set) != bool(self.warmup_steps):

@@ -15,6 +15,7 @@ from mu.attacks import tokens
 from mu.losses import Term, draw_minibatch, gradients, predictions, squared_errors
 from mu.models import encode_prompts, select
 from mu.optimizers import descend
+from mu.ranges import ANY, SHARE, check_ranges, count, positive
 
 SEARCHES = ("random", "unlearn-diff-atk", "p4d", "ring-a-bell")
 
@@ -28,6 +29,17 @@ class SearchStep:
     prompt: str  # before the step's update; Ring-A-Bell: the best so far
     passes: int  # forward passes of the UNet
     seconds: float
+
+
+RANGES = {
+    "count": count(1, 3),
+    "steps": count(1, 40),
+    "lr": positive(0.1),
+    "batch_size": count(1, 8),
+    "strength": ANY,
+    "population": count(2, 64),
+    "mutation": SHARE,
+}
 
 
 @dataclass(frozen=True)
@@ -235,8 +247,9 @@ def make_search(search, pipe, original, concept_set, pairs, config, seed=0) -> C
     """Return a function prompt → generator of `SearchStep` of a search by its name.
 
     original: for p4d. concept_set: for p4d and unlearn-diff-atk. pairs: for ring-a-bell. Raises
-    ValueError for an unknown name.
+    ValueError for an unknown name and for settings out of range.
     """
+    check_ranges(vars(config), RANGES)
     options = dict(config=config, seed=seed)
     searches = {
         "random": partial(random_words, pipe, **options),

@@ -20,6 +20,7 @@ from mu.concepts.probe import Probe, join, make_probe
 from mu.files import atomic, locked, read_json, save_json
 from mu.measures.evaluate import evaluate, evaluate_step
 from mu.parallel import Runtime
+from mu.ranges import check_ranges, count
 from mu.runs.folder import resume, run_loop
 from mu.sampling import Sampling, images_per_batch
 from mu.train import finetune
@@ -38,6 +39,12 @@ class Schedule:
     runtime: Runtime = Runtime()
     sampling: Sampling = Sampling()
 
+    def check(self):
+        """Raise ValueError for steps or sizes out of range."""
+        for step in self.at:
+            check_ranges({"at": step}, {"at": count(0, 50)})
+        check_ranges({"batch_size": self.batch_size}, {"batch_size": count(1, 8)})
+
     def files(self, folder):
         """Return step → file of its rows, in the order of steps."""
         return {step: Path(folder) / f"step-{step:04d}.json" for step in sorted(self.at)}
@@ -50,8 +57,10 @@ def attack_run(folder, pipe, judge, make_attack, schedule, before=None, progress
     0 if it was evaluated already. progress: wraps the records (tqdm). A killed attack resumes to
     the same numbers, from its start if the schedule has a new step before its checkpoint; a
     finished one is only read (`mu.params.open_run` compares parameters). Restores the UNet's
-    weights. Returns rows, each with its "step". Raises as `mu.files.locked` does.
+    weights. Returns rows, each with its "step". Raises as `Schedule.check` and `mu.files.locked`
+    do.
     """
+    schedule.check()
     folder, files = Path(folder), schedule.files(folder)
     if before and 0 in files and not files[0].exists():
         with atomic(files[0].with_suffix(".png")) as temporary:

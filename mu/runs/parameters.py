@@ -12,6 +12,7 @@ from mu.controls import Controls
 from mu.objective import META, Objective, Weights
 from mu.parallel import Runtime
 from mu.phases import Phase
+from mu.ranges import ANY, NOT_NEGATIVE, SHARE, Range, check_ranges, count, positive
 from mu.runs.folder import with_digests
 from mu.sampling import Trajectory
 from mu.targets import ESD, SDD
@@ -64,6 +65,38 @@ PHASE = ("name", "steps", "until", "patience", "lr", "anneal")
 PAIRS = ("inner_steps", "inner_lr", "horizon", "head_start", "lora_lr")  # lowest and highest
 BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above", "drift_bound")  # 0: none
 LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated
+RANGES = {
+    **{field.name: ANY for field in fields(Weights)},
+    **{name: NOT_NEGATIVE for name in BOUNDS},
+    "steps": count(0, 300),
+    "until": SHARE,
+    "patience": count(0, 90),
+    "lr": positive(5e-5),
+    "ema": Range(0, 1, example=0.95, open_high=True),
+    "rank": count(1, 16),
+    "retain_prompts": count(0, 256),
+    "rehearsal_images": count(0, 64),
+    "forget_images": count(0, 0),
+    "eta": ANY,
+    "batch_size": count(1, 4),
+    "guidance": ANY,
+    "trajectory_steps": count(1, 20),
+    "trajectory_reuse": count(1, 8),
+    "inner_steps": Range(1, example=[8, 8], whole=True, pair=True),
+    "inner_lr": Range(0, example=[4e-5, 2e-4], open_low=True, pair=True),
+    "inner_batch_size": count(1, 4),
+    "horizon": Range(0, example=[90, 250], whole=True, pair=True),
+    "pool": count(1, 3),
+    "one_prompt": SHARE,
+    "restart_below": Range(-1, 1, example=0.3),
+    "head_start": Range(0, example=[0, 0], whole=True, pair=True),
+    "lora_lr": Range(0, example=[1e-4, 1e-3], pair=True),
+    "clean_every": count(0, 4),
+    "retain_batch_size": count(1, 8),
+    "retain_guidance": ANY,
+    "meta_clip": NOT_NEGATIVE,
+    "accumulation": count(1, 1),
+}
 META_TERMS = ("relearn", "self_destruct", "clean", "ascent", "gradient_norm", "alignment")
 RUNTIME = (
     "frozen_dtype",
@@ -148,9 +181,10 @@ def make_phases(loop, loss, lr):
     loop: steps, flat parameters of the objective, and two more: "phases", a list of dicts with
     keys of `PHASE` and with flat parameters that differ in that phase; "validation", a dict of
     `Validation`'s fields. Without phases there is one, of all steps. Raises ValueError for an
-    unknown key.
+    unknown key and for a number outside its range.
     """
     flat = dict(loop)
+    check_ranges(flat, RANGES)
     steps, listed = flat.pop("steps", 0), flat.pop("phases", None) or []
     asked, known = flat.pop("validation", None) or {"every": 0}, Validation.__dataclass_fields__
     if unknown := sorted(set(asked) - set(known)):
@@ -161,6 +195,7 @@ def make_phases(loop, loss, lr):
         if unknown := sorted(set(given) - set(FLAT) - set(PHASE)):
             allowed = ", ".join([*PHASE, *FLAT])
             raise ValueError(f"unknown key {unknown[0]!r} of a phase: choose {allowed}")
+        check_ranges(given, RANGES)
         own = {name: value for name, value in given.items() if name in PHASE}
         overrides = {name: value for name, value in given.items() if name in FLAT}
         objective = make_objective(flat | overrides, loss)
@@ -195,9 +230,11 @@ def describe(parameters, closed_form=None):
 
     parameters: name → value; other names are ignored, so a notebook passes `globals()`.
     closed_form: keywords of `mu.runs.train.edit`, for UCE and RECE. Without steps there is no loop:
-    the run is what it starts from.
+    the run is what it starts from. Raises ValueError for an unknown method and for a number outside
+    its range.
     """
     loss, _ = check_method(parameters["method"])
+    check_ranges(parameters, RANGES)
     run = {f.name: parameters[f.name] for f in fields(Training) if f.name in parameters}
     loop = {name: parameters[name] for name in FLAT if name in parameters}
     trains = parameters["steps"] or parameters.get("phases")

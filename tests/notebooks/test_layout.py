@@ -15,7 +15,7 @@ from setuptools import find_packages
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "mu").rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-BASE = ["devices", "files", "params", "images", "extras", "guards", "hub", "parallel"]
+BASE = ["ranges", "devices", "files", "params", "images", "extras", "guards", "hub", "parallel"]
 MODELS = ["supported", "models", "trainable", "frozen", "sampling", "losses"]
 TRAINING = ["optimizers", "pool", "lowrank", "state", "meta", "attackers", "draws", "controls"]
 TRAINING += ["targets", "objective", "train", "validation", "phases"]
