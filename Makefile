@@ -83,24 +83,29 @@ stress: .venv/installed ## Kill notebooks at 20 random moments, compare; about a
 ##   DRY=1              the same: print the number of notebooks and the time, run nothing
 
 .venv/with-%: .venv/installed
-	@$(BIN)/python -m pip install -qq -e ".[$*]"
+	@$(INSTALL) -c constraints.txt -e ".[$*]"
 	@$(BIN)/python -c 'import importlib.util as i; \
 		i.find_spec("torchvision") and __import__("torchvision")' 2>/dev/null || { $(BIN)/python -m pip uninstall -qq -y torchvision; \
 		echo "error: torchvision does not match the installed torch and was removed." \
 		"Install a matching build, then run: touch $@" >&2; exit 1; }
 	@touch $@
 
+# uv, where it is installed, takes half the time of pip.
+UV := $(shell command -v uv)
+INSTALL = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -qq)
+
 # nudenet (AGPL-3.0) is installed for the tests only. torchvision, torch-fidelity and lpips go to a
 # folder of their own, which only the tests of FID and LPIPS import: a torchvision that does not
 # match torch breaks every import of transformers. torch is installed first, so that pip keeps the
-# build that the index offers. pip writes nothing outside .venv.
-.venv/installed: pyproject.toml
+# build that the index offers. Nothing is written outside .venv but the cache of pip or uv.
+# constraints.txt has the versions with which everything was tested.
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"mu needs Python 3.11 or newer, not " + sys.version.split()[0] + ": make PYTHON=...")'
 	@echo "Setting up .venv (once, some minutes) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq torch==2.13.0
-	@$(BIN)/python -m pip install -qq -e ".[dev,recipe,gpu,nudenet]"
-	@$(BIN)/python -m pip install -qq --no-deps \
-		--target .venv/measures torchvision==0.28.0 torch-fidelity==0.4.0 lpips==0.1.4
+	@$(INSTALL) -c constraints.txt torch
+	@$(INSTALL) -c constraints.txt -e ".[dev,recipe,gpu,nudenet]"
+	@$(INSTALL) --no-deps --target .venv/measures \
+		torchvision==0.28.0 torch-fidelity==0.4.0 lpips==0.1.4
 	@touch $@
