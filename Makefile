@@ -10,7 +10,8 @@ BIN := .venv/bin
 override MODEL := $(value MODEL)
 override SEEDS := $(or $(value SEEDS),$(if $(filter pocket%,$(MODEL)),11 12 13,0))
 override MACHINE := $(value MACHINE)
-export MODEL SEEDS MACHINE
+override REPOSITORY := $(value REPOSITORY)
+export MODEL SEEDS MACHINE REPOSITORY
 # The repository contains the pocket models; other models are downloaded.
 ifneq ($(filter pocket%,$(MODEL)),)
 export HF_HUB_OFFLINE ?= 1
@@ -29,7 +30,7 @@ PROFILE = $@
 REPORT = reports/$$MODEL
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
-.PHONY: help demo methods attacks paper ablations lint test-core test stress
+.PHONY: help demo methods attacks paper ablations lint test-core test stress book
 
 help: ## List the targets (default)
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p; s/^## ?(.*)/\1/p' Makefile | awk -F'|' \
@@ -73,6 +74,9 @@ test: .venv/installed ## Run all tests, notebooks included; about a quarter of a
 stress: .venv/installed ## Kill notebooks at 20 random moments, compare; about a quarter of an hour
 	@$(BIN)/python tests/notebooks/stress.py --kills 20
 
+book: .venv/installed ## Write the generated parts of the notebooks, for the fork REPOSITORY if given
+	@$(BIN)/python -m mu.notebooks.book $(if $(value REPOSITORY),--repository "$$REPOSITORY")
+
 ##
 ## Each target first sets up .venv, once. Variables (with their defaults):
 ##   PYTHON=python3     Python 3.11 or newer
@@ -80,6 +84,7 @@ stress: .venv/installed ## Kill notebooks at 20 random moments, compare; about a
 ##   MODEL=pocket       paper, methods, ablations, attacks: a model of the grid, such as pocket or sdxl
 ##   SEEDS="11 12 13"   paper, methods, ablations: training seeds; 0 for other than pocket models
 ##   MACHINE=laptop     the same: a folder of notebooks/machines
+##   REPOSITORY=        book: https://github.com/OWNER/NAME, which notebooks open on Colab
 ##   DRY=1              the same: print the number of notebooks and the time, run nothing
 
 .venv/with-%: .venv/installed

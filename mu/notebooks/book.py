@@ -6,6 +6,7 @@ README's table of notebooks.
     python -m mu.notebooks.book                     # write them
     python -m mu.notebooks.book --check             # list stale parts and what notebooks lack
     python -m mu.notebooks.book --minutes FOLDER    # also adopt the times of executed notebooks
+    python -m mu.notebooks.book --repository https://github.com/OWNER/NAME    # of a fork
 """
 
 import argparse
@@ -18,7 +19,7 @@ import nbformat
 
 from mu import ROOT
 from mu.files import fill
-from mu.notebooks.colab import address, badge, bootstrap
+from mu.notebooks.colab import address, badge, bootstrap, set_address
 from mu.notebooks.run import read_parameters
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -234,7 +235,11 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing; list stale parts")
     executed = "folders of executed notebooks whose times are adopted"
     parser.add_argument("--minutes", nargs="+", default=[], metavar="FOLDER", help=executed)
+    fork = "address of the repository on GitHub for Colab, such as a fork's; an empty one: no Colab"
+    parser.add_argument("--repository", metavar="ADDRESS", help=fork)
     options = parser.parse_args()
+    if options.repository is not None:
+        set_address(options.repository)
     if options.check:
         sys.exit("\n".join(check()) or 0)
     write_minutes(NOTEBOOKS, read_minutes(options.minutes))

@@ -101,18 +101,36 @@ CLONE = """    import os, subprocess
 """
 
 
+def checked(address):
+    """Return an address without its last slash. Raises ValueError if Colab cannot open it."""
+    address = address.removesuffix("/")
+    if address and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
+        raise ValueError(
+            f"Repository = {address!r}: Colab opens https://github.com/OWNER/NAME only, "
+            "correct it in pyproject.toml"
+        )
+    return address
+
+
 def address():
     """Return the repository's address on GitHub, or "" if pyproject.toml has none.
 
-    Reads `Repository` of `[project.urls]`. Raises ValueError for an address that Colab cannot open.
+    Reads `Repository` of `[project.urls]`. Raises as `checked` does.
     """
-    found = _project().get("urls", {}).get("Repository", "").removesuffix("/")
-    if found and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", found):
-        raise ValueError(
-            f"Repository = {found!r}: Colab opens https://github.com/OWNER/NAME only, "
-            "correct it in pyproject.toml"
-        )
-    return found
+    return checked(_project().get("urls", {}).get("Repository", ""))
+
+
+def set_address(address):
+    """Write the address of a repository, such as a fork, to pyproject.toml; "" removes it.
+
+    Raises as `checked` does.
+    """
+    file = ROOT / "pyproject.toml"
+    text = re.sub(r'\[project\.urls\]\nRepository = "[^"]*"\n\n', "", file.read_text())
+    urls = f'[project.urls]\nRepository = "{checked(address)}"\n\n' if address else ""
+    file.write_text(
+        text.replace("[tool.setuptools.packages.find]", f"{urls}[tool.setuptools.packages.find]")
+    )
 
 
 def badge(notebook, at):

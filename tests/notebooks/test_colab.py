@@ -131,6 +131,22 @@ def test_the_generated_parts_of_the_notebooks_are_current():
         assert "[contents](00_start_here.ipynb#Contents)" in head
 
 
+def test_a_fork_is_one_parameter(monkeypatch, tmp_path):
+    """It goes to pyproject.toml, from which badges and first cells are made."""
+    project = tmp_path / "pyproject.toml"
+    shutil.copy(colab.ROOT / "pyproject.toml", project)
+    before = project.read_text()
+    monkeypatch.setattr(colab, "ROOT", tmp_path)
+    for fork in (ADDRESS, "https://github.com/you/mu-fork/"):
+        colab.set_address(fork)
+        assert colab.address() == fork.removesuffix("/")
+    with pytest.raises(ValueError, match="Colab opens https://github.com/OWNER/NAME only"):
+        colab.set_address("https://example.org/you/mu")
+    assert colab.address() == "https://github.com/you/mu-fork"
+    colab.set_address("")
+    assert project.read_text() == before
+
+
 def test_an_address_adds_badges_and_a_clone(notebooks):
     folder = notebooks[0].parent
     book.write(folder, ADDRESS)
