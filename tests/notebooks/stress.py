@@ -2,7 +2,8 @@
 
     python tests/notebooks/stress.py --kills 20    # as `make stress` does
 
-After each kill -9 no file is half written; after the second start all results are those of a run
+Kills are SIGKILL and, every second one, SIGTERM to all processes, as a cluster sends it at the time
+limit. After each no file is half written; after the second start all results are those of a run
 that nothing has disturbed, to the bit.
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ class Outcome:
     """What one kill led to."""
 
     notebook: str
+    signal: str
     seconds: float  # from the start to the kill
     of: float  # seconds of the undisturbed run
     faults: list  # empty if all is well
@@ -87,14 +90,18 @@ def run(name, folder):
     return time.monotonic() - began
 
 
-def kill(process):
-    """Kill a process and its kernels with SIGKILL."""
+def kill(process, sent):
+    """Send a signal to a process and its kernels, and SIGKILL to those that live 5 seconds on."""
+    family = []
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for child in children:
+        family = psutil.Process(process.pid).children(recursive=True)
+        family.insert(0, psutil.Process(process.pid))
+    for last in (sent, signal.SIGKILL):
+        for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+                one.send_signal(last)
+        if last != signal.SIGKILL:
+            psutil.wait_procs(family[1:], timeout=5)
     process.communicate()
 
 
@@ -129,18 +136,18 @@ def differences(found, expected):
     return [name for name in sorted(names) if found.get(name) != expected.get(name)]
 
 
-def disturb(name, whole, seconds, moment, folder):
+def disturb(name, whole, of, sent, moment, folder):
     """Kill one notebook at a moment (0 … 1 of its time), run it again; returns the `Outcome`.
 
-    whole: folder of the undisturbed run. seconds: name → its seconds, in the order of the steps.
+    whole: folder of the undisturbed run. of: its seconds. sent: the signal.
     """
     shutil.copytree(whole / f"before-{name}", folder)
     process = start(name, folder)
-    began, wait = time.monotonic(), moment * seconds[name]
+    began, wait = time.monotonic(), moment * of
     while process.poll() is None and time.monotonic() - began < wait:
         time.sleep(0.01)
     after, faults = time.monotonic() - began, []
-    kill(process)
+    kill(process, sent)
     try:
         results(folder)
     except Exception as error:
@@ -149,7 +156,7 @@ def disturb(name, whole, seconds, moment, folder):
     expected = results(whole / f"after-{name}")
     faults += [f"differs: {file}" for file in differences(results(folder), expected)]
     shutil.rmtree(folder)
-    return Outcome(name, after, seconds[name], faults)
+    return Outcome(name, sent.name, after, of, faults)
 
 
 def undisturbed(whole, names):
@@ -178,8 +185,9 @@ def stress(base, kills, names=tuple(STEPS), seed=0):
     seconds = undisturbed(base / "whole", names)
     draw = random.Random(seed)
     for i in range(kills):
-        folder = base / f"killed-{i}"
-        yield disturb(names[i % len(names)], base / "whole", seconds, draw.random(), folder)
+        name, sent = names[i % len(names)], (signal.SIGKILL, signal.SIGTERM)[i % 2]
+        arguments = base / "whole", seconds[name], sent, draw.random(), base / f"killed-{i}"
+        yield disturb(name, *arguments)
 
 
 def main():
@@ -188,11 +196,12 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options, failed = parser.parse_args(), False
-    print(f"{'notebook':20} {'killed after, s':>16} {'of, s':>7}  outcome")
+    print(f"{'notebook':20} {'signal':8} {'after, s':>9} {'of, s':>6}  outcome")
     with tempfile.TemporaryDirectory() as base:
         for one in stress(Path(base), options.kills, seed=options.seed):
             outcome = "; ".join(one.faults) or "nothing lost, all results equal"
-            print(f"{one.notebook:20} {one.seconds:16.1f} {one.of:7.1f}  {outcome}", flush=True)
+            facts = f"{one.notebook:20} {one.signal:8} {one.seconds:9.1f} {one.of:6.1f}"
+            print(f"{facts}  {outcome}", flush=True)
             failed |= bool(one.faults)
     sys.exit(failed)
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -124,6 +125,19 @@ def test_a_dry_run_forecasts(paper):
     assert arguments[2].endswith("snakemake")
     assert "seeds=1 3" in arguments
     assert not rest
+
+
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_uv_installs_where_it_is_there(tmp_path, has_uv):
+    (tmp_path / "uv").write_text("#!/bin/sh\n")
+    (tmp_path / "uv").chmod(0o755 if has_uv else 0o644)
+    paths = [path for path in os.environ["PATH"].split(":") if not (Path(path) / "uv").exists()]
+    environment = ENVIRONMENT | {"PATH": ":".join([str(tmp_path), *paths])}
+    command = ["make", "-C", ROOT, "-n", "-B", ".venv/installed"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.count("uv pip install -q") == (3 if has_uv else 0)
+    assert done.stdout.count("python -m pip install") == (0 if has_uv else 3)
+    assert done.stdout.count("-c constraints.txt") == 2
 
 
 @pytest.mark.parametrize(
