@@ -21,8 +21,9 @@ class Phase:
     objective: Objective
     lr: float
     until: float = 0.0  # related share lost to a validation's attacks that ends it; 0: all steps
-    patience: int = 0  # steps without a better score after which the training ends; 0: never
+    patience: int = 0  # steps without a better score after which it is given up; 0: never
     anneal: bool = False  # lower the learning rate linearly to 0
+    from_best: bool = False  # start from the best average of the phases before
 
 
 def phase_end(state, phases):
@@ -46,8 +47,9 @@ def keep_best(state, score):
 
 
 def ends_phase(state, phases, lost):
-    """Return whether this step ends its phase; if so, start the next, or none without patience.
+    """Return whether this step ends its phase; if so, start the next one.
 
+    Without patience, that is the next one that starts from the best average, if there is one.
     lost: share of related pictures lost to the attacks of this step's validation, or None.
     """
     phase = phases[state.phase]
@@ -56,9 +58,23 @@ def ends_phase(state, phases, lost):
     stalled = lost is not None and 0 < phase.patience <= since and not reached
     if not (reached or stalled or state.step == phase_end(state, phases)):
         return False
-    state.phase = len(phases) if stalled else state.phase + 1
+    later = range(state.phase + 1, len(phases))
+    healing = [i for i in later if phases[i].from_best]
+    state.phase = next(iter(healing if stalled else later), len(phases))
     state.phase_start = state.step
+    if state.phase in healing:
+        state.restart_from_best()
     return True
+
+
+def is_validated(phase, step, end, every):
+    """Return whether fresh attacks follow a step of a phase that ends at step `end` at the latest.
+
+    every: steps between them; 0: never.
+    """
+    if phase.objective.simulates:
+        return every > 0 and step % every == 0
+    return every > 0 and phase.from_best and step == end
 
 
 def restart_lost(pool, cosines, below):
@@ -80,10 +96,12 @@ def unlearn_in_phases(
 ):
     """Run `mu.train.unlearn` for one phase after the other; yields its records.
 
-    Every `validation.every` steps of a phase with simulated attackers fresh attacks run, and what
-    they find joins the losses of the record, with the number of the phase. A phase ends when these
-    attacks lose enough related pictures, or after its steps; all phases end when its patience does.
-    The result is the average that validates best (`mu.validation.Found.score`): `State.release`.
+    Every `validation.every` steps of a phase with simulated attackers, and at the end of one from
+    the best average, fresh attacks run, and what they find joins the losses of the record, with the
+    number of the phase. A phase ends when these attacks lose enough related pictures, after its
+    steps, or with its patience. The result is the average that validates best
+    (`mu.validation.Found.score`); with a phase from the best average, what that makes of it.
+    `State.release` returns it.
     """
     fixed = (unet_frozen, noise_scheduler, data)
     validation.check(runtime)
@@ -91,10 +109,9 @@ def unlearn_in_phases(
     while state.phase < len(phases):
         phase, end = phases[state.phase], phase_end(state, phases)
         set_learning_rate(state, phases)
-        validated = validation.every and phase.objective.simulates
         for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
             lost = None
-            if validated and state.step % validation.every == 0:
+            if is_validated(phase, state.step, end, validation.every):
                 found = validator.validate()
                 shares = validation.lost, validation.harmed
                 lost = found.lost("related", validation.lost)

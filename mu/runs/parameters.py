@@ -61,7 +61,7 @@ FLAT = {
     "timestep": (Objective, "timestep"),
 }
 # of a phase, beside overrides of FLAT
-PHASE = ("name", "steps", "until", "patience", "lr", "anneal")
+PHASE = ("name", "steps", "until", "patience", "lr", "anneal", "from_best")
 PAIRS = ("inner_steps", "inner_lr", "horizon", "head_start", "lora_lr")  # lowest and highest
 BOUNDS = ("bound", "image_bound", "ascent_bound", "restart_above", "drift_bound")  # 0: none
 LISTS = ("inner_optimizer", "inner_rank", "drift_terms")  # comma-separated

@@ -12,6 +12,7 @@ from plain import denoising_loss
 from mu.draws import Data
 from mu.guards import calm, limit
 from mu.losses import draw_minibatch, image_losses
+from mu.objective import Objective, Weights
 from mu.parallel import Runtime
 from mu.phases import Phase, unlearn_in_phases
 from mu.pool import Member, Plan
@@ -143,9 +144,45 @@ def test_a_phase_without_attackers_is_not_validated(sets, monkeypatch):
     assert state.best.step == 6
 
 
-@pytest.mark.parametrize("stopped", [2, 3, 4, 5])
-def test_a_killed_run_resumes_to_the_same_bits(sets, stopped):
-    plan, whole = phases(3, 4), make_state()
+def with_healing(*steps, **last):
+    """Return phases of which the last starts from the best average and has no attackers."""
+    found = phases(*steps)
+    healing = Objective(Weights(0.0, learn_unrelated=1.0))
+    return [*found, Phase("heal", 3, healing, 1e-3, from_best=True, **last)]
+
+
+def test_healing_starts_from_the_best_average(sets, monkeypatch):
+    """The validations of the phases before no longer count; the one at its end does."""
+    pretend(monkeypatch, {2: 0.1, 4: 0.6, 6: 0.2, 8: 0.9, 10: 0.1})
+    state, plan, starts = make_state(), with_healing(1, 6), {}
+    best, weights = None, None
+    for record in loop(state, sets, plan):
+        starts[record.step] = state.phase_start
+        if record.step == 4:
+            best = [p.clone() for p in state.best.weights]
+        if record.step == 7:  # the next phase has begun
+            weights = [p.clone() for p in state.parameters]
+            assert state.best is None
+            assert not state.optimizer.state
+            assert len(state.pool) == 0
+    assert max(starts) == 10
+    assert all(torch.equal(a, b) for a, b in zip(best, weights, strict=True))
+    assert state.best.step == 10
+
+
+def test_healing_is_what_patience_leads_to(sets, monkeypatch):
+    pretend(monkeypatch, {2: 0.3, 4: 0.2, 6: 0.2})
+    found = phases(1, 8, 9, until=0.8, patience=4)
+    state, plan = make_state(), [*found, with_healing(1)[-1]]
+    starts = {record.step: state.phase_start for record in loop(state, sets, plan)}
+    assert max(starts) == 9, "6 steps until the patience ends, 3 of healing"
+    assert starts[6] == starts[9 - 1] == 6
+
+
+@pytest.mark.parametrize("healed", [True, False])
+@pytest.mark.parametrize("stopped", [2, 3, 4, 5, 7])
+def test_a_killed_run_resumes_to_the_same_bits(sets, stopped, healed):
+    plan, whole = with_healing(3, 4) if healed else phases(3, 4), make_state()
     records = comparable(loop(whole, sets, plan))
     state = make_state()
     first = []
