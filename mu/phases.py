@@ -67,16 +67,6 @@ def ends_phase(state, phases, lost):
     return True
 
 
-def is_validated(phase, step, end, every):
-    """Return whether fresh attacks follow a step of a phase that ends at step `end` at the latest.
-
-    every: steps between them; 0: never.
-    """
-    if phase.objective.simulates:
-        return every > 0 and step % every == 0
-    return every > 0 and phase.from_best and step == end
-
-
 def restart_lost(pool, cosines, below):
     """Let members start anew whose displacement no fresh attack follows any more."""
     for slot, value in cosines.items():
@@ -96,12 +86,11 @@ def unlearn_in_phases(
 ):
     """Run `mu.train.unlearn` for one phase after the other; yields its records.
 
-    Every `validation.every` steps of a phase with simulated attackers, and at the end of one from
-    the best average, fresh attacks run, and what they find joins the losses of the record, with the
-    number of the phase. A phase ends when these attacks lose enough related pictures, after its
-    steps, or with its patience. The result is the average that validates best
-    (`mu.validation.Found.score`); with a phase from the best average, what that makes of it.
-    `State.release` returns it.
+    Every `validation.every` steps of a phase with simulated attackers, or from the best average,
+    fresh attacks run, and what they find joins the losses of the record, with the number of the
+    phase. A phase ends when these attacks lose enough related pictures, after its steps, or with
+    its patience. The result is the average that validates best (`mu.validation.Found.score`):
+    `State.release`.
     """
     fixed = (unet_frozen, noise_scheduler, data)
     validation.check(runtime)
@@ -109,9 +98,10 @@ def unlearn_in_phases(
     while state.phase < len(phases):
         phase, end = phases[state.phase], phase_end(state, phases)
         set_learning_rate(state, phases)
+        validated = validation.every and (phase.objective.simulates or phase.from_best)
         for record in unlearn(state, *fixed, phase.objective, steps=end, runtime=runtime):
             lost = None
-            if is_validated(phase, state.step, end, validation.every):
+            if validated and state.step % validation.every == 0:
                 found = validator.validate()
                 shares = validation.lost, validation.harmed
                 lost = found.lost("related", validation.lost)

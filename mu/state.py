@@ -140,17 +140,14 @@ class State:
 
     @torch.no_grad()
     def restart_from_best(self):
-        """Go on from the best validated average, if there is one, with fresh moments and attackers.
-
-        Later validations are compared among themselves.
-        """
+        """Go on from the best validated average, if any, with fresh moments and attackers."""
         if self.best is None:
             return
         torch._foreach_copy_(self.parameters, self.best.weights)
         if self.ema is not None:
             torch._foreach_copy_(self.ema.shadow_params, self.best.weights)
         self.optimizer.state.clear()
-        self.pool, self.best = Pool(), None
+        self.pool = Pool()
 
     def release(self):
         """Give the UNet the result as its weights; returns it.

@@ -151,23 +151,22 @@ def with_healing(*steps, **last):
     return [*found, Phase("heal", 3, healing, 1e-3, from_best=True, **last)]
 
 
-def test_healing_starts_from_the_best_average(sets, monkeypatch):
-    """The validations of the phases before no longer count; the one at its end does."""
-    pretend(monkeypatch, {2: 0.1, 4: 0.6, 6: 0.2, 8: 0.9, 10: 0.1})
-    state, plan, starts = make_state(), with_healing(1, 6), {}
-    best, weights = None, None
-    for record in loop(state, sets, plan):
-        starts[record.step] = state.phase_start
-        if record.step == 4:
-            best = [p.clone() for p in state.best.weights]
-        if record.step == 7:  # the next phase has begun
+@pytest.mark.parametrize("healed, best", [(0.9, 8), (0.5, 4)])
+def test_healing_starts_from_the_best_average(sets, monkeypatch, healed, best):
+    """What it makes of that is the result only if it validates better."""
+    pretend(monkeypatch, {2: 0.1, 4: 0.6, 6: 0.2, 8: healed, 10: 0.1})
+    state, kept, weights, steps = make_state(), None, None, []
+    for record in loop(state, sets, with_healing(1, 6)):
+        steps.append(record.step)
+        if record.step == 7:  # the last phase has begun
+            kept = [p.clone() for p in state.best.weights]
             weights = [p.clone() for p in state.parameters]
-            assert state.best is None
+            assert (state.phase, state.best.step) == (2, 4)
             assert not state.optimizer.state
             assert len(state.pool) == 0
-    assert max(starts) == 10
-    assert all(torch.equal(a, b) for a, b in zip(best, weights, strict=True))
-    assert state.best.step == 10
+    assert steps == list(range(1, 11))
+    assert all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
+    assert state.best.step == best
 
 
 def test_healing_is_what_patience_leads_to(sets, monkeypatch):
