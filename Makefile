@@ -111,6 +111,6 @@ INSTALL = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) -c constraints.txt torch
 	@$(INSTALL) -c constraints.txt -e ".[dev,recipe,gpu,nudenet]"
-	@$(INSTALL) --no-deps --target .venv/measures \
-		torchvision==0.28.0 torch-fidelity==0.4.0 lpips==0.1.4
+	@$(INSTALL) --no-deps \
+		--target .venv/measures torchvision==0.28.0 torch-fidelity==0.4.0 lpips==0.1.4
 	@touch $@
