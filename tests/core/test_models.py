@@ -143,7 +143,7 @@ def test_a_prompt_that_would_be_truncated_is_refused(folder):
     pipe = load_pipeline(str(folder), precision="no")
     longest = " ".join(["cat"] * 18)
     encode_prompts(pipe, [longest])
-    with pytest.raises(ValueError, match="21 tokens, at most 20 are read: 'cat cat"):
+    with pytest.raises(ValueError, match="21 tokens, at most 20 are read: shorten 'cat cat"):
         encode_prompts(pipe, ["a cat", longest + " cat"])
 
 
