@@ -71,7 +71,7 @@ test-core: .venv/installed ## Test the equations and the methods; about a minute
 test: .venv/installed ## Run all tests, notebooks included; about a quarter of an hour
 	@$(PYTEST) -n $(CORES) --dist loadfile --no-loadscope-reorder
 
-stress: .venv/installed ## Kill notebooks at 20 random moments, compare; about a quarter of an hour
+stress: .venv/installed ## Kill notebooks at 20 random moments, compare with undisturbed runs
 	@$(BIN)/python tests/notebooks/stress.py --kills 20
 
 book: .venv/installed ## Write the generated parts of the notebooks, for the fork REPOSITORY if given
@@ -95,7 +95,7 @@ book: .venv/installed ## Write the generated parts of the notebooks, for the for
 		"Install a matching build, then run: touch $@" >&2; exit 1; }
 	@touch $@
 
-# uv, where it is installed, takes half the time of pip.
+# uv, where it is installed, in place of pip.
 UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -qq)
 
