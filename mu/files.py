@@ -61,11 +61,14 @@ def locked(folder):
     with open(file, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            is_there = os.path.samestat(os.fstat(lock.fileno()), os.stat(file))
+        except (BlockingIOError, FileNotFoundError):
+            is_there = False  # or another process has removed it just now
+        if not is_there:
             raise RuntimeError(
                 f"another process is writing to {folder}: wait for it, stop it, or choose another "
                 "name"
-            ) from None
+            )
         try:
             yield
         finally:
